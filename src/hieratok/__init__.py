@@ -1,1 +1,31 @@
-"""hieratok: the multi-scale visual tokenizer of HieraTok (arXiv 2509.23736)."""
+"""hieratok: the multi-scale visual tokenizer of HieraTok (arXiv 2509.23736).
+
+from hieratok import HieraTok
+tok = HieraTok.from_pretrained("runs/quickstart")
+z = tok.encode(images).mode()
+pyramid = tok.decode_pyramid(z)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hieratok.tokenizer.model import HieraTok, TokenizerConfig
+    from hieratok.tokenizer.posterior import DiagonalGaussian
+
+__version__ = "0.1.0"
+__all__ = ["DiagonalGaussian", "HieraTok", "TokenizerConfig"]
+
+_HOME = {
+    "HieraTok": "hieratok.tokenizer.model",
+    "TokenizerConfig": "hieratok.tokenizer.model",
+    "DiagonalGaussian": "hieratok.tokenizer.posterior",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported on first use: `hieratok --help` must not wait for torch."""
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'hieratok' has no attribute {name!r}")

@@ -1,0 +1,173 @@
+"""Models on disk and on the hub: a folder with `config.json` and `model.safetensors`. Nothing is ever unpickled."""
+
+import contextlib
+import difflib
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+def save(folder: str | Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a model's folder. Each file appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / WEIGHTS) as temporary:
+        save_tensors(weights, temporary)
+    with atomic_file(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; a full disk raises OSError as for any other file."""
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot write: {error}", str(path)) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` if the block succeeds and is removed if it fails."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: `path` appears whole (and on the disk, not just in its cache) or not at all."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a crash of the machine cannot lose what was reported as saved."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot sync folders
+        if not path.is_dir():
+            raise error
+    finally:
+        os.close(descriptor)
+
+
+def find(source: str | Path, revision: str | None = None, inside: str = "tokenizer") -> Path:
+    """The folder of a model.
+
+    Args:
+        source: a model's folder; a run's folder, whose finished model lies in its sub-folder `inside`, or whose
+            latest checkpoint serves while it still trains; or a hub id such as "name/model", downloaded if no such
+            path exists.
+        revision: branch, tag or commit on the hub.
+        inside: the model's sub-folder in a run.
+
+    Raises:
+        FileNotFoundError: no model there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        checkpoints = sorted((path / "checkpoints").glob(f"step-*/{inside}"), reverse=True)
+        for folder in (path, path / inside, *checkpoints):
+            if (folder / CONFIG).is_file():
+                return folder
+        raise FileNotFoundError(f"{path} holds no model: neither {CONFIG} nor {inside}/{CONFIG} nor a checkpoint")
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return _download(str(source), revision)
+    raise FileNotFoundError(f"{source}: no such folder")
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{hub_id}: no such folder here, and the hub gave none ({reason})") from error
+
+
+def load_config(folder: Path, model_type: str, config_class: type) -> dict[str, Any]:
+    """The fields of `config_class` from a model's `config.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not JSON, another kind of model, or unknown fields.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.pop("model_type", None) != model_type:
+        raise ValueError(f"{path} does not describe a {model_type} model")
+    known = [field.name for field in fields(config_class)]
+    for name in config:
+        if name not in known:
+            raise ValueError(f"{path}: unknown setting {name!r}{nearest(name, known)}")
+    return config
+
+
+def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "cpu") -> None:
+    """Put the weights of a model's folder into `model` (which may be on the meta device).
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, a damaged one, or weights that do not fit the config.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        weights = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
+        raise ValueError(
+            f"{path} does not fit {folder / CONFIG}: {name} is {found.get(name, 'missing')} in the file"
+            f" and {expected.get(name, 'absent')} in the model"
+        )
+    model.load_state_dict(weights, assign=True)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for error messages: "; did you mean 'x'?" or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

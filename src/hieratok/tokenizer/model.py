@@ -1,0 +1,207 @@
+"""HieraTok: the multi-scale tokenizer.
+
+Shapes used throughout: B batch, H W pixels, f patch size, h w = H/f W/f latent grid, d latent channels,
+K scales (coarse to fine), h_k w_k token grid of scale k, N tokens of all scales, C transformer width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hieratok import checkpoint
+from hieratok.layers import init_weights
+from hieratok.tokenizer.attention import AttentionMode
+from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
+from hieratok.tokenizer.posterior import DiagonalGaussian
+from hieratok.tokenizer.scales import Scales
+from hieratok.tokenizer.vit import Decoder, Encoder
+
+DownsampleMode = Literal["interpolate", "conv"]
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer's shape. The defaults are the paper's f16d16 multi-scale tokenizer at 256 px (tables 7 and 10).
+
+    Raises:
+        ValueError: settings that do not fit together; the message names them.
+    """
+
+    image_size: int = 256
+    """Side of the (square) training images in pixels; a multiple of `patch_size`."""
+    patch_size: int = 16
+    """f: pixels per token side, which is the spatial compression."""
+    latent_channels: int = 16
+    """d: channels of the latent map z."""
+    scales: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """S: tokens per side of every scale, ascending; the last is image_size / patch_size. One entry: a plain ViT."""
+    attention: AttentionMode = "causal"
+    """Who sees whom in the decoder: every scale up to one's own (causal), one's own (independent), all (full)."""
+    downsample: DownsampleMode = "conv"
+    """How coarse tokens are made from z: learnable convolutions (conv) or area pooling (interpolate)."""
+    encoder_width: int = 768
+    """Channels of the encoder's tokens."""
+    encoder_depth: int = 6
+    """Transformer blocks of the encoder."""
+    encoder_heads: int = 12
+    """Attention heads of the encoder."""
+    decoder_width: int = 1024
+    """Channels of the decoder's tokens."""
+    decoder_depth: int = 24
+    """Transformer blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    mlp_ratio: float = 4.0
+    """Hidden width of every MLP over its width."""
+    drop_path: float = 0.1
+    """Stochastic depth of the decoder's last block in training; earlier blocks less, in proportion to depth."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "scales", tuple(self.scales))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"model.{field.name} must be a positive whole number, not {value!r}")
+        for name, choices in (("attention", get_args(AttentionMode)), ("downsample", get_args(DownsampleMode))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"model.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"
+            )
+        side = self.image_size // self.patch_size
+        if not self.scales or any(not isinstance(s, int) or s < 1 for s in self.scales):
+            raise ValueError(f"model.scales must be a list of positive whole numbers, not {list(self.scales)}")
+        if sorted(set(self.scales)) != list(self.scales):
+            raise ValueError(f"model.scales must ascend without repeats, not {list(self.scales)}")
+        if self.scales[-1] != side:
+            raise ValueError(
+                f"model.scales {list(self.scales)} must end at the latent grid's side,"
+                f" image_size / patch_size = {self.image_size} / {self.patch_size} = {side}"
+            )
+        for part in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width % heads:
+                raise ValueError(f"model.{part}_width {width} is not divisible by model.{part}_heads {heads}")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"model.mlp_ratio must be positive, not {self.mlp_ratio}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path must be in [0, 1), not {self.drop_path}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the latent map at the training size."""
+        return (self.scales[-1], self.scales[-1])
+
+
+class HieraTok(nn.Module):
+    """Image -> latent map z -> image at every scale (paper, section 3.2)."""
+
+    def __init__(self, config: TokenizerConfig | None = None):
+        super().__init__()
+        self.config = c = config or TokenizerConfig()
+        self.encoder = Encoder(
+            c.grid, c.patch_size, c.latent_channels, c.encoder_width, c.encoder_depth, c.encoder_heads, c.mlp_ratio
+        )
+        if c.downsample == "conv" and len(c.scales) > 1:
+            self.downsample = ConvDownsample(c.latent_channels, c.encoder_width, c.decoder_width, c.scales)
+        else:
+            self.downsample = AreaDownsample(c.latent_channels, c.decoder_width)
+        self.decoder = Decoder(
+            c.grid,
+            len(c.scales),
+            c.patch_size,
+            c.decoder_width,
+            c.decoder_depth,
+            c.decoder_heads,
+            c.mlp_ratio,
+            c.drop_path,
+            c.attention,
+        )
+        self.apply(init_weights)
+        for parameter in (self.encoder.positions, self.decoder.positions, self.decoder.scale_embeddings):
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """The latent's distribution.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1]; H and W multiples of the patch size.
+
+        Returns:
+            Mean and log-variance over (B, d, H/f, W/f); `.mode()` or `.sample()` gives z.
+
+        Raises:
+            ValueError: another shape, or sides that are no multiples of the patch size.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"encode takes images of shape (B, 3, H, W), not {tuple(images.shape)}")
+        f = self.config.patch_size
+        if images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch size {f}")
+        return DiagonalGaussian(*self.encoder(images))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, d, h, w) -> the finest image (B, 3, f h, f w), about [-1, 1] (not clamped)."""
+        return self.decode_pyramid(z)[-1]
+
+    def decode_pyramid(self, z: Tensor) -> list[Tensor]:
+        """z (B, d, h, w) -> an image per scale, (B, 3, f h_k, f w_k), coarse to fine, about [-1, 1] (not clamped).
+
+        Raises:
+            ValueError: z has another number of dimensions or channels.
+        """
+        scales = self.scales_of(z)
+        return self.decoder(self.downsample(z, scales), scales)
+
+    def decode_progressive(self, z: Tensor) -> Iterator[Tensor]:
+        """The images of `decode_pyramid`, each yielded as soon as it is known.
+
+        In causal mode scale k's pixels depend on scales <= k alone, so a preview costs only its own prefix; keys and
+        values are kept for the next scale. In full mode nothing is known before everything is.
+        """
+        scales = self.scales_of(z)
+        if self.config.attention == "full":
+            yield from self.decode_pyramid(z)
+        else:
+            yield from self.decoder.progressive(self.downsample(z, scales), scales)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian]:
+        """Training's pass: images (B, 3, H, W) -> pyramid of reconstructions from a sampled z, and the posterior."""
+        posterior = self.encode(images)
+        return self.decode_pyramid(posterior.sample()), posterior
+
+    def scales_of(self, z: Tensor) -> Scales:
+        """The token grids that belong to a latent map (B, d, h, w)."""
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"decode takes latents of shape (B, {self.config.latent_channels}, h, w), not {tuple(z.shape)}"
+            )
+        return Scales.of(self.config.scales, (z.shape[2], z.shape[3]))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder` (made if need be)."""
+        checkpoint.save(folder, self.state_dict(), {"model_type": "hieratok", **asdict(self.config)})
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, device: str | torch.device = "cpu"
+    ) -> "HieraTok":
+        """A tokenizer from a run's folder, a folder written by `save_pretrained`, or a hub id ("name/model").
+
+        Returns it in evaluation mode. A hub id is downloaded only if no such folder exists here.
+
+        Raises:
+            FileNotFoundError: nothing there, or a file is missing.
+            ValueError: the files do not fit this class or each other; the message says where.
+        """
+        folder = checkpoint.find(source, revision, inside="tokenizer")
+        config = TokenizerConfig(**checkpoint.load_config(folder, "hieratok", TokenizerConfig))
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.load_weights(folder, model, device)
+        return model.eval()

@@ -1,0 +1,30 @@
+"""The latent's distribution."""
+
+import torch
+from torch import Tensor
+
+
+class DiagonalGaussian:
+    """Independent normals, one per latent value, from an encoder's output.
+
+    Args:
+        mean: (B, d, h, w).
+        logvar: (B, d, h, w), logarithm of the variance; clamped to [-30, 20], as in latent diffusion.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor):
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw (B, d, h, w), differentiable in mean and log-variance."""
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def mode(self) -> Tensor:
+        """The mean (B, d, h, w): what evaluation decodes."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence from N(0, I) in nats, summed over the latent dimensions: (B,)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
