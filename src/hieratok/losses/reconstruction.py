@@ -84,8 +84,9 @@ class ReconstructionLoss(nn.Module):
             posterior: of the images.
 
         Returns:
-            The scalar loss, and detached, unweighted scalars by name: `l1`, `mse`, `<perceptual name>` (weighted means
-            over scales) and `l1/16`, `l1/32`, ... (per scale, named by its height in pixels), and `kl` in nats per image.
+            The scalar loss, and detached, unweighted scalars by name: `l1`, `mse`, the perceptual distance's name
+            (weighted means over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels), and `kl`
+            in nats per image.
         """
         c = self.config
         weights = {"l1": c.l1_weight, "mse": c.mse_weight}

@@ -13,8 +13,9 @@ class DiagonalGaussian:
     """
 
     def __init__(self, mean: Tensor, logvar: Tensor):
-        self.mean = mean
-        self.logvar = logvar.clamp(-30.0, 20.0)
+        at_least_float32 = torch.promote_types(mean.dtype, torch.float32)  # under bf16 autocast too
+        self.mean = mean.to(at_least_float32)
+        self.logvar = logvar.to(at_least_float32).clamp(-30.0, 20.0)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One draw (B, d, h, w), differentiable in mean and log-variance."""
