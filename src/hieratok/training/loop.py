@@ -1,9 +1,9 @@
 """What every training run shares: optimiser, schedule, EMA, logging, checkpoints, exact resume.
 
-Randomness is stateless: the data order is a function of (seed, step), each image's augmentation of (seed, epoch, image),
-and the noise of each micro-batch (posterior samples, stochastic depth) of (seed, step, micro-batch). A step number is
-therefore all that a checkpoint needs besides weights and optimiser, and one process with two micro-batches does what two
-processes with one each do.
+Randomness is stateless: the data order is a function of (seed, step), each image's augmentation of (seed, epoch,
+image), and the noise of each micro-batch (posterior samples, stochastic depth) of (seed, step, micro-batch). A step
+number is therefore all that a checkpoint needs besides weights and optimiser, and one process with two micro-batches
+does what two processes with one each do.
 """
 
 import contextlib

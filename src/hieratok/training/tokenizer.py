@@ -1,6 +1,5 @@
 """Training a tokenizer: stage 1 (paper, section 4)."""
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
