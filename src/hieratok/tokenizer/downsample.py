@@ -3,11 +3,15 @@
 Both modules come after z, so a generator sees only z.
 """
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok.layers import LayerNorm2d
 from hieratok.tokenizer.scales import Scales, area_pool
+
+DownsampleMode = Literal["interpolate", "conv"]
 
 
 class AreaDownsample(nn.Module):

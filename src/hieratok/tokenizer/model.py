@@ -7,7 +7,7 @@ K scales (coarse to fine), h_k w_k token grid of scale k, N tokens of all scales
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from hieratok import checkpoint
 from hieratok.layers import init_weights
 from hieratok.tokenizer.attention import AttentionMode
-from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
+from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample, DownsampleMode
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
 from hieratok.tokenizer.vit import Decoder, Encoder
-
-DownsampleMode = Literal["interpolate", "conv"]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from hieratok import checkpoint
 from hieratok.data.images import ImageDataset, StepBatches, to_float, training_loader
+from hieratok.errors import TrainingError
 
 # (model, images (B, 3, H, W) in [-1, 1]) -> scalar loss, and scalars to log by name
 ComputeLoss = Callable[[nn.Module, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -129,10 +130,6 @@ HARMLESS = {
     "train.picture_every",
     "data.num_workers",
 }
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says where it stands."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

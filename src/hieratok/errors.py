@@ -1,0 +1,5 @@
+"""Errors that the command line reports in one line."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says where it stands and what to do."""
