@@ -46,7 +46,7 @@ def small_model(seed: int = 0, **changes) -> HieraTok:
     return model
 
 
-# --- an independent reading of the decoder: one masked attention over the whole sequence, plain tensor algebra ---------
+# --- an independent reading of the decoder: one masked attention over the whole sequence, plain tensor algebra --------
 
 
 def naive_decode(model: HieraTok, z: torch.Tensor, mode: str) -> list[torch.Tensor]:
@@ -395,7 +395,7 @@ def test_loading_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="does not fit"):
         HieraTok.from_pretrained(tmp_path)
     rewrite(attentoin="full")
-    with pytest.raises(ValueError, match="unknown setting 'attentoin'; did you mean 'attention'?"):
+    with pytest.raises(ValueError, match="unknown setting 'attentoin'; did you mean 'attention'"):
         HieraTok.from_pretrained(tmp_path)
     rewrite(model_type="dit")
     with pytest.raises(ValueError, match="does not describe a hieratok model"):
