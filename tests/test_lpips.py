@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import pickle
 import sys
 import warnings
 from dataclasses import replace
@@ -197,8 +196,8 @@ def test_train_mode_changes_nothing(random_squeeze):
     assert torch.equal(random_squeeze.train()(x, y), before)
 
 
-def test_dead_features_have_a_finite_gradient(tmp_path):
-    """Where a rectifier zeroes every channel, the square root in the length has an infinite slope."""
+def test_dead_features_have_no_distance_and_no_gradient(tmp_path):
+    """Where a rectifier zeroes every channel there is no direction, and the length has no slope."""
     tensors = models.squeezenet1_1(weights=None).features.state_dict()
     for name, tensor in tensors.items():
         if name.endswith("bias"):
@@ -352,7 +351,7 @@ def test_unreadable_files(tmp_path, tensors):
         with pytest.raises(ValueError, match=rf"^.*noise\{ending} cannot be read .*$"):
             PerceptualLoss("squeeze", path)
     code = tmp_path / "code.pth"
-    code.write_bytes(pickle.dumps({"0.weight": Path("a class that is no tensor")}))
+    torch.save({"0.weight": Path("an object that only code can build")}, code)
     with pytest.raises(ValueError, match=r"^.*code.pth cannot be read .*$"):
         PerceptualLoss("squeeze", code)
     torch.save({"state_dict": tensors}, tmp_path / "nested.pth")

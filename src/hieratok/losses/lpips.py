@@ -180,7 +180,6 @@ class PerceptualLoss(nn.Module):
         for index, layer in enumerate(self.network):
             x = layer(x)  # in bfloat16 under autocast; from here on float32
             if index in self.spec.layers:
-                # vector_norm has gradient 0 where all channels are 0; the square root of a sum would give NaN.
                 length = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True)
                 features.append(x.float() / (length + 1e-10))
         return features
