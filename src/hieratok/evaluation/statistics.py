@@ -1,0 +1,340 @@
+"""What is kept of a set of images: means and covariances of features in float64, batch by batch, and the features
+themselves where a metric needs them; to and from .npz files.
+
+Memory does not grow with the number of images but for a hash per image, and the features of metrics that compare images
+with each other (KID, precision and recall, Inception Score).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hieratok.checkpoint import atomic_file
+from hieratok.evaluation.features import FeatureNetwork, file_sha256
+
+SEED = 2020  # of everything that draws images: torch-fidelity's default
+REFERENCE_FEATURES = 10_000  # at most, of a reference: as many images as ADM's file has for precision and recall
+
+
+def check_features(features: Tensor, what: str = "features") -> None:
+    """Raise ValueError unless `features` is a finite floating-point tensor of shape (n, D)."""
+    if features.ndim != 2 or features.numel() == 0 or not features.is_floating_point():
+        raise ValueError(f"{what} must be (images, dimensions) float, got {tuple(features.shape)} {features.dtype}")
+    if not features.isfinite().all():
+        raise ValueError(f"{what} of image {int((~features.isfinite()).any(1).nonzero()[0])} are not finite")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance (ddof 1) of the features of n images, on the CPU in float64.
+
+    The covariance is held in one of two forms: as such, or - where there are fewer images than dimensions, and it is
+    singular - as the centred features, from which distances come out faster and more exact.
+    """
+
+    mu: Tensor
+    """(D,)"""
+    n: int | None
+    """Number of images; None if a file does not say."""
+    covariance: Tensor | None = None
+    """(D, D), or None: then `centred` is set."""
+    centred: Tensor | None = None
+    """(n, D) features minus their mean."""
+
+    def sigma(self) -> Tensor:
+        """The covariance, (D, D)."""
+        if self.covariance is not None:
+            return self.covariance
+        assert self.centred is not None
+        assert self.n is not None
+        return self.centred.T @ self.centred / (self.n - 1)
+
+    def total_variance(self) -> float:
+        """The trace of the covariance."""
+        if self.covariance is not None:
+            return self.covariance.trace().item()
+        assert self.centred is not None
+        assert self.n is not None
+        return self.centred.square().sum().item() / (self.n - 1)
+
+
+class Moments:
+    """Mean and covariance of features that come batch by batch, in float64.
+
+    Features wait until there are as many as dimensions D and are then folded into the sums in one matrix product: so
+    memory is bounded by two D x D matrices, batches of 1 cost no more than others, and for n < D the features
+    themselves are at hand. Sums are of deviations from the running mean, which keeps their digits where the mean is
+    large.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        """Images folded into the sums; those still waiting are not counted."""
+        self.mean: Tensor | None = None
+        self.scatter: Tensor | None = None  # (D, D) sum of outer products of deviations from the mean
+        self.waiting: list[Tensor] = []
+
+    def update(self, features: Tensor) -> None:
+        """Add features, (B, D) float. Raises ValueError for another shape and for values that are not finite."""
+        check_features(features)
+        width = self._width()
+        if width is not None and features.shape[1] != width:
+            raise ValueError(f"features have {features.shape[1]} dimensions, those before had {width}")
+        self.waiting.append(features.detach())
+        self._fold_if_many()
+
+    def _width(self) -> int | None:
+        if self.mean is not None:
+            return len(self.mean)
+        return self.waiting[0].shape[1] if self.waiting else None
+
+    def _fold_if_many(self) -> None:
+        if self.waiting and sum(map(len, self.waiting)) >= self.waiting[0].shape[1]:
+            self._fold()
+
+    def _fold(self) -> None:
+        rows = float64(torch.cat(self.waiting))
+        mean = rows.mean(0)
+        centred = rows - mean
+        self._combine(len(rows), mean, centred.T @ centred)
+        self.waiting = []
+
+    def _combine(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        """Add sums of other images (Chan, Golub and LeVeque 1979)."""
+        if self.mean is None or self.scatter is None:
+            self.n, self.mean, self.scatter = n, mean, scatter
+            return
+        difference = mean.to(self.mean.device) - self.mean
+        total = self.n + n
+        outer = torch.outer(difference, difference) * (self.n * n / total)
+        self.scatter = self.scatter + scatter.to(self.scatter.device) + outer
+        self.mean = self.mean + difference * (n / total)
+        self.n = total
+
+    def state(self) -> dict[str, Any]:
+        """Everything collected, on the CPU: what other processes need for `merge_state`."""
+        return {
+            "n": self.n,
+            "mean": None if self.mean is None else self.mean.cpu(),
+            "scatter": None if self.scatter is None else self.scatter.cpu(),
+            "waiting": [rows.cpu() for rows in self.waiting],
+        }
+
+    def merge_state(self, state: Mapping[str, Any]) -> None:
+        """Add what another process collected."""
+        if state["n"]:
+            self._combine(state["n"], state["mean"], state["scatter"])
+        for rows in state["waiting"]:
+            self.waiting.append(rows.to(self.waiting[0].device) if self.waiting else rows)
+        self._fold_if_many()
+
+    def statistics(self) -> Statistics:
+        """Statistics of everything added so far. Raises ValueError below two images: there is no covariance."""
+        n = self.n + sum(map(len, self.waiting))
+        if n < 2:
+            raise ValueError(f"a distance needs at least 2 images, got {n}")
+        if self.mean is None:
+            return statistics_of(torch.cat(self.waiting))
+        if self.waiting:
+            self._fold()
+        assert self.mean is not None
+        assert self.scatter is not None
+        return Statistics(self.mean.cpu(), n, covariance=self.scatter.cpu() / (n - 1))
+
+
+def statistics_of(features: Tensor) -> Statistics:
+    """Statistics of fewer images than dimensions, (n, D), in the form that keeps the centred features."""
+    rows = float64(features).cpu()
+    mu = rows.mean(0)
+    return Statistics(mu, len(rows), centred=rows - mu)
+
+
+def float64(x: Tensor) -> Tensor:
+    """To float64; on the CPU where the device, Apple's GPU, has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+class FeatureSet:
+    """Collects the features of a set of images, batch after batch.
+
+    Args:
+        network: gives the features.
+        keep: keep the features themselves too, for KID, precision and recall, and the Inception Score.
+    """
+
+    def __init__(self, network: FeatureNetwork, keep: bool = False):
+        self.network = network
+        self.keep = keep
+        self.pool = Moments()
+        self.spatial = Moments()
+        self.kept: list[Tensor] = []  # float32 (B, D), in the order of `digests`
+        self.digests: dict[str, str] = {}  # name: SHA-256 of the pixels
+
+    def update(self, images: Tensor, names: Sequence[str]) -> None:
+        """Add a batch: uint8 (B, 3, H, W) and the B images' names.
+
+        Raises ValueError for another dtype or shape, a name seen before and features that are not finite.
+        """
+        features = self.network(images)
+        if len(names) != len(images):
+            raise ValueError(f"{len(names)} names for {len(images)} images")
+        for name, finite in zip(names, features.pool.isfinite().all(1).tolist()):
+            if not finite:
+                raise ValueError(f"{name}: the features of {self.network.name} are not finite")
+        digests = {name: _pixels_sha256(image) for name, image in zip(names, images.cpu())}
+        if len(digests) < len(names):
+            raise ValueError(f"{max(names, key=list(names).count)}: this name stands twice in one batch")
+        self._add_names(digests)
+        self.pool.update(features.pool)
+        if features.spatial is not None:
+            self.spatial.update(features.spatial)
+        if self.keep:
+            self.kept.append(features.pool.cpu())
+
+    def _add_names(self, digests: Mapping[str, str]) -> None:
+        twice = digests.keys() & self.digests.keys()
+        if twice:
+            raise ValueError(f"{min(twice)}: this image was already counted")
+        self.digests.update(digests)
+
+    def state(self) -> dict[str, Any]:
+        """Everything collected, without the network: what other processes need for `merge_state`."""
+        return {
+            "pool": self.pool.state(),
+            "spatial": self.spatial.state(),
+            "kept": self.kept,
+            "digests": self.digests,
+        }
+
+    def merge_state(self, state: Mapping[str, Any]) -> None:
+        """Add what another process collected; ValueError for an image both have seen."""
+        self._add_names(state["digests"])
+        self.pool.merge_state(state["pool"])
+        self.spatial.merge_state(state["spatial"])
+        self.kept += state["kept"]
+
+    def merge(self, other: "FeatureSet") -> None:
+        """Add what `other` collected. ValueError for an image both have seen, or another network."""
+        if other.network.description() != self.network.description() or other.keep != self.keep:
+            raise ValueError("only feature sets of one network, both with or both without features kept, can be merged")
+        self.merge_state(other.state())
+
+    def compute(self) -> "SetStatistics":
+        """Statistics of everything added so far. Raises ValueError below two images."""
+        pool = self.pool.statistics()
+        order = sorted(range(len(self.digests)), key=list(self.digests).__getitem__)
+        return SetStatistics(
+            network=self.network.description(),
+            images=hashlib.sha256("".join(sorted(self.digests.values())).encode()).hexdigest(),
+            pool=pool,
+            spatial=self.spatial.statistics() if self.spatial.n or self.spatial.waiting else None,
+            features=torch.cat(self.kept)[order] if self.keep else None,
+        )
+
+
+def _pixels_sha256(image: Tensor) -> str:
+    digest = hashlib.sha256(str(tuple(image.shape)).encode())
+    digest.update(image.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """What distances need to know about a set of images."""
+
+    network: dict[str, str]
+    """`FeatureNetwork.description()`."""
+    images: str
+    """SHA-256 of the images' pixels, in any order; of the file, for statistics that others wrote."""
+    pool: Statistics
+    spatial: Statistics | None = None
+    features: Tensor | None = None
+    """float32 (n, D), in the order of the images' names, if they were kept."""
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz in the layout of ADM's evaluation suite, which can read it (mu, sigma, mu_s, sigma_s), plus
+        n, `features` of at most 10,000 images if they were kept, and a `manifest`. All or nothing appears at `path`."""
+        arrays: dict[str, Any] = {"mu": self.pool.mu.numpy(), "sigma": self.pool.sigma().numpy()}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mu.numpy(), "sigma_s": self.spatial.sigma().numpy()}
+        if self.features is not None:
+            arrays["features"] = reference_features(self.features).numpy()
+        arrays["n"] = self.pool.n
+        arrays["manifest"] = json.dumps(self.network | {"images sha256": self.images})
+        with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path, network: FeatureNetwork) -> "SetStatistics":
+        """Read an .npz of `save`, of ADM's suite or of pytorch-fid (mu, sigma). The last two do not name their
+        network: it is Inception.
+
+        Raises:
+            ValueError: damaged, not statistics, or of another network or preprocessing than `network`.
+            FileNotFoundError: no file.
+        """
+        path = Path(path)
+        arrays = _read_arrays(path)
+        if "mu" not in arrays or "sigma" not in arrays:
+            raise ValueError(f"{path} holds no statistics (mu, sigma): write them with `hieratok evaluate stats`")
+        n = int(arrays["n"]) if "n" in arrays else None
+        if "manifest" in arrays:
+            try:
+                manifest = json.loads(str(arrays["manifest"]))
+                images = manifest.pop("images sha256")
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path} has a damaged manifest: write the statistics again") from error
+            for key, value in network.description().items():
+                if manifest.get(key) != value:
+                    raise ValueError(f"{path} is of another network: its {key} is {manifest.get(key)!r}, not {value!r}")
+        else:
+            images = file_sha256(path)
+            if not network.is_fid:
+                raise ValueError(
+                    f"{path} does not say of which network it is, so of FID's Inception: it cannot be compared "
+                    f"with features of {network.name}"
+                )
+        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+        if features is not None and n == len(features) < features.shape[1]:
+            pool = statistics_of(features)
+        else:
+            pool = _checked(arrays["mu"], arrays["sigma"], n, path)
+        spatial = _checked(arrays["mu_s"], arrays["sigma_s"], n, path) if "mu_s" in arrays else None
+        return cls(network.description(), images, pool, spatial, features)
+
+
+def reference_features(features: Tensor) -> Tensor:
+    """At most 10,000 rows, a seeded choice in the order they had: what a reference gives to KID, precision and recall,
+    whether it comes as images or as a file of statistics."""
+    if len(features) <= REFERENCE_FEATURES:
+        return features
+    chosen = np.random.RandomState(SEED).permutation(len(features))[:REFERENCE_FEATURES]
+    return features[torch.from_numpy(np.sort(chosen))]
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The statistics in an .npz; images (`arr_0`) are left alone, they may be large."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files if key != "arr_0"}
+    except Exception as error:  # zipfile, zlib and numpy each raise their own
+        raise ValueError(f"{path} cannot be read as .npz: damaged, or of another kind") from error
+
+
+def _checked(mu: np.ndarray, sigma: np.ndarray, n: int | None, path: Path) -> Statistics:
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and its covariance")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: its mean or covariance is not finite")
+    if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * np.abs(sigma).max()):
+        raise ValueError(f"{path}: sigma is not symmetric, so not a covariance")
+    return Statistics(torch.from_numpy(mu).double(), n, covariance=torch.from_numpy(sigma).double())
