@@ -1,0 +1,271 @@
+"""The first look: train a small tokenizer on the bundled photos, reconstruct crops it never saw, write a page of it."""
+
+import json
+import math
+import platform
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hieratok import recipes, report
+from hieratok.checkpoint import atomic_file
+from hieratok.data.images import Source, center_crop, open_source, to_float, to_uint8
+from hieratok.pictures import to_pil
+from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.scales import area_pool
+from hieratok.training.loop import RunFolder, plain
+from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
+
+PROTOCOL = (
+    "10 log10(255^2 / mean squared error) on uint8, one mean over all held-out centre crops; from the posterior mean"
+)
+
+
+def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = None) -> dict[str, Any]:
+    """Train, reconstruct held-out crops at every scale, write `out/index.html` and `out/metrics.json`.
+
+    A finished run in `out` is not trained again, an unfinished one goes on.
+
+    Args:
+        out: the run's folder.
+        run: what to train; the recipe `tiny-multi` unless given. Its `data.val_path` says which images are held out.
+
+    Returns:
+        What is in `metrics.json`.
+
+    Raises:
+        ValueError, FileNotFoundError: settings or images that do not fit or are missing.
+        TrainingError: training cannot go on.
+    """
+    run = run or recipes.get("tiny-multi")
+    if run.data.val_path is None:
+        raise ValueError("quickstart needs images that are never trained on: set data.val_path")
+    held_out = open_source(run.data.val_path)
+    print(f"Training {run.name} for {run.train.steps:,} steps of {run.train.batch_size} images on {hardware()}")
+    tokenizer = train_tokenizer(run, out)
+
+    originals = torch.stack([center_crop(held_out.image(i), run.model.image_size) for i in range(len(held_out))])
+    pyramid = reconstruct(tokenizer, originals)
+    log = RunFolder(out, plain(run)).read_log()
+    metrics = {
+        **compare(originals, pyramid, run.model.patch_size),
+        **speed(log),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "protocol": PROTOCOL,
+        "settings": plain(run),
+    }
+    with atomic_file(out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    report.write_page(out / "index.html", make_page(out, run, metrics, log, held_out, originals, pyramid))
+    print(
+        f"PSNR of {len(originals)} held-out crops: {metrics['psnr']:.2f} dB;"
+        f" of their patch-mean images: {metrics['psnr_patch_mean']:.2f} dB"
+    )
+    print(f"Pictures, curves and what to do next: {out / 'index.html'}")
+    return metrics
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: HieraTok, images: Tensor) -> list[Tensor]:
+    """uint8 (B, 3, H, W) -> every scale's reconstruction from the posterior mean, uint8 (B, 3, H_k, W_k)."""
+    device = next(tokenizer.parameters()).device
+    z = tokenizer.encode(to_float(images.to(device))).mode()
+    return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(z)]
+
+
+def shrink(images: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, height, width), each pixel the mean colour of the area it covers."""
+    return to_uint8(area_pool(to_float(images), (height, width)))
+
+
+def patch_mean(images: Tensor, patch_size: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> each f x f patch replaced by its mean colour: the best that one colour per patch can do."""
+    h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    return shrink(images, h, w).repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)
+
+
+def squared_errors(images: Tensor, references: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W), twice -> mean squared error of each image, float64 (B,)."""
+    return (images.double() - references.double()).square().flatten(1).mean(1)
+
+
+def decibels(squared_error: Tensor) -> float:
+    """PSNR of a mean squared error on the scale 0 to 255."""
+    return 10 * math.log10(255**2 / float(squared_error))
+
+
+def compare(originals: Tensor, pyramid: list[Tensor], patch_size: int) -> dict[str, Any]:
+    """PSNR in dB of the finest reconstruction and of the patch-mean image, and of every scale (named by its height in
+    pixels) against the area-downsampled original. All arguments uint8."""
+    psnr = decibels(squared_errors(pyramid[-1], originals).mean())
+    baseline = decibels(squared_errors(patch_mean(originals, patch_size), originals).mean())
+    per_scale = {
+        str(x.shape[-2]): decibels(squared_errors(x, shrink(originals, *x.shape[-2:])).mean()) for x in pyramid
+    }
+    return {
+        "psnr": psnr,
+        "psnr_patch_mean": baseline,
+        "gain_db": psnr - baseline,
+        "psnr_per_scale": per_scale,
+        "held_out_images": len(originals),
+    }
+
+
+def speed(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images seen and time spent in training, interruptions left out."""
+    before = [0, *(record["images"] for record in log)]
+    seconds = sum((record["images"] - last) / record["images_per_second"] for last, record in zip(before, log))
+    images = log[-1]["images"]
+    return {"images_seen": images, "seconds": seconds, "images_per_second": images / seconds}
+
+
+def hardware() -> str:
+    """What a run trains on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def make_page(
+    out: Path,
+    run: TokenizerRun,
+    metrics: dict[str, Any],
+    log: list[dict[str, Any]],
+    held_out: Source,
+    originals: Tensor,
+    pyramid: list[Tensor],
+) -> report.Html:
+    """`index.html`."""
+    sizes = [x.shape[-1] for x in pyramid]
+    grid = originals.shape[-1] // run.model.patch_size
+    minutes = metrics["seconds"] / 60
+    summary = (
+        f"A multi-scale tokenizer turns each {originals.shape[-1]} px image into {grid} x {grid} latent vectors of"
+        f" {run.model.latent_channels} numbers, and decodes them at {len(sizes)} scales. This one was trained for"
+        f" {minutes:.1f} minutes on {metrics['hardware']}; all pictures below are crops that it never saw."
+    )
+    key = [
+        (f"{metrics['psnr']:.2f} dB", "PSNR of held-out crops"),
+        (f"{metrics['psnr_patch_mean']:.2f} dB", "PSNR of their patch-mean images"),
+        (f"{metrics['gain_db']:+.2f} dB", "gained over one colour per patch"),
+        (f"{minutes:.1f} min", f"of training, {metrics['images_per_second']:.0f} images/s"),
+    ]
+    return report.page(
+        f"HieraTok quickstart: {run.name}",
+        summary,
+        [
+            report.key_figures(key),
+            report.section("Reconstructions", pictures(run, held_out, originals, pyramid)),
+            report.section("Fidelity", psnr_table(run, metrics)),
+            report.section("Training", report.columns(*loss_curves(log, sizes)), settings_table(run, metrics)),
+            report.section("Where to go from here", *next_steps(out)),
+        ],
+    )
+
+
+def pictures(run: TokenizerRun, held_out: Source, originals: Tensor, pyramid: list[Tensor]) -> report.Html:
+    """Every held-out crop: its reconstructions coarse to fine, itself, its patch-mean image."""
+    f = run.model.patch_size
+    means = shrink(originals, originals.shape[-2] // f, originals.shape[-1] // f)  # one pixel per patch is enough
+    stacks = [*pyramid, originals, means]
+    errors = squared_errors(pyramid[-1], originals)
+    rows = [
+        report.Row(held_out.name(i), [to_pil(stack[i]) for stack in stacks], f"{decibels(errors[i]):.1f} dB")
+        for i in range(len(originals))
+    ]
+    titles = [*(f"{x.shape[-1]} px" for x in pyramid), "original", "patch mean"]
+    return report.picture_grid(
+        titles,
+        rows,
+        f"Held-out crops of {run.data.val_path}, decoded at every scale from the posterior mean, beside the original"
+        f" and the patch-mean image (each {f} x {f} patch replaced by its mean colour). Below each name: PSNR of the"
+        f" {pyramid[-1].shape[-1]} px reconstruction. Select a picture to enlarge it; arrow keys go on to the next.",
+    )
+
+
+def psnr_table(run: TokenizerRun, metrics: dict[str, Any]) -> report.Html:
+    """PSNR of every scale and of the patch-mean image."""
+    *coarse, finest = metrics["psnr_per_scale"]
+    rows = [
+        [f"scale {s} px", f"area-downsampled original, {s} px", f"{metrics['psnr_per_scale'][s]:.2f}"] for s in coarse
+    ]
+    rows.append([f"scale {finest} px", "original", f"{metrics['psnr']:.2f}"])
+    rows.append(["patch-mean image", "original", f"{metrics['psnr_patch_mean']:.2f}"])
+    return report.table(
+        ["image", "compared with", "PSNR (dB)"],
+        rows,
+        f"{metrics['held_out_images']} held-out crops; {PROTOCOL}. The last row is the best that one colour per patch"
+        f" can do.",
+    )
+
+
+def loss_curves(log: list[dict[str, Any]], sizes: list[int]) -> list[report.Html]:
+    """The total loss, and the L1 error of each scale, over images seen."""
+    images = [record["images"] for record in log]
+    total = report.Line("loss", images, [record["loss"] for record in log])
+    scales = [report.Line(f"{size} px", images, [record[f"l1/{size}"] for record in log]) for size in sizes]
+    return [
+        report.line_plot([total], "images seen", "training loss", "Total training loss.", log_y=True),
+        report.line_plot(
+            scales,
+            "images seen",
+            "mean absolute error",
+            "L1 error of each scale against the image at that size; pixels in [-1, 1], 0.01 is 1.3 of 255 grey levels.",
+            log_y=True,
+        ),
+    ]
+
+
+def settings_table(run: TokenizerRun, metrics: dict[str, Any]) -> report.Html:
+    """What the run was."""
+    m, t = run.model, run.train
+    rows = [
+        ["model", f"{metrics['parameters'] / 1e6:.2f}M parameters, f{m.patch_size} d{m.latent_channels}"],
+        ["scales", f"{', '.join(map(str, m.scales))} tokens a side"],
+        ["multi-scale tokens, attention", f"{m.downsample}, scale-{m.attention}"],
+        ["encoder", f"{m.encoder_depth} blocks of width {m.encoder_width}"],
+        ["decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}"],
+        ["training images", f"{run.data.path}, {run.data.crop} crops of at least {run.data.min_area:.0%} of the area"],
+        ["steps x batch", f"{t.steps:,} x {t.batch_size} = {metrics['images_seen']:,} images seen"],
+        ["learning rate", f"{t.learning_rate:g} to {t.min_learning_rate:g}, cosine"],
+        ["loss weights", f"L1 {run.loss.l1_weight:g}, MSE {run.loss.mse_weight:g}, perceptual"
+         f" {run.loss.perceptual_weight:g}, KL {run.loss.kl_weight:g}"],
+        ["hardware", metrics["hardware"]],
+        ["time", f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:.1f} images/s"],
+    ]  # fmt: skip
+    return report.table(["setting", "value"], rows, "The run; config.yaml beside this page has every setting.")
+
+
+def next_steps(out: Path) -> list[report.Html]:
+    """Commands and Python lines that work as they stand, but for the names in capitals."""
+    folder = shlex.quote(str(out))
+    commands = f"""
+hieratok reconstruct {folder} PHOTO.jpg --out DIR       # every scale of your own photo
+hieratok train tiny-multi --data PHOTOS --out runs/photos   # train on a folder of them
+hieratok recipes                                        # every recipe, the paper's among them
+hieratok cost f16d16-multi                              # parameters and FLOPs of the paper's tokenizer
+tensorboard --logdir {folder}                           # this run's curves
+"""
+    lines = f"""
+from hieratok import HieraTok
+from hieratok.data.images import center_crop, open_source, to_float
+
+tok = HieraTok.from_pretrained({str(out)!r})
+photo = center_crop(open_source("PHOTO.jpg").image(0), tok.config.image_size)
+z = tok.encode(to_float(photo[None])).mode()            # the latent map a generator would learn
+for image in tok.decode_progressive(z):                 # coarse to fine, each as soon as it is known
+    print(tuple(image.shape))
+"""
+    return [report.code(commands, "On the command line."), report.code(lines, "In Python.")]
