@@ -1,0 +1,558 @@
+"""Images for training and evaluation: sources to read them from, crops, and the order in which they are seen.
+
+A `Source` gives whole images by index. Training reads it through `ImageDataset` (crop, flip), `StepBatches` (order) and
+`training_loader`; both the order and the augmentation are functions of the seed and a position, without state, so that
+a run resumed at step k sees bit for bit what an uninterrupted one sees, with any number of workers and processes.
+Evaluation reads it through `evaluation_batches`: every image once, always with `center_crop`.
+"""
+
+import difflib
+import glob
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hieratok.data.pixels import (
+    SUFFIXES,
+    BadImageError,
+    center_crop,
+    decode_image,
+    has_image_suffix,
+    random_resized_crop,
+    to_float,
+    to_uint8,
+)
+from hieratok.data.shards import TarShards
+
+__all__ = [
+    "BadImageError",
+    "BundledPhotos",
+    "ImageDataset",
+    "ImageFiles",
+    "Source",
+    "StepBatches",
+    "TarShards",
+    "center_crop",
+    "evaluation_batches",
+    "open_source",
+    "random_resized_crop",
+    "to_float",
+    "to_uint8",
+    "training_loader",
+]
+
+TRAIN_NAMES = {"train", "training"}
+HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """A set of images that can be read in any order, by any thread or process."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """For messages and output files: a relative path, unique within the source."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Class index, -1 where there is none."""
+        ...
+
+    def image(self, index: int) -> Tensor:
+        """uint8 (3, H, W), RGB, upright; not to be written to.
+
+        Raises:
+            BadImageError: it cannot be read; the message names the file.
+        """
+        ...
+
+
+class ImageFiles:
+    """Image files: a `Source`.
+
+    Args:
+        paths: a folder, which is searched to any depth and whose sub-folders, in alphabetical order, are the classes
+            (an image directly in it has none); or a file, or several, without classes.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: no images, a file without an image's suffix, or one that is listed twice.
+    """
+
+    def __init__(self, paths: str | Sequence[str]):
+        if isinstance(paths, str) and os.path.isdir(paths):
+            self._folder = os.path.abspath(paths)
+            names = sorted(_images_below(self._folder))
+            if not names:
+                raise ValueError(f"no images found in {paths} (looked for {_suffix_list()}, in sub-folders too)")
+            classes = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+        else:
+            files = [os.path.abspath(path) for path in ([paths] if isinstance(paths, str) else paths)]
+            if not files:
+                raise ValueError("no image files given")
+            for file in files:
+                if not os.path.isfile(file):
+                    raise FileNotFoundError(f"no such file: {file}")
+                if not has_image_suffix(file):
+                    raise ValueError(f"{file} is not named like an image ({_suffix_list()})")
+            if len(set(files)) < len(files):
+                raise ValueError(f"{max(files, key=files.count)} is listed twice")
+            self._folder = os.path.commonpath([os.path.dirname(file) for file in files])
+            names = [os.path.relpath(file, self._folder) for file in files]
+            classes = [""] * len(names)
+        self.classes = sorted(set(classes) - {""})
+        class_index = {"": -1, **{name: i for i, name in enumerate(self.classes)}}
+        # Arrays and not lists of objects: forked workers then share them instead of each coming to own a copy.
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self._labels = np.array([class_index[name] for name in classes], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """Path below the folder, or below what the listed files have in common."""
+        return os.fsdecode(self._names[index])
+
+    def label(self, index: int) -> int:
+        """Index into `classes`, -1 where there is none."""
+        return int(self._labels[index])
+
+    def image(self, index: int) -> Tensor:
+        """uint8 (3, H, W).
+
+        Raises:
+            BadImageError: the file is damaged, missing or may not be read.
+        """
+        path = os.path.join(self._folder, self.name(index))
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise BadImageError(f"cannot read {path}: {error.strerror}") from error
+        return decode_image(data, path)
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    """Relative paths of all files with an image's suffix, except hidden ones; links are followed."""
+
+    def stop(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that may not be read
+
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(parent, name)]
+        below = parent[len(folder) :].lstrip(os.sep)
+        for name in files:
+            if has_image_suffix(name) and not name.startswith("."):
+                yield os.path.join(below, name)
+
+
+def _is_loop(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    path = os.path.join(parent, name)
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return os.path.commonpath([target, os.path.realpath(parent)]) == target
+
+
+def _suffix_list() -> str:
+    return " ".join(f".{suffix}" for suffix in SUFFIXES)
+
+
+class BundledPhotos:
+    """Photos inside scikit-image's and scikit-learn's wheels, for a first look without a download: a `Source`.
+
+    `train` has nine photos. `val` has 16 square tiles, eight each cut without overlap from two photos that are not in
+    `train`: 112 pixels from `chelsea`, 150 from `coffee`. All are decoded at once and kept, 16 MB. No classes.
+
+    Args:
+        split: "train" or "val".
+
+    Raises:
+        ValueError: another split.
+        FileNotFoundError: a package is not installed or came without its photos.
+    """
+
+    TRAIN = (
+        ("skimage", "data/astronaut.png"),
+        ("skimage", "data/hubble_deep_field.jpg"),
+        ("skimage", "data/ihc.png"),
+        ("skimage", "data/motorcycle_left.png"),
+        ("skimage", "data/motorcycle_right.png"),
+        ("skimage", "data/retina.jpg"),
+        ("skimage", "data/rocket.jpg"),
+        ("sklearn", "datasets/images/china.jpg"),
+        ("sklearn", "datasets/images/flower.jpg"),
+    )
+    VAL = (("skimage", "data/chelsea.png"), ("skimage", "data/coffee.png"))
+    TILE_ROWS, TILE_COLUMNS = 2, 4
+
+    def __init__(self, split: str = "train"):
+        if split not in ("train", "val"):
+            raise ValueError(f"the bundled photos have the splits train and val, not {split!r}")
+        self._images: dict[str, Tensor] = {}
+        for package, file in self.TRAIN if split == "train" else self.VAL:
+            name, photo = Path(file).stem, _bundled(package, file)
+            if split == "train":
+                self._images[name] = photo
+            else:
+                self._images.update({f"{name}-{i}": tile for i, tile in enumerate(self._tiles(photo))})
+        self._names = list(self._images)
+
+    def _tiles(self, photo: Tensor) -> list[Tensor]:
+        """The largest squares in the middles of the cells of a grid, row by row."""
+        height, width = photo.shape[1] // self.TILE_ROWS, photo.shape[2] // self.TILE_COLUMNS
+        cells = [
+            photo[:, y * height : (y + 1) * height, x * width : (x + 1) * width]
+            for y in range(self.TILE_ROWS)
+            for x in range(self.TILE_COLUMNS)
+        ]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return [cell[:, top : top + side, left : left + side].clone() for cell in cells]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """The photo's name, such as `astronaut`, with a tile's number in `val`."""
+        return self._names[index]
+
+    def label(self, index: int) -> int:
+        """-1: no classes."""
+        return -1
+
+    def image(self, index: int) -> Tensor:
+        """uint8 (3, H, W); the one that is kept, so not to be written to."""
+        return self._images[self._names[index]]
+
+
+def _bundled(package: str, file: str) -> Tensor:
+    """A photo from a package's folder, found without importing the package, which would take seconds."""
+    spec = importlib.util.find_spec(package)
+    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"the bundled photos come with {distribution}, which is not installed")
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise FileNotFoundError(f"this {distribution} came without {path}: reinstall it, or give --data PATH")
+    return decode_image(path.read_bytes(), str(path))
+
+
+def open_source(path: str | Sequence[str]) -> Source:
+    """What a user's data setting means.
+
+    - `bundled:train` (or just `bundled`), `bundled:val`: the photos that come with the dependencies;
+    - an image file, a folder of images (classes: its sub-folders), a pattern such as `photos/*.jpg`;
+    - WebDataset shards: a folder of `.tar` files, one of them, a pattern such as `shards/train-*.tar`;
+    - a list of these.
+
+    Raises:
+        FileNotFoundError: nothing there; the message offers the nearest name.
+        ValueError: no images, images and shards mixed, or several sets in one folder, such as train and val.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    if len(paths) == 1 and paths[0].split(":")[0] == "bundled":
+        return BundledPhotos(paths[0].partition(":")[2] or "train")
+    found = [_expand(os.path.expanduser(one)) for one in paths]
+    if len(found) == 1 and len(found[0]) == 1 and os.path.isdir(found[0][0]):
+        return _open_folder(found[0][0])
+
+    files: list[str] = []
+    for matches in found:  # a pattern may match both a folder and what is in it
+        files += dict.fromkeys(file for match in matches for file in _files_of(match))
+    shards = [file for file in files if file.endswith(".tar")]
+    if not files:
+        raise ValueError(f"no images found in {' '.join(paths)} (looked for {_suffix_list()} .tar)")
+    if not shards:
+        return ImageFiles(files)
+    if len(shards) < len(files):
+        other = next(file for file in files if not file.endswith(".tar"))
+        raise ValueError(f"{shards[0]} is a shard and {other} is not: give one kind or the other")
+    return TarShards(shards)
+
+
+def _files_of(path: str) -> list[str]:
+    if not os.path.isdir(path):
+        return [path]
+    return [os.path.join(path, name) for name in sorted(_images_below(path))]
+
+
+def _expand(path: str) -> list[str]:
+    """A path itself if it exists, else what it matches as a pattern, without files of other kinds."""
+    if os.path.exists(path):
+        return [path]
+    if glob.has_magic(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        usable = [m for m in matches if os.path.isdir(m) or m.endswith(".tar") or has_image_suffix(m)]
+        if not usable:
+            what = "nothing matches" if not matches else "no images or .tar shards match"
+            raise FileNotFoundError(f"{what} {path}")
+        return usable
+    parent, missing = os.path.split(os.path.abspath(path))
+    while not os.path.isdir(parent):
+        parent, missing = os.path.split(parent)
+    known = {name: os.path.join(parent, name) for name in os.listdir(parent)} | {"bundled": "bundled"}
+    nearest = difflib.get_close_matches(missing, known, n=1)
+    hint = f" (did you mean {known[nearest[0]]}?)" if nearest else ""
+    raise FileNotFoundError(f"no such file or folder: {path}{hint}")
+
+
+def _open_folder(folder: str) -> Source:
+    """A folder of shards or of images; one that holds several sets is refused, as mixing them would go unnoticed."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    shards = [name for name in names if name.endswith(".tar")]
+    if not shards:
+        folders = [os.path.join(folder, name) for name in names if os.path.isdir(os.path.join(folder, name))]
+        train = [path for path in folders if os.path.basename(path).lower() in TRAIN_NAMES]
+        held_out = [path for path in folders if os.path.basename(path).lower() in HELD_OUT_NAMES]
+        if train and held_out:
+            raise ValueError(f"{folder} holds several sets: choose one of {', '.join(train + held_out)}")
+        return ImageFiles(folder)
+    images = [name for name in names if has_image_suffix(name)]
+    if images:
+        raise ValueError(f"{folder} holds both shards ({shards[0]}) and images ({images[0]}): choose with a pattern")
+    sets = sorted({re.sub(r"\d+", "*", name) for name in shards})
+    if len(sets) > 1:
+        choices = ", ".join(repr(os.path.join(folder, pattern)) for pattern in [*sets[:4], "*.tar"])
+        raise ValueError(f"{folder} holds shards of several sets: choose one of {choices}")
+    return TarShards([os.path.join(folder, name) for name in shards])
+
+
+class ImageDataset(Dataset):
+    """Training images: decoded, cropped, half of them mirrored.
+
+    An item is asked for as (index, epoch), and its augmentation depends on (seed, epoch, index) alone: any order and
+    any number of processes give the same pixels.
+
+    Args:
+        source: whole images.
+        size: side of the crop in pixels.
+        crop: "random-resized", or "center" for the crop of evaluation.
+        flip: mirror with probability one half.
+        seed: of crops and flips.
+        on_bad_image: "error", or "skip": take the next readable image instead, log the bad one and count.
+        min_area: least share of the image's area in a random-resized crop.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        crop: Literal["random-resized", "center"] = "random-resized",
+        flip: bool = True,
+        seed: int = 0,
+        on_bad_image: Literal["error", "skip"] = "error",
+        min_area: float = 0.5,
+    ):
+        if size < 2:
+            raise ValueError(f"the size of images must be at least 2, not {size}")
+        if crop not in ("random-resized", "center"):
+            raise ValueError(f"crop must be random-resized or center, not {crop!r}")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be error or skip, not {on_bad_image!r}")
+        if not 0 < min_area <= 1:
+            raise ValueError(f"min_area must be in (0, 1], not {min_area}")
+        if seed < 0:
+            raise ValueError(f"the seed must not be negative, it is {seed}")
+        self.source = source
+        self.size = size
+        self.crop = crop
+        self.flip = flip
+        self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.min_area = min_area
+        self._logged: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        """Args: item: (index, epoch).
+
+        Returns:
+            `image`: uint8 (3, size, size); `label`: class index or -1; `skipped`: bad images passed over for this one.
+
+        Raises:
+            BadImageError: the image cannot be read, or, with "skip", none can.
+        """
+        index, epoch = item
+        generator = _generator(self.seed, epoch, index)
+        for skipped in range(len(self)):
+            place = (index + skipped) % len(self)
+            try:
+                image = _read(self.source, place, lambda whole: self._crop(whole, generator))
+            except BadImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                if place not in self._logged:
+                    logger.warning("skipped: %s", error)
+                    self._logged.add(place)
+                continue
+            if self.flip and torch.rand((), generator=generator) < 0.5:
+                image = image.flip(-1)
+            return {"image": image.contiguous(), "label": self.source.label(place), "skipped": skipped}
+        raise BadImageError(f"none of the {len(self)} images can be read, {self.source.name(index)} among them")
+
+    def _crop(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        if self.crop == "center":
+            return center_crop(image, self.size)
+        return random_resized_crop(image, self.size, generator, (self.min_area, 1.0))
+
+
+def _read(source: Source, index: int, crop: Callable[[Tensor], Tensor]) -> Tensor:
+    """One image of a source, cropped; a crop that fails names the image too."""
+    image = source.image(index)
+    try:
+        return crop(image)
+    except BadImageError as error:
+        raise BadImageError(f"cannot crop {source.name(index)}: {error}") from None
+
+
+def _generator(*parts: int) -> torch.Generator:
+    """A generator seeded by several numbers; neighbouring numbers give unrelated streams."""
+    seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """Which images each micro-batch of this process holds, as lists of (index, epoch).
+
+    The samples of a whole run are numbered through: place j of step s is number p = s * batch_size + j, which is image
+    permutation(seed, epoch)[p % num_images] of epoch p // num_images. So each epoch shows every image exactly once,
+    whatever the batch size, and `start_step` alone says what comes next.
+
+    Micro-batch m of a step has the places from m * micro_batch_size on. Of the M micro-batches of a step, process r of
+    P takes the M / P from r * M / P on: two processes do the same micro-batches as one with twice the accumulation.
+
+    Args:
+        num_images: of the source.
+        batch_size: images per step over all processes.
+        micro_batch_size: images per list.
+        start_step: steps done before.
+        num_steps: how many more to do.
+        seed: of the permutations.
+        process_index: this process, from 0.
+        num_processes: of them all.
+
+    Raises:
+        ValueError: numbers out of range, or a batch that does not divide into processes times micro-batches.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        micro_batch_size: int,
+        start_step: int,
+        num_steps: int,
+        seed: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        if num_images < 1 or batch_size < 1 or micro_batch_size < 1:
+            raise ValueError(
+                f"num_images, batch_size and micro_batch_size must be at least 1, not {num_images}, {batch_size},"
+                f" {micro_batch_size}"
+            )
+        if start_step < 0 or num_steps < 0 or seed < 0:
+            raise ValueError(f"start_step, num_steps and seed must not be negative: {start_step}, {num_steps}, {seed}")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"there is no process {process_index} among {num_processes}")
+        if batch_size % (micro_batch_size * num_processes):
+            raise ValueError(
+                f"a batch of {batch_size} does not divide into {num_processes} processes times micro-batches of"
+                f" {micro_batch_size}"
+            )
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.start_step = start_step
+        self.num_steps = num_steps
+        self.seed = seed
+        self.process_index = process_index
+        self.accumulation = batch_size // (micro_batch_size * num_processes)
+
+    def __len__(self) -> int:
+        """Micro-batches."""
+        return self.num_steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, permutation = -1, torch.empty(0)
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            for micro in range(self.process_index * self.accumulation, (self.process_index + 1) * self.accumulation):
+                start = step * self.batch_size + micro * self.micro_batch_size
+                batch = []
+                for number in range(start, start + self.micro_batch_size):
+                    if number // self.num_images != epoch:
+                        epoch = number // self.num_images
+                        permutation = torch.randperm(self.num_images, generator=_generator(self.seed, epoch))
+                    batch.append((int(permutation[number % self.num_images]), epoch))
+                yield batch
+
+
+def training_loader(dataset: ImageDataset, batches: StepBatches, num_workers: int) -> DataLoader:
+    """Loads the micro-batches in `num_workers` processes, each with one thread; 0: in this process, when asked for.
+
+    Returns:
+        Batches of `image` uint8 (B, 3, size, size), `label` int64 (B,), `skipped` int64 (B,).
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # The loader draws a seed for its workers, which nothing here uses; not from the generator that the run uses.
+        generator=torch.Generator(),
+    )
+
+
+def evaluation_batches(
+    source: Source, size: int, batch_size: int, process_index: int = 0, num_processes: int = 1
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Every image of a source exactly once over all processes, cut by `center_crop`, in the source's order.
+
+    Process r of P gets the images r, r + P, r + 2 P, ... The last batch may be smaller. Images are decoded in as many
+    threads as torch may use, one batch ahead.
+
+    Yields:
+        names; labels int64 (B,), -1: none; images uint8 (B, 3, size, size).
+
+    Raises:
+        BadImageError: an image cannot be read: an evaluation leaves none out.
+        ValueError: numbers out of range.
+    """
+    if size < 2 or batch_size < 1 or not 0 <= process_index < num_processes:
+        raise ValueError(
+            f"size must be at least 2, batch_size 1, and the process one of {num_processes}, not {size}, {batch_size},"
+            f" {process_index}"
+        )
+    indices = range(process_index, len(source), num_processes)
+    return _decoded_ahead(source, size, [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)])
+
+
+def _decoded_ahead(source: Source, size: int, batches: list[range]) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    def load(index: int) -> Tensor:
+        return _read(source, index, lambda whole: center_crop(whole, size))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        ahead = pool.map(load, batches[0] if batches else ())
+        for batch, following in zip(batches, [*batches[1:], range(0)]):
+            images, ahead = ahead, pool.map(load, following)
+            labels = torch.tensor([source.label(index) for index in batch])
+            yield [source.name(index) for index in batch], labels, torch.stack(list(images))

@@ -1,0 +1,519 @@
+"""Sources: folders, lists and patterns of image files, the bundled photos, WebDataset shards."""
+
+import io
+import os
+import pickle
+import tarfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hieratok.data import BadImageError, BundledPhotos, ImageFiles, TarShards, open_source
+from hieratok.data import shards as shards_module
+
+
+def jpeg(shade: int, side: int = 16) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (shade, shade, shade)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def shade(image: torch.Tensor) -> int:
+    return round(image.float().mean().item())
+
+
+def write(path: Path, shade: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jpeg(shade))
+
+
+Members = list[tuple[str, bytes]]
+
+
+def write_tar(path: Path, members: Members, format: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(count: int, first: int = 0) -> Members:
+    members = []
+    for i in range(first, first + count):
+        members += [(f"{i:05d}.jpg", jpeg(i)), (f"{i:05d}.cls", str(i % 7).encode())]
+    return members
+
+
+# --- folders and files
+
+
+def test_folder_with_classes(tmp_path):
+    write(tmp_path / "dog" / "b.jpg", 10)
+    write(tmp_path / "cat" / "deep" / "er" / "a.JPEG", 20)
+    write(tmp_path / "cat" / "c.Png", 30)
+    write(tmp_path / "loose.jpg", 40)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    write(tmp_path / "cat" / "._c.jpg")
+    write(tmp_path / ".thumbnails" / "c.jpg")
+    (tmp_path / "empty").mkdir()
+    source = open_source(str(tmp_path))
+    assert isinstance(source, ImageFiles)
+    assert source.classes == ["cat", "dog"]
+    read = {source.name(i): (source.label(i), shade(source.image(i))) for i in range(len(source))}
+    assert read == {"cat/c.Png": (0, 30), "cat/deep/er/a.JPEG": (0, 20), "dog/b.jpg": (1, 10), "loose.jpg": (-1, 40)}
+
+
+def test_flat_folder_has_no_classes(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.jpg", i)
+    source = open_source(str(tmp_path))
+    assert [source.label(i) for i in range(3)] == [-1, -1, -1]
+    assert [source.name(i) for i in range(3)] == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path / "store" / "1.jpg")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat").symlink_to(tmp_path / "store")
+    (photos / "all").symlink_to(photos)
+    (tmp_path / "store" / "up").symlink_to(tmp_path)
+    source = open_source(str(photos))
+    assert [source.name(i) for i in range(len(source))] == ["cat/1.jpg"]
+
+
+def test_file_list_and_pattern(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "1.jpg", 1)
+    write(tmp_path / "b" / "1.jpg", 2)
+    (tmp_path / "b" / "read.me").write_text("no image")
+    one = open_source(str(tmp_path / "a" / "1.jpg"))
+    assert (len(one), one.name(0), one.label(0), shade(one.image(0))) == (1, "1.jpg", -1, 1)
+    for path in (f"{tmp_path}/?/1.jpg", f"{tmp_path}/**/*", [f"{tmp_path}/a/1.jpg", f"{tmp_path}/b/*"]):
+        source = open_source(path)
+        assert {source.name(i): shade(source.image(i)) for i in range(len(source))} == {"a/1.jpg": 1, "b/1.jpg": 2}
+    folders = open_source([str(tmp_path / "b"), str(tmp_path / "a")])
+    assert [folders.name(i) for i in range(2)] == ["b/1.jpg", "a/1.jpg"]
+    monkeypatch.chdir(tmp_path / "a")
+    relative = open_source(["1.jpg", "../b/1.jpg"])
+    assert [relative.name(i) for i in range(2)] == ["a/1.jpg", "b/1.jpg"]  # names never lead out of an output folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_source("~/a")) == 1
+
+
+def test_file_name_with_brackets_is_not_a_pattern(tmp_path):
+    write(tmp_path / "holiday [2024].jpg", 5)
+    assert shade(open_source(str(tmp_path / "holiday [2024].jpg")).image(0)) == 5
+
+
+def test_names_in_any_encoding(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")  # Latin-1: no valid UTF-8
+    write(tmp_path / name, 9)
+    source = open_source(str(tmp_path))
+    assert source.name(0) == name
+    assert shade(source.image(0)) == 9
+
+
+def refusal(path, error=ValueError) -> str:
+    with pytest.raises(error) as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_paths_offer_the_nearest_name(tmp_path):
+    write(tmp_path / "photos" / "cats" / "1.jpg")
+    message = refusal(str(tmp_path / "photo" / "cats"), FileNotFoundError)
+    assert message == f"no such file or folder: {tmp_path}/photo/cats (did you mean {tmp_path}/photos?)"
+    assert f"did you mean {tmp_path}/photos/cats?" in refusal(str(tmp_path / "photos" / "cat"), FileNotFoundError)
+    assert "did you mean" not in refusal(str(tmp_path / "zzz"), FileNotFoundError)
+    assert "did you mean bundled?" in refusal("bundeld", FileNotFoundError)
+    assert refusal(f"{tmp_path}/*.bmp", FileNotFoundError) == f"nothing matches {tmp_path}/*.bmp"
+
+
+def test_no_images(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    assert f"no images found in {tmp_path} (looked for .jpg" in refusal(str(tmp_path))
+    assert "no images found" in refusal([str(tmp_path), str(tmp_path)])
+    assert "no images or .tar shards match" in refusal(f"{tmp_path}/*", FileNotFoundError)
+    assert "notes.txt is not named like an image" in refusal(str(tmp_path / "notes.txt"))
+    assert "no image" in refusal([])
+
+
+def test_the_same_file_twice_is_refused(tmp_path):
+    write(tmp_path / "1.jpg")
+    assert refusal([f"{tmp_path}/1.jpg", f"{tmp_path}/../{tmp_path.name}/1.jpg"]) == f"{tmp_path}/1.jpg is listed twice"
+    write_tar(tmp_path / "1.tar", samples(1))
+    assert refusal([f"{tmp_path}/1.tar"] * 2) == f"{tmp_path}/1.tar is listed twice"
+
+
+def test_folder_that_holds_training_and_validation_images_is_refused(tmp_path):
+    write(tmp_path / "train" / "cat" / "1.jpg")
+    assert len(open_source(str(tmp_path))) == 1
+    write(tmp_path / "val" / "cat" / "1.jpg")
+    message = refusal(str(tmp_path))
+    assert f"choose one of {tmp_path}/train, {tmp_path}/val" in message
+    assert len(open_source(str(tmp_path / "val"))) == 1
+
+
+def test_folder_that_holds_several_sets_of_shards_is_refused(tmp_path):
+    for name in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
+        write_tar(tmp_path / name, samples(2))
+    message = refusal(str(tmp_path))
+    assert f"choose one of '{tmp_path}/train-*.tar', '{tmp_path}/val-*.tar', '{tmp_path}/*.tar'" in message
+    assert len(open_source(f"{tmp_path}/train-*.tar")) == 4
+    assert len(open_source(f"{tmp_path}/*.tar")) == 6
+    (tmp_path / "val-000000.tar").unlink()
+    assert len(open_source(str(tmp_path))) == 4
+
+
+def test_shards_and_images_are_not_mixed(tmp_path):
+    write_tar(tmp_path / "0.tar", samples(1))
+    write(tmp_path / "1.jpg")
+    assert "holds both shards (0.tar) and images (1.jpg)" in refusal(str(tmp_path))
+    assert "give one kind or the other" in refusal([str(tmp_path / "0.tar"), str(tmp_path / "1.jpg")])
+
+
+def test_bad_files_are_named_when_read(tmp_path):
+    write(tmp_path / "gone.jpg")
+    (tmp_path / "half.jpg").write_bytes(jpeg(3, 200)[:-200])
+    (tmp_path / "text.png").write_text("hello")
+    source = open_source(str(tmp_path))
+    (tmp_path / "gone.jpg").unlink()
+    for i, name in enumerate(("gone.jpg", "half.jpg", "text.png")):
+        with pytest.raises(BadImageError, match=f"^cannot read {tmp_path}/{name}: "):
+            source.image(i)
+
+
+def test_unreadable_folder_is_an_error_and_not_left_out(tmp_path):
+    write(tmp_path / "a" / "1.jpg")
+    write(tmp_path / "b" / "1.jpg")
+    (tmp_path / "b").chmod(0)
+    try:
+        if os.access(tmp_path / "b", os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(PermissionError):
+            open_source(str(tmp_path))
+    finally:
+        (tmp_path / "b").chmod(0o700)
+
+
+# --- bundled photos
+
+
+def test_bundled_photos_are_the_packages_own():
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    source = open_source("bundled")
+    assert isinstance(source, BundledPhotos)
+    photos = {source.name(i): source.image(i).permute(1, 2, 0).numpy() for i in range(len(source))}
+    assert len(photos) == 9
+    left, right, _ = data.stereo_motorcycle()
+    expected = {
+        "astronaut": data.astronaut(),
+        "hubble_deep_field": data.hubble_deep_field(),
+        "ihc": data.immunohistochemistry(),
+        "motorcycle_left": left,
+        "motorcycle_right": right,
+        "retina": data.retina(),
+        "rocket": data.rocket(),
+        "china": load_sample_image("china.jpg"),
+        "flower": load_sample_image("flower.jpg"),
+    }
+    for name, photo in expected.items():
+        np.testing.assert_array_equal(photos[name], photo, err_msg=name)
+    assert {source.label(i) for i in range(9)} == {-1}
+
+
+def test_bundled_held_out_tiles_come_from_other_photos_and_do_not_overlap():
+    from skimage import data
+
+    train = {open_source("bundled:train").name(i) for i in range(9)}
+    source = open_source("bundled:val")
+    names = [source.name(i) for i in range(len(source))]
+    assert Counter(name.split("-")[0] for name in names) == {"chelsea": 8, "coffee": 8}
+    assert len(set(names)) == 16
+    assert not train & {"chelsea", "coffee"}
+    for name, photo, side in (("chelsea", data.chelsea(), 112), ("coffee", data.coffee(), 150)):
+        uses = np.zeros(photo.shape[:2], dtype=int)
+        for i in range(8):
+            tile = source.image(names.index(f"{name}-{i}")).permute(1, 2, 0).numpy()
+            assert tile.shape == (side, side, 3)
+            starts = (photo[: 1 - side, : 1 - side] == tile[0, 0]).all(axis=2).nonzero()
+            found = [(y, x) for y, x in zip(*starts) if (photo[y : y + side, x : x + side] == tile).all()]
+            assert len(found) == 1
+            y, x = found[0]
+            uses[y : y + side, x : x + side] += 1
+        assert uses.max() == 1
+        assert uses.mean() == pytest.approx(8 * side**2 / uses.size)
+
+
+def test_bundled_photos_refuse_other_splits():
+    assert "train and val, not 'test'" in refusal("bundled:test")
+
+
+# --- shards
+
+
+def reference_index(path: Path) -> dict[str, tuple[int, int]]:
+    """Name -> offset, size of the regular files, by Python's own reader."""
+    with tarfile.open(path) as tar:
+        return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+
+
+def our_index(path: Path) -> dict[str, tuple[int, int]]:
+    file = shards_module._OpenFile(str(path))
+    return {name: (offset, size) for name, offset, size in shards_module._regular_files(file, str(path))}
+
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(FORMATS),
+    st.dictionaries(
+        st.text(st.characters(categories=["L", "N"], include_characters="._-é/"), min_size=1, max_size=90)
+        .map(lambda s: s.strip("/."))
+        .filter(lambda s: s and "//" not in s),
+        st.integers(0, 3000),
+        max_size=12,
+    ),
+)
+def test_index_is_what_tarfile_finds(tmp_path, format, sizes):
+    path = tmp_path / "x.tar"
+    try:
+        write_tar(path, [(name, bytes(size)) for name, size in sizes.items()], format)
+    except ValueError:  # a name too long for this dialect
+        return
+    assert our_index(path) == reference_index(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_long_names_links_and_folders(tmp_path, format):
+    path = tmp_path / "x.tar"
+    long = "folder/" * 12 + "a" * 90 + ".jpg"  # fits ustar's prefix; the others need an extended header
+    longer = "b" * 300 + ".jpg"
+    with tarfile.open(path, "w", format=format) as tar:
+        names = [long, "short.jpg"] + ([] if format == tarfile.USTAR_FORMAT else [longer, "ünï.jpg"])
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 1000 + i
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+            for kind, suffix in (
+                (tarfile.SYMTYPE, "s"),
+                (tarfile.LNKTYPE, "l"),
+                (tarfile.FIFOTYPE, "f"),
+                (tarfile.DIRTYPE, "d"),
+            ):
+                other = tarfile.TarInfo(f"{i}{suffix}.jpg")
+                other.type, other.linkname = kind, "/etc/passwd"
+                tar.addfile(other)
+    found = our_index(path)
+    assert list(found) == names
+    assert found == reference_index(path)
+
+
+def test_sizes_in_binary_and_in_pax_records(tmp_path):
+    """Members beyond 8 GiB, without writing them: sparse files of the right length."""
+    size = 9 << 30
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / f"{format}.tar"
+        info = tarfile.TarInfo("big.jpg")
+        info.size = size
+        header = info.tobuf(format)
+        with path.open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + size + 1024)
+        assert our_index(path) == {"big.jpg": (len(header), size)} == reference_index(path)
+        source = TarShards([str(path)])
+        with pytest.raises(BadImageError, match="more than an image should have"):
+            source.image(0)
+
+
+def test_samples_are_grouped_by_key_and_labelled(tmp_path):
+    path = write_tar(
+        tmp_path / "s.tar",
+        [
+            ("./b/0001.cls", b" 12\n"),
+            ("./b/0001.JPG", jpeg(1)),
+            ("b/0002.png", jpeg(2)),
+            ("b/0002.txt", b"1984"),  # a caption is no class
+            ("b/0002.seg.png", jpeg(99)),  # WebDataset's key ends at the first dot: another field of 0002
+            ("0003.json", b"{}"),
+            ("c/0001.webp", jpeg(3)),
+            ("b/.hidden.jpg", jpeg(99)),
+            ("0004.jpg", jpeg(4)),
+            ("0004.cls", b"0"),
+        ],
+    )
+    source = TarShards([str(path)])
+    read = {source.name(i): (source.label(i), shade(source.image(i))) for i in range(len(source))}
+    assert read == {
+        "s.tar/b/0001.JPG": (12, 1),
+        "s.tar/b/0002.png": (-1, 2),
+        "s.tar/c/0001.webp": (-1, 3),
+        "s.tar/0004.jpg": (0, 4),
+    }
+
+
+def test_names_are_unique_over_shards(tmp_path):
+    for name in ("a/0.tar", "b/0.tar"):
+        write_tar(tmp_path / name, samples(2))
+    source = open_source(f"{tmp_path}/*/0.tar")
+    assert [source.name(i) for i in range(4)] == [f"{s}/0.tar/0000{i}.jpg" for s in "ab" for i in range(2)]
+
+
+def test_damaged_shards_are_named(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar", samples(4)).read_bytes()
+    end = max(offset + size for offset, size in our_index(tmp_path / "whole.tar").values())
+    for cut in (0, 100, 512, 700, 5000, end - 1, -(-end // 512) * 512):
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        assert refusal(str(tmp_path / "cut.tar")).startswith(f"{tmp_path}/cut.tar is truncated")
+    flipped = bytearray(whole)
+    second = our_index(tmp_path / "whole.tar")["00001.jpg"][0] - 512
+    flipped[second + 3] ^= 1  # in the second sample's name
+    (tmp_path / "flipped.tar").write_bytes(flipped)
+    assert refusal(str(tmp_path / "flipped.tar")) == f"{tmp_path}/flipped.tar is damaged at byte {second}"
+    (tmp_path / "text.tar").write_text("no archive at all\n" * 100)
+    assert "text.tar is not an (uncompressed) tar file" in refusal(str(tmp_path / "text.tar"))
+    with tarfile.open(tmp_path / "zipped.tar", "w:gz") as tar:
+        tar.add(tmp_path / "whole.tar")
+    assert "not an (uncompressed) tar file" in refusal(str(tmp_path / "zipped.tar"))
+    write_tar(tmp_path / "empty.tar", [])
+    assert refusal(str(tmp_path / "empty.tar")) == f"no images in {tmp_path}/empty.tar"
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_hostile_headers_end_in_an_error_or_in_bounds(tmp_path, draw):
+    """Whatever a header says, with a checksum that fits, the scan ends and finds nothing outside the file."""
+    data = bytearray(write_tar(tmp_path / "w.tar", samples(2), draw.draw(st.sampled_from(FORMATS))).read_bytes())
+    for _ in range(draw.draw(st.integers(1, 6))):
+        data[draw.draw(st.sampled_from([*range(100, 136), *range(148, 160), 257, 345, 512 * 2 + 130])) % len(data)] = (
+            draw.draw(st.sampled_from(b"\x00\x80\xff -01257xLgSZ"))
+        )
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path = tmp_path / "h.tar"
+    path.write_bytes(data)
+    try:
+        found = our_index(path)
+    except ValueError:
+        return
+    assert all(0 <= offset <= offset + size <= len(data) for offset, size in found.values())
+
+
+def test_negative_sizes_do_not_send_the_scan_backwards(tmp_path):
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf())
+    header[124:136] = b"-0000001000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "n.tar").write_bytes(bytes(header) + bytes(10240))
+    assert "n.tar is damaged at byte 0" in refusal(str(tmp_path / "n.tar"))
+    pax = tarfile.TarInfo("a.jpg")
+    pax.pax_headers = {"size": "-512"}
+    (tmp_path / "p.tar").write_bytes(pax.tobuf(tarfile.PAX_FORMAT) + bytes(10240))
+    assert "p.tar is damaged" in refusal(str(tmp_path / "p.tar"))
+
+
+def test_names_that_lead_outside_are_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("../../etc/0.jpg", jpeg(0))])
+    assert "leads outside the archive" in refusal(str(path))
+    path = write_tar(tmp_path / "y.tar", [("/etc/0.jpg", jpeg(0))])
+    assert open_source(str(path)).name(0) == "y.tar/etc/0.jpg"
+
+
+def test_ambiguous_samples_are_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.png", jpeg(1))])
+    assert refusal(str(path)) == f"{path}: the sample '0' has two images"
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", b"1"), ("0.cls", b"2")])
+    assert refusal(str(path)) == f"{path}: the sample '0' has two labels"
+    for text in (b"tench", b"", b"-3", b"1.5", b"9" * 30):
+        path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", text)])
+        assert "x.tar/0.cls holds no class index" in refusal(str(path))
+
+
+def test_bad_images_in_shards_are_named(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(3, 200)[:-200]), ("1.jpg", b"")])
+    source = TarShards([str(path)])
+    for i in range(2):
+        with pytest.raises(BadImageError, match=f"^cannot read {path}/{i}.jpg: "):
+            source.image(i)
+
+
+def test_shard_changed_or_removed_after_indexing(tmp_path):
+    path = write_tar(tmp_path / "x.tar", samples(2))
+    source = TarShards([str(path)])
+    path.write_bytes(bytes(path.stat().st_size + 512))
+    with pytest.raises(BadImageError, match=r"x\.tar was changed since it was indexed"):
+        source.image(0)
+    path.unlink()
+    with pytest.raises(BadImageError, match=r"^cannot read .*x\.tar/00000\.jpg: No such file"):
+        source.image(0)
+
+
+def test_missing_shard(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*x\.tar"):
+        TarShards([str(tmp_path / "x.tar")])
+    with pytest.raises(ValueError, match="no shards given"):
+        TarShards([])
+
+
+def shades(source, count: int) -> list[int]:
+    return [shade(source.image(i)) for i in range(count)]
+
+
+def test_open_files_are_few_and_survive_threads_and_pickle(tmp_path, monkeypatch):
+    shards_module._open_shard.cache_clear()
+    monkeypatch.setattr(
+        shards_module, "_open_shard", shards_module.functools.lru_cache(3)(shards_module._open_shard.__wrapped__)
+    )
+    for i in range(12):
+        write_tar(tmp_path / f"{i:03d}.tar", samples(3, first=3 * i))
+    source = open_source(str(tmp_path))
+    expected = list(range(36))
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None
+    assert shades(source, 36) == expected
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) - before <= 3
+    order = np.random.default_rng(0).permutation(np.repeat(expected, 20))
+    with ThreadPoolExecutor(8) as pool:  # files leave the cache while others read them
+        assert list(pool.map(lambda i: shade(source.image(i)), order)) == order.tolist()
+    assert shades(pickle.loads(pickle.dumps(source)), 36) == expected
+
+
+def test_index_of_a_million_images_is_small(tmp_path):
+    source = TarShards([str(write_tar(tmp_path / "x.tar", samples(250)))])
+    assert len(pickle.dumps(source)) < 250 * 64
+
+
+def test_real_shards(shared):
+    folder = shared / "data" / "imagenette128"
+    for split, count in (("train", 9469), ("val", 3425)):
+        source = open_source(f"{folder}/{split}-*.tar")
+        assert len(source) == count
+        assert len({source.name(i) for i in range(count)}) == count
+        assert {source.label(i) for i in range(count)} == set(range(10))
+        for path in source.paths[:2]:
+            with tarfile.open(path) as tar:
+                for key in [m.name.removesuffix(".jpg") for m in tar if m.name.endswith(".jpg")][::200]:
+                    i = next(i for i in range(count) if source.name(i) == f"{os.path.basename(path)}/{key}.jpg")
+                    assert source.label(i) == int(tar.extractfile(f"{key}.cls").read())
+                    expected = np.array(Image.open(tar.extractfile(f"{key}.jpg")).convert("RGB"))
+                    np.testing.assert_array_equal(source.image(i).permute(1, 2, 0).numpy(), expected)
+    sample = open_source(str(shared / "data" / "imagenet256-sample"))
+    assert len(sample) == 800
+    assert len({sample.label(i) for i in range(800)}) == 800
+    assert {tuple(sample.image(i).shape) for i in range(0, 800, 40)} == {(3, 256, 256)}
+    assert "choose one of" in refusal(str(folder))
