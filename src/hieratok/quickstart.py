@@ -135,7 +135,8 @@ def hardware() -> str:
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         name = names[0] if names else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def make_page(
@@ -235,8 +236,8 @@ def settings_table(run: TokenizerRun, metrics: dict[str, Any]) -> report.Html:
         ["model", f"{metrics['parameters'] / 1e6:.2f}M parameters, f{m.patch_size} d{m.latent_channels}"],
         ["scales", f"{', '.join(map(str, m.scales))} tokens a side"],
         ["multi-scale tokens, attention", f"{m.downsample}, scale-{m.attention}"],
-        ["encoder", f"{m.encoder_depth} blocks of width {m.encoder_width}"],
-        ["decoder", f"{m.decoder_depth} blocks of width {m.decoder_width}"],
+        ["encoder", f"depth {m.encoder_depth}, width {m.encoder_width}"],
+        ["decoder", f"depth {m.decoder_depth}, width {m.decoder_width}"],
         ["training images", f"{run.data.path}, {run.data.crop} crops of at least {run.data.min_area:.0%} of the area"],
         ["steps x batch", f"{t.steps:,} x {t.batch_size} = {metrics['images_seen']:,} images seen"],
         ["learning rate", f"{t.learning_rate:g} to {t.min_learning_rate:g}, cosine"],
@@ -252,11 +253,15 @@ def next_steps(out: Path) -> list[report.Html]:
     """Commands and Python lines that work as they stand, but for the names in capitals."""
     folder = shlex.quote(str(out))
     commands = f"""
-hieratok reconstruct {folder} PHOTO.jpg --out DIR       # every scale of your own photo
-hieratok train tiny-multi --data PHOTOS --out runs/photos   # train on a folder of them
-hieratok recipes                                        # every recipe, the paper's among them
-hieratok cost f16d16-multi                              # parameters and FLOPs of the paper's tokenizer
-tensorboard --logdir {folder}                           # this run's curves
+# every scale of your own photo
+hieratok reconstruct {folder} PHOTO.jpg --out DIR
+# train on a folder of photos
+hieratok train tiny-multi --data PHOTOS --out runs/photos
+# all recipes, the paper's among them; parameters and FLOPs of the paper's tokenizer
+hieratok recipes
+hieratok cost f16d16-multi
+# this run's curves and pictures
+tensorboard --logdir {folder}
 """
     lines = f"""
 from hieratok import HieraTok
@@ -264,8 +269,8 @@ from hieratok.data.images import center_crop, open_source, to_float
 
 tok = HieraTok.from_pretrained({str(out)!r})
 photo = center_crop(open_source("PHOTO.jpg").image(0), tok.config.image_size)
-z = tok.encode(to_float(photo[None])).mode()            # the latent map a generator would learn
-for image in tok.decode_progressive(z):                 # coarse to fine, each as soon as it is known
+z = tok.encode(to_float(photo[None])).mode()  # the latent map, which is all that a generator sees
+for image in tok.decode_progressive(z):  # coarse to fine, each as soon as it is known
     print(tuple(image.shape))
 """
     return [report.code(commands, "On the command line."), report.code(lines, "In Python.")]

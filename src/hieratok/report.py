@@ -130,12 +130,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     inner = f"<table><thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table>"
-    return figure(Html(f'<div class="scroll">{inner}</div>{COPY_BUTTON}'), caption, "copyable")
+    return figure(copyable(Html(f'<div class="scroll">{inner}</div>')), caption)
 
 
 def code(lines: str, caption: str) -> Html:
     """Commands or source that can be copied."""
-    return figure(Html(f"<pre><code>{escape(lines.strip())}</code></pre>{COPY_BUTTON}"), caption, "copyable")
+    return figure(copyable(Html(f"<pre><code>{escape(lines.strip())}</code></pre>")), caption)
+
+
+def copyable(content: Html) -> Html:
+    """A table or code with a button that copies it as text."""
+    return Html(f'<div class="copyable">{content}<button class="copy" hidden>Copy</button></div>')
 
 
 def picture_grid(titles: Sequence[str], rows: Sequence[Row], caption: str) -> Html:
@@ -155,8 +160,13 @@ def picture_grid(titles: Sequence[str], rows: Sequence[Row], caption: str) -> Ht
         for title, image in zip(titles, row.pictures):
             body += f"<td>{_picture(image, f'{row.title}, {title}')}</td>"
         body += "</tr>"
-    inner = f'<table class="pictures"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return figure(Html(f'<div class="scroll">{inner}</div>'), caption)
+    return figure(
+        Html(
+            f'<table class="pictures" style="--columns: {len(titles)}"><thead><tr><td></td>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table>"
+        ),
+        caption,
+    )
 
 
 def line_plot(lines: Sequence[Line], x_label: str, y_label: str, caption: str, log_y: bool = False) -> Html:
@@ -184,7 +194,7 @@ def line_plot(lines: Sequence[Line], x_label: str, y_label: str, caption: str, l
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(plain)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.grid(color=GRID, linewidth=0.8)
+    axes.grid(which="both", color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
     if len(lines) > 1:
@@ -222,8 +232,6 @@ def _picture(image: Image.Image, description: str) -> str:
 
 NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?|–|∞|")
 
-COPY_BUTTON = '<button class="copy" hidden>Copy</button>'
-
 # Nothing is loaded from anywhere, even if a page were tampered with.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -257,7 +265,7 @@ header p { color: var(--muted); font-size: 1.05rem; }
 .key dd { margin: 0; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .key dt { color: var(--muted); font-size: 0.875rem; line-height: 1.35; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 0 32px; }
-figure { margin: 16px 0 24px; position: relative; min-width: 0; }
+figure { margin: 16px 0 24px; min-width: 0; }
 figcaption { color: var(--muted); font-size: 0.875rem; line-height: 1.45; margin-top: 8px; max-width: 85ch; }
 .plot svg { width: 100%; max-width: 560px; height: auto; display: block; }
 .scroll { overflow-x: auto; }
@@ -269,15 +277,16 @@ pre {
   margin: 0; padding: 14px 16px; overflow-x: auto; background: var(--raised); border-radius: 8px;
   font: 0.875rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
 }
-.copyable { width: fit-content; max-width: 100%; min-width: min(100%, 320px); }
-.copyable:has(pre) { width: auto; }
+.copyable { position: relative; max-width: 100%; }
+.copyable:has(table) { width: fit-content; padding-right: 72px; }
 .copy {
-  position: absolute; top: 6px; right: 6px; font: inherit; font-size: 0.8125rem; padding: 2px 10px; cursor: pointer;
+  position: absolute; top: 6px; right: 0; font: inherit; font-size: 0.8125rem; padding: 2px 10px; cursor: pointer;
   color: var(--muted); background: var(--paper); border: 1px solid var(--line); border-radius: 6px; opacity: 0;
 }
 .copyable:hover .copy, .copy:focus-visible { opacity: 1; }
 @media (hover: none) { .copy { opacity: 1; } }
-.pictures { width: 100%; min-width: 620px; table-layout: fixed; }
+.copyable pre + .copy { right: 6px; }
+.pictures { width: 100%; table-layout: fixed; }
 .pictures th, .pictures td { border: 0; padding: 3px; }
 .pictures thead th { text-align: center; font-size: 0.8125rem; line-height: 1.3; vertical-align: bottom; }
 .pictures th[scope="row"] { font-size: 0.8125rem; line-height: 1.35; overflow-wrap: anywhere; color: var(--text); }
@@ -293,7 +302,19 @@ dialog img {
   image-rendering: pixelated; cursor: zoom-out;
 }
 dialog p { margin: 12px 0 0; text-align: center; max-width: none; }
-@media (max-width: 600px) { main { padding: 20px 16px 48px; } h2 { margin-top: 36px; } }
+dialog:focus-visible { outline: none; }
+@media (max-width: 600px) {
+  main { padding: 20px 16px 48px; }
+  h2 { margin-top: 36px; }
+  .copyable:has(table) { padding-right: 0; }
+  .scroll + .copy { position: static; margin-top: 8px; }
+  .pictures tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); align-items: end; }
+  .pictures th, .pictures td { padding: 2px; }
+  .pictures thead th { font-size: 0.75rem; }
+  .pictures thead td { display: none; }
+  .pictures th[scope="row"] { grid-column: 1 / -1; padding-top: 8px; }
+  .pictures small { display: inline; margin-left: 8px; }
+}
 @media print { .copy { display: none; } }
 """
 
