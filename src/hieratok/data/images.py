@@ -506,11 +506,18 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 
 def training_loader(dataset: ImageDataset, batches: StepBatches, num_workers: int) -> DataLoader:
-    """Loads the micro-batches in `num_workers` processes, each with one thread; 0: in this process, when asked for.
+    """Loads the micro-batches in worker processes, each with one thread, which keep two batches each ready.
+
+    Args:
+        dataset: what to load from.
+        batches: in what order.
+        num_workers: processes, at most one for each CPU core at hand; 0: load in this process, when asked for.
 
     Returns:
         Batches of `image` uint8 (B, 3, size, size), `label` int64 (B,), `skipped` int64 (B,).
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = min(num_workers, cores)
     return DataLoader(
         dataset,
         batch_sampler=batches,
