@@ -246,7 +246,8 @@ _IMAGENET_WORDS = "antialiased bilinear to 224 px, ImageNet mean and standard de
 def _load_vgg16(path: Path) -> FeatureNetwork:
     from torchvision.models import vgg16
 
-    network = vgg16(weights=None, init_weights=False)
+    with torch.device("meta"):  # drawing 138M random numbers would take seconds
+        network = vgg16(weights=None)
     _load_state(network, read_tensors(path), path)
     network.classifier = network.classifier[:5]  # up to the ReLU after the second hidden layer: 4096-d
     return FeatureNetwork("vgg16", network, _imagenet, _IMAGENET_WORDS, file_sha256(path))
@@ -464,4 +465,4 @@ def _load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
         if wanted.get(key) != given.get(key):
             have, need = (tuple(shapes[key]) if key in shapes else "nothing" for shapes in (given, wanted))
             raise ValueError(f"{path} does not fit this network: {key} is {have}, should be {need}")
-    module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False, assign=True)
