@@ -1,0 +1,173 @@
+"""The command line: thin subcommands over the package. torch is imported only by the commands that need it."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hieratok import __version__
+from hieratok.errors import TrainingError
+
+DESCRIPTION = "hieratok: multi-scale visual tokenizers (HieraTok, arXiv 2509.23736)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} (`{self.prog} --help` shows how)")
+
+
+def parser(command: str, description: str, example: str) -> Parser:
+    """A subcommand's parser; its help ends in an example."""
+    return Parser(
+        prog=f"hieratok {command}",
+        description=description,
+        epilog=f"example: hieratok {command} {example}".rstrip(),
+    )
+
+
+def quickstart(argv: list[str]) -> None:
+    """Train a small tokenizer on bundled photos in minutes on a CPU; ends in a page of pictures."""
+    p = parser("quickstart", str(quickstart.__doc__), "")
+    p.add_argument("--out", default="runs/quickstart", help="folder to write to (default: %(default)s)")
+    args = p.parse_args(argv)
+    from hieratok.quickstart import quickstart as run
+
+    run(Path(args.out))
+
+
+def recipes(argv: list[str]) -> None:
+    """List recipes, or print one as YAML that `train` accepts."""
+    p = parser("recipes", str(recipes.__doc__), "f16d16-multi > mine.yaml")
+    p.add_argument("name", nargs="?", help="print this one")
+    args = p.parse_args(argv)
+    from hieratok import recipes as book
+
+    if args.name:
+        import yaml
+
+        from hieratok.training.loop import plain
+
+        print(yaml.safe_dump(plain(book.get(args.name)), sort_keys=False), end="")
+        return
+    width = max(map(len, book.RECIPES))
+    for name in book.RECIPES:
+        print(f"{name:<{width}}  {book.summary(name)}")
+
+
+def train(argv: list[str]) -> None:
+    """Train a recipe or a YAML file; the same command again resumes."""
+    from hieratok.settings import load_run, make_parser, read_settings
+    from hieratok.training.tokenizer import train_tokenizer
+
+    source = argv[0] if argv and not argv[0].startswith("-") else None
+    if {"-h", "--help"} & set(argv):
+        return make_parser(read_settings(source) if source else {}).print_help()
+    if source is None:
+        raise ValueError("what to train comes first: hieratok train RECIPE|FILE.yaml (`hieratok recipes` lists them)")
+    run, out = load_run(source, argv[1:])
+    train_tokenizer(run, out)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"tokenizer: {out / 'tokenizer'}\nlog:       {out / 'log.jsonl'} (tensorboard --logdir {out})")
+        print(f"next:      hieratok reconstruct {out} PHOTO.jpg --out {out / 'reconstructions'}")
+
+
+def reconstruct(argv: list[str]) -> None:
+    """Encode and decode photos: every scale as PNG, and one contact sheet."""
+    p = parser("reconstruct", str(reconstruct.__doc__), "runs/quickstart photos/ --out reconstructions")
+    p.add_argument("run", help="run folder, tokenizer folder or hub id")
+    p.add_argument("images", nargs="+", help="image files, folders or globs")
+    p.add_argument("--out", required=True, help="folder to write to")
+    p.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    args = p.parse_args(argv)
+    import torch
+
+    from hieratok.reconstruct import reconstruct as run
+    from hieratok.tokenizer.model import HieraTok
+
+    device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    written = run(HieraTok.from_pretrained(args.run), args.images, args.out, device)
+    print(f"{len(written) - 1} pictures and {written[-1]}")
+
+
+def cost(argv: list[str]) -> None:
+    """Parameters, FLOPs and tokens of a recipe's tokenizer, beside the paper's (table 7)."""
+    p = parser("cost", str(cost.__doc__), "f16d16-multi --json")
+    p.add_argument("recipe", help="recipe, or YAML file")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    args = p.parse_args(argv)
+    from dataclasses import asdict
+
+    from hieratok.cost import measure, table
+    from hieratok.settings import load_run
+
+    run, _ = load_run(args.recipe)
+    result = measure(run.model)
+    print(json.dumps(asdict(result)) if args.json else table(run.name, result))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "quickstart": quickstart,
+    "recipes": recipes,
+    "train": train,
+    "reconstruct": reconstruct,
+    "cost": cost,
+}
+
+
+def usage() -> str:
+    """The top-level help."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            DESCRIPTION,
+            "",
+            "usage: hieratok COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "`hieratok COMMAND --help` shows a command's options and an example.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line on standard error and exit status 2, a failed run 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"hieratok {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return fail(f"no command {name!r}{hint} (`hieratok --help` lists them)", 2)
+    try:
+        COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        return fail("interrupted: the same command goes on from the last checkpoint", 130)
+    except (ValueError, FileNotFoundError) as error:
+        return fail(str(error), 2)
+    except (TrainingError, OSError) as error:
+        return fail(str(error), 1)
+    return 0
+
+
+def fail(message: str, status: int) -> int:
+    """Print one line; return the exit status."""
+    print(f"hieratok: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

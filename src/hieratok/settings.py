@@ -1,0 +1,98 @@
+"""A run's settings, from a recipe or a YAML file and the command line: one config system, the run's dataclasses."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hieratok import recipes
+from hieratok.checkpoint import nearest
+from hieratok.training.loop import flatten, plain
+from hieratok.training.tokenizer import TokenizerRun
+
+SHORTHANDS = {"--data": "--data.path"}
+
+
+def load_run(source: str, arguments: Sequence[str] = ()) -> tuple[TokenizerRun, Path]:
+    """The run that a recipe's name or a YAML file describes, and where it is written.
+
+    Args:
+        source: recipe name or path of a YAML file; what the file leaves out has the dataclasses' defaults.
+        arguments: `--group.name value` overrides, `--data PATH` for `--data.path PATH`, `--out DIR`.
+
+    Raises:
+        ValueError: no such recipe, unknown settings (the nearest is offered), wrong types or values.
+        FileNotFoundError: no such file.
+    """
+    settings = read_settings(source)
+    arguments = [_expand(argument) for argument in arguments]
+    known = list(flatten(plain(TokenizerRun())))
+    for name in flatten(settings):
+        if name not in known:
+            raise ValueError(f"{source}: unknown setting {name!r}{nearest(name, known)}")
+    for name in _flags(arguments):
+        if name not in [*known, "out"]:
+            raise ValueError(f"unknown setting --{name}{nearest(name, known)}")
+
+    try:
+        make_parser({}).parse_object(settings)  # defaults are not checked, so a file's types are checked apart
+        parser = make_parser(settings)
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except Exception as error:
+        raise ValueError(_one_line(error)) from error
+    run = TokenizerRun(parsed.name, parsed.model, parsed.data, parsed.loss, parsed.train)
+    return run, Path(parsed.out or f"runs/{run.name}")
+
+
+def make_parser(defaults: dict[str, Any]) -> Any:
+    """The command line of `hieratok train`: a flag per field of the run's dataclasses, their docstrings as help."""
+    try:
+        from jsonargparse import ArgumentParser, set_parsing_settings
+    except ImportError as error:
+        raise ValueError("settings on the command line need jsonargparse: pip install jsonargparse") from error
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="hieratok train RECIPE|FILE.yaml",
+        description="Train a recipe or a YAML file; the same command again resumes. --data PATH is --data.path PATH.",
+        epilog="example: hieratok train tiny-multi --data photos/ --train.steps 2000 --model.scales '[1,4,8]'",
+        exit_on_error=False,
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="Folder of the run (default: runs/NAME).")
+    parser.add_class_arguments(TokenizerRun)
+    parser.set_defaults(defaults)
+    return parser
+
+
+def read_settings(source: str) -> dict[str, Any]:
+    """A recipe's or a YAML file's settings as they stand there, not checked yet."""
+    if not source.endswith((".yaml", ".yml")):
+        return plain(recipes.get(source))
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{source} holds no settings (`hieratok recipes NAME` prints a file to start from)")
+    return {"name": path.stem, **settings}
+
+
+def _expand(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    return SHORTHANDS.get(flag, flag) + equals + value
+
+
+def _flags(arguments: list[str]) -> list[str]:
+    return [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r'^Parser key "([^"]+)": Expected an? (.*)\. Got value: ', r"\1: expected \2, got ", text)
+    return text.replace("expected tuple,", "expected a list such as '[1,2,4]',")
