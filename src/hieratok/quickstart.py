@@ -80,7 +80,7 @@ def reconstruct(tokenizer: HieraTok, images: Tensor) -> list[Tensor]:
 
 def shrink(images: Tensor, height: int, width: int) -> Tensor:
     """uint8 (B, 3, H, W) -> uint8 (B, 3, height, width), each pixel the mean colour of the area it covers."""
-    return to_uint8(area_pool(to_float(images), (height, width)))
+    return area_pool(images.double(), (height, width)).round().to(torch.uint8)
 
 
 def patch_mean(images: Tensor, patch_size: int) -> Tensor:

@@ -205,9 +205,12 @@ def line_plot(lines: Sequence[Line], x_label: str, y_label: str, caption: str, l
 def plot(matplotlib_figure: "Figure", caption: str) -> Html:
     """A matplotlib figure as inline SVG. Draw it with `INK`, `GRID` and `SERIES`, which follow the reader's theme."""
     import matplotlib
+    from matplotlib.text import Text
 
+    for label in matplotlib_figure.findobj(Text):
+        label.set_parse_math(False)  # type: ignore[attr-defined]  # a "$" in a name is a dollar sign
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hieratok", "text.parse_math": False}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hieratok"}):
         matplotlib_figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
