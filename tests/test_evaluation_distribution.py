@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hieratok.evaluation.distribution import frechet_distance, inception_score, kernel_distance, precision_recall
-from hieratok.evaluation.statistics import Moments, Statistics, reference_features
+from hieratok.evaluation.statistics import Moments, Statistics
 
 
 def normal(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -261,13 +261,3 @@ def test_sets_with_bad_features_are_refused(metric) -> None:
         metric(x.int(), x)
     with pytest.raises(ValueError, match="at least"):
         metric(x[:1], x)
-
-
-def test_reference_features_are_a_seeded_choice() -> None:
-    few, many = torch.arange(10.0)[:, None], torch.arange(10_500.0)[:, None]
-    assert reference_features(few) is few
-    chosen = reference_features(many)
-    assert len(chosen) == 10_000
-    assert torch.equal(chosen, reference_features(many))
-    assert torch.equal(chosen, chosen.sort(0).values)
-    assert not torch.equal(chosen, many[:10_000])

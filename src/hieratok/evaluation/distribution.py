@@ -18,7 +18,6 @@ from hieratok.evaluation.statistics import (
     Statistics,
     check_features,
     float64,
-    reference_features,
 )
 
 IS_SPLITS = 10
@@ -149,15 +148,18 @@ def _check_two_sets(x: Tensor, y: Tensor, at_least: int, what: str) -> None:
 def distances(samples: SetStatistics, reference: SetStatistics, network: FeatureNetwork) -> dict[str, float]:
     """Every metric that the two sets' statistics allow, under the name it has with this network.
 
-    Frechet distances always; KID, precision and recall where both kept features; the Inception Score of the samples
-    where they kept theirs and the network has classes. Those that need more images than there are, are left out.
+    The Frechet distance always; sFID where the network has spatial features; the Inception Score where it has classes
+    and the samples' features were kept; KID, precision and recall where those of both sets were. The Inception Score
+    needs 10 images, precision and recall 4 in each set.
 
-    Raises ValueError for statistics of two networks.
+    Raises ValueError for statistics of two networks or image sizes.
     """
     for key, value in network.description().items():
         for side in (samples, reference):
             if side.network[key] != value:
                 raise ValueError(f"statistics of another network: {key} is {side.network[key]!r}, not {value!r}")
+    if samples.size and reference.size and samples.size != reference.size:
+        raise ValueError(f"images of {samples.size} pixels cannot be compared with a reference of {reference.size}")
     result = {network.key("fid"): frechet_distance(samples.pool, reference.pool)}
     if samples.spatial is not None and reference.spatial is not None:
         result[network.key("sfid")] = frechet_distance(samples.spatial, reference.spatial)
@@ -166,8 +168,7 @@ def distances(samples: SetStatistics, reference: SetStatistics, network: Feature
     if network.class_weights is not None and len(samples.features) >= IS_SPLITS:
         result[network.key("is")] = inception_score(samples.features @ network.class_weights.cpu().T)
     if reference.features is not None:
-        features = reference_features(reference.features)
-        result[network.key("kid")] = kernel_distance(samples.features, features)
-        if min(len(samples.features), len(features)) > NEIGHBOURS:
-            result["precision"], result["recall"] = precision_recall(samples.features, features)
+        result[network.key("kid")] = kernel_distance(samples.features, reference.features)
+        if min(len(samples.features), len(reference.features)) > NEIGHBOURS:
+            result["precision"], result["recall"] = precision_recall(samples.features, reference.features)
     return result

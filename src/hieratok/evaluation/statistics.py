@@ -7,7 +7,7 @@ with each other (KID, precision and recall, Inception Score).
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,14 @@ class Moments:
     def update(self, features: Tensor) -> None:
         """Add features, (B, D) float. Raises ValueError for another shape and for values that are not finite."""
         check_features(features)
-        width = self._width()
+        width = self.width()
         if width is not None and features.shape[1] != width:
             raise ValueError(f"features have {features.shape[1]} dimensions, those before had {width}")
         self.waiting.append(features.detach())
         self._fold_if_many()
 
-    def _width(self) -> int | None:
+    def width(self) -> int | None:
+        """Dimensions of the features; None before the first."""
         if self.mean is not None:
             return len(self.mean)
         return self.waiting[0].shape[1] if self.waiting else None
@@ -166,37 +167,46 @@ class FeatureSet:
 
     Args:
         network: gives the features.
-        keep: keep the features themselves too, for KID, precision and recall, and the Inception Score.
+        keep: how many images' features to keep, for KID, precision and recall, and the Inception Score: 0 none, None
+            all. If there are more images, those are kept whose names have the smallest hashes: a random choice, but
+            the same in any order and number of processes.
     """
 
-    def __init__(self, network: FeatureNetwork, keep: bool = False):
+    def __init__(self, network: FeatureNetwork, keep: int | None = 0):
         self.network = network
         self.keep = keep
         self.pool = Moments()
         self.spatial = Moments()
-        self.kept: list[Tensor] = []  # float32 (B, D), in the order of `digests`
+        self.kept: dict[str, Tensor] = {}  # name: float32 (D,)
         self.digests: dict[str, str] = {}  # name: SHA-256 of the pixels
+        self.size: tuple[int, int] | None = None  # of the images
 
     def update(self, images: Tensor, names: Sequence[str]) -> None:
         """Add a batch: uint8 (B, 3, H, W) and the B images' names.
 
-        Raises ValueError for another dtype or shape, a name seen before and features that are not finite.
+        Raises ValueError for another dtype, shape or size than before, a name seen before and features that are not
+        finite.
         """
         features = self.network(images)
+        self._check_size((images.shape[2], images.shape[3]))
         if len(names) != len(images):
             raise ValueError(f"{len(names)} names for {len(images)} images")
         for name, finite in zip(names, features.pool.isfinite().all(1).tolist()):
             if not finite:
                 raise ValueError(f"{name}: the features of {self.network.name} are not finite")
-        digests = {name: _pixels_sha256(image) for name, image in zip(names, images.cpu())}
+        digests = {name: pixels_sha256(image) for name, image in zip(names, images.cpu())}
         if len(digests) < len(names):
             raise ValueError(f"{max(names, key=list(names).count)}: this name stands twice in one batch")
         self._add_names(digests)
         self.pool.update(features.pool)
         if features.spatial is not None:
             self.spatial.update(features.spatial)
-        if self.keep:
-            self.kept.append(features.pool.cpu())
+        self._keep(dict(zip(names, features.pool.cpu())))
+
+    def _check_size(self, size: tuple[int, int] | None) -> None:
+        if self.size is not None and size is not None and self.size != size:
+            raise ValueError(f"images of {_times(self.size)} and {_times(size)} pixels are not one set")
+        self.size = self.size or size
 
     def _add_names(self, digests: Mapping[str, str]) -> None:
         twice = digests.keys() & self.digests.keys()
@@ -204,21 +214,35 @@ class FeatureSet:
             raise ValueError(f"{min(twice)}: this image was already counted")
         self.digests.update(digests)
 
+    def _keep(self, features: Mapping[str, Tensor]) -> None:
+        if self.keep == 0:
+            return
+        self.kept.update({name: row.clone() for name, row in features.items()})
+        if self.keep is not None and len(self.kept) > 2 * self.keep:
+            self.kept = self._chosen()
+
+    def _chosen(self) -> dict[str, Tensor]:
+        """What is kept, at most `keep` images, in the order of their names."""
+        names = sorted(self.kept, key=lambda name: hashlib.sha256(f"{SEED} {name}".encode()).digest())[: self.keep]
+        return {name: self.kept[name] for name in sorted(names)}
+
     def state(self) -> dict[str, Any]:
         """Everything collected, without the network: what other processes need for `merge_state`."""
         return {
             "pool": self.pool.state(),
             "spatial": self.spatial.state(),
-            "kept": self.kept,
+            "kept": self._chosen(),
             "digests": self.digests,
+            "size": self.size,
         }
 
     def merge_state(self, state: Mapping[str, Any]) -> None:
         """Add what another process collected; ValueError for an image both have seen."""
+        self._check_size(state["size"])
         self._add_names(state["digests"])
         self.pool.merge_state(state["pool"])
         self.spatial.merge_state(state["spatial"])
-        self.kept += state["kept"]
+        self._keep(state["kept"])
 
     def merge(self, other: "FeatureSet") -> None:
         """Add what `other` collected. ValueError for an image both have seen, or another network."""
@@ -228,21 +252,30 @@ class FeatureSet:
 
     def compute(self) -> "SetStatistics":
         """Statistics of everything added so far. Raises ValueError below two images."""
-        pool = self.pool.statistics()
-        order = sorted(range(len(self.digests)), key=list(self.digests).__getitem__)
         return SetStatistics(
             network=self.network.description(),
-            images=hashlib.sha256("".join(sorted(self.digests.values())).encode()).hexdigest(),
-            pool=pool,
-            spatial=self.spatial.statistics() if self.spatial.n or self.spatial.waiting else None,
-            features=torch.cat(self.kept)[order] if self.keep else None,
+            images=set_sha256(self.digests.values()),
+            size=None if self.size is None else _times(self.size),
+            pool=self.pool.statistics(),
+            spatial=self.spatial.statistics() if self.spatial.width() else None,
+            features=torch.stack(list(self._chosen().values())) if self.kept else None,
         )
 
 
-def _pixels_sha256(image: Tensor) -> str:
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def pixels_sha256(image: Tensor) -> str:
+    """SHA-256 of an image's shape and pixels, uint8."""
     digest = hashlib.sha256(str(tuple(image.shape)).encode())
-    digest.update(image.contiguous().numpy().tobytes())
+    digest.update(image.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def set_sha256(digests: Iterable[str]) -> str:
+    """SHA-256 of a set of images, from those of the images in any order."""
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -253,21 +286,23 @@ class SetStatistics:
     """`FeatureNetwork.description()`."""
     images: str
     """SHA-256 of the images' pixels, in any order; of the file, for statistics that others wrote."""
+    size: str | None
+    """Height x width in pixels; None if a file does not say."""
     pool: Statistics
     spatial: Statistics | None = None
     features: Tensor | None = None
-    """float32 (n, D), in the order of the images' names, if they were kept."""
+    """float32 (at most n, D), in the order of the images' names, if they were kept."""
 
     def save(self, path: str | Path) -> None:
         """Write an .npz in the layout of ADM's evaluation suite, which can read it (mu, sigma, mu_s, sigma_s), plus
-        n, `features` of at most 10,000 images if they were kept, and a `manifest`. All or nothing appears at `path`."""
+        n, `features` if they were kept, and a `manifest`. The file appears as a whole or not at all."""
         arrays: dict[str, Any] = {"mu": self.pool.mu.numpy(), "sigma": self.pool.sigma().numpy()}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mu.numpy(), "sigma_s": self.spatial.sigma().numpy()}
         if self.features is not None:
-            arrays["features"] = reference_features(self.features).numpy()
+            arrays["features"] = self.features.numpy()
         arrays["n"] = self.pool.n
-        arrays["manifest"] = json.dumps(self.network | {"images sha256": self.images})
+        arrays["manifest"] = json.dumps(self.network | {"images sha256": self.images, "image size": self.size})
         with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -285,11 +320,12 @@ class SetStatistics:
         if "mu" not in arrays or "sigma" not in arrays:
             raise ValueError(f"{path} holds no statistics (mu, sigma): write them with `hieratok evaluate stats`")
         n = int(arrays["n"]) if "n" in arrays else None
+        size = None
         if "manifest" in arrays:
             try:
                 manifest = json.loads(str(arrays["manifest"]))
-                images = manifest.pop("images sha256")
-            except (ValueError, KeyError, AttributeError) as error:
+                images, size = manifest["images sha256"], manifest["image size"]
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} has a damaged manifest: write the statistics again") from error
             for key, value in network.description().items():
                 if manifest.get(key) != value:
@@ -307,16 +343,7 @@ class SetStatistics:
         else:
             pool = _checked(arrays["mu"], arrays["sigma"], n, path)
         spatial = _checked(arrays["mu_s"], arrays["sigma_s"], n, path) if "mu_s" in arrays else None
-        return cls(network.description(), images, pool, spatial, features)
-
-
-def reference_features(features: Tensor) -> Tensor:
-    """At most 10,000 rows, a seeded choice in the order they had: what a reference gives to KID, precision and recall,
-    whether it comes as images or as a file of statistics."""
-    if len(features) <= REFERENCE_FEATURES:
-        return features
-    chosen = np.random.RandomState(SEED).permutation(len(features))[:REFERENCE_FEATURES]
-    return features[torch.from_numpy(np.sort(chosen))]
+        return cls(network.description(), images, size, pool, spatial, features)
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

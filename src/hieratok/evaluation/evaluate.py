@@ -1,0 +1,371 @@
+"""The evaluation protocols, from images to numbers that carry their protocol.
+
+    evaluate_reconstruction   originals and reconstructions from a tokenizer: rFID, PSNR, SSIM, LPIPS
+    evaluate_images           the same for any two sets of image files
+    evaluate_samples          generated images against a reference: FID, sFID, IS, KID, precision, recall
+    write_statistics          a reference as a file
+    compare                   two results, if their manifests agree
+
+Each takes its command's options as a dataclass, prints a table (or JSON), writes `metrics.json`, and returns what it
+wrote: metrics under their names in lower case, `n` images, `warnings`, and a `manifest` of everything that the numbers
+depend on except the images under test. Under `torchrun` the images are divided among the processes.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hieratok.data import Source
+from hieratok.evaluation.distribution import distances
+from hieratok.evaluation.features import FeatureNetwork, load_network
+from hieratok.evaluation.images import batches, open_images, pair
+from hieratok.evaluation.pixels import PIXEL_PROTOCOL, Perceptual
+from hieratok.evaluation.processes import merge_processes, process, process_group
+from hieratok.evaluation.reconstruction import ReconstructionMetrics
+from hieratok.evaluation.results import compare_files, count_warnings, finish, manifest
+from hieratok.evaluation.statistics import REFERENCE_FEATURES, FeatureSet, SetStatistics
+from hieratok.losses.lpips import PerceptualLoss
+
+# --- Options, one dataclass a command ------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """What the commands have in common."""
+
+    features: str = "inception"
+    """Feature network of the distances: inception, vgg16, squeezenet, mobilenetv2, dinov2-small, dinov2-base,
+    dinov2-large, package.module:function of your own, or none for no distances."""
+    weights: str | None = None
+    """The network's weights; by default the published file in torch's cache. Nothing is downloaded."""
+    size: int | None = None
+    """Cut every image to this side, in pixels, as ADM does. Default: images stay as they are and must have one size."""
+    batch_size: int = 32
+    """Images at a time. It changes the speed, not the result."""
+    device: str | None = None
+    """Where to run the networks, such as cuda:0 or cpu. Default: the GPU if there is one."""
+    json: bool = False
+    """Print the result as JSON instead of a table."""
+
+
+@dataclass(kw_only=True)
+class PairedOptions(EvaluationOptions):
+    """What commands on pairs of images have in common."""
+
+    lpips: list[str] = field(default_factory=lambda: ["alex", "vgg"])
+    """Trunks of LPIPS: alex, vgg, squeeze, each optionally =FILE with its weights; squeeze-caffe=FILE gives a distance
+    that is not LPIPS and is not called so. '[]' for none."""
+
+
+@dataclass(kw_only=True)
+class EvaluateReconstruction(PairedOptions):
+    """Judge a tokenizer by its reconstructions of images: rFID, PSNR, SSIM, LPIPS.
+
+    Example: hieratok evaluate reconstruction runs/photos --data val
+    """
+
+    run: str
+    """Folder of the trained tokenizer."""
+    data: str
+    """Images to reconstruct: a folder, a pattern, or WebDataset shards."""
+    scales: bool = False
+    """Judge every scale, each against the original resized to it by area, and not only the finest."""
+    sample: bool = False
+    """Decode a sample of the posterior instead of its mean."""
+    out: str | None = None
+    """Folder for metrics.json and reconstructions.png. Default: `evaluation` in the run's folder."""
+
+
+@dataclass(kw_only=True)
+class EvaluateImages(PairedOptions):
+    """Compare two sets of images, paired by name: any tokenizer's output with its originals. FID, PSNR, SSIM, LPIPS.
+
+    Example: hieratok evaluate images originals reconstructions --lpips '[vgg]'
+    """
+
+    a: str
+    """Originals: a folder, a pattern, WebDataset shards, or an .npz with uint8 arr_0 (N, H, W, 3)."""
+    b: str
+    """Reconstructions, of the same names (suffixes may differ)."""
+    out: str | None = None
+    """Folder for metrics.json and reconstructions.png. Default: nothing is written."""
+
+
+@dataclass(kw_only=True)
+class EvaluateSamples(EvaluationOptions):
+    """Judge generated images by a reference: FID, sFID, IS, KID, precision, recall.
+
+    Example: hieratok evaluate samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    """
+
+    path: str
+    """Generated images: a folder, a pattern, WebDataset shards, or an .npz with uint8 arr_0 (N, H, W, 3)."""
+    reference: str
+    """Real images, in any of those forms, or an .npz of statistics: of `hieratok evaluate stats`, or ADM's."""
+    out: str | None = None
+    """Folder for metrics.json. Default: nothing is written."""
+
+
+@dataclass(kw_only=True)
+class EvaluateStats(EvaluationOptions):
+    """Write the statistics of a set of images, to be used as a reference again and again.
+
+    Example: hieratok evaluate stats imagenet/val --size 256 --out val256.npz
+    """
+
+    path: str
+    """Images: a folder, a pattern, WebDataset shards, or an .npz with uint8 arr_0 (N, H, W, 3)."""
+    out: str
+    """The .npz to write."""
+
+
+@dataclass(kw_only=True)
+class EvaluateCompare:
+    """Set two results beside each other, if their manifests agree.
+
+    Example: hieratok evaluate compare single/metrics.json multi/metrics.json
+    """
+
+    a: str
+    """A metrics.json."""
+    b: str
+    """Another."""
+    json: bool = False
+    """Print the result as JSON instead of a table."""
+
+
+# --- Reconstruction ------------------------------------------------------------------------------------------------
+
+
+def evaluate_reconstruction(
+    pairs: Iterable[tuple[Sequence[str], Tensor, Tensor | Sequence[Tensor]]],
+    options: EvaluateReconstruction,
+    total: int | None = None,
+    details: Mapping[str, str] | None = None,
+    network: FeatureNetwork | None = None,
+    perceptual: Sequence[Perceptual] | None = None,
+) -> dict[str, Any]:
+    """The reconstruction protocol on batches that the caller reconstructs.
+
+    Args:
+        pairs: (names, originals, reconstructions) as `ReconstructionMetrics.update` takes them; of all processes
+            together each image once.
+        options: of the command.
+        total: how many images this process will see, for the progress bar.
+        details: what else the numbers depend on, for the manifest, such as the crop and the precision.
+        network, perceptual: already loaded, for calls that repeat; default: those that `options` names.
+
+    Raises:
+        ValueError, FileNotFoundError: bad images or weights, in one line.
+    """
+    metrics = ReconstructionMetrics(
+        network or _network(options), _perceptual(options) if perceptual is None else perceptual
+    )
+    with tqdm(total=total, unit=" images", desc="reconstruction", disable=process()[0] > 0) as bar:
+        for names, originals, reconstructions in pairs:
+            metrics.update(names, originals, reconstructions)
+            bar.update(len(names))
+    merge_processes(metrics)
+    latents = {"latents": "one sample of the posterior" if options.sample else "posterior mean"}
+    quantiser = {"quantiser": "clamp, round to uint8"}
+    result = _paired_result("reconstruction", metrics, latents | quantiser | dict(details or {}))
+    result["inputs"] = {"run": options.run, "data": options.data}
+    out = options.out or os.path.join(options.run, "evaluation")
+    finish(result, options.json, out, metrics.picture())
+    return result
+
+
+def evaluate_images(options: EvaluateImages) -> dict[str, Any]:
+    """The command `hieratok evaluate images`.
+
+    Raises ValueError or FileNotFoundError, in one line that names the file.
+    """
+    with process_group():
+        a, b = open_images(options.a), open_images(options.b)
+        ids, in_a, in_b = pair(a, b, options.a, options.b)
+        size = _size(options, a)
+        metrics = ReconstructionMetrics(_network(options), _perceptual(options))
+        rank, world = process()
+        both = zip(
+            batches(a, size, options.batch_size, in_a, rank, world),
+            batches(b, size, options.batch_size, in_b, rank, world),
+        )
+        ids = iter(ids[rank::world])
+        with tqdm(total=len(in_a[rank::world]), unit=" images", desc="pairs", disable=rank > 0) as bar:
+            for (_, originals), (_, reconstructions) in both:
+                metrics.update([next(ids) for _ in originals], originals, reconstructions)
+                bar.update(len(originals))
+        merge_processes(metrics)
+        result = _paired_result("images", metrics, {"quantiser": "none: 8-bit files", "crop": _crop(size)})
+        result["inputs"] = {"a": options.a, "b": options.b}
+        finish(result, options.json, options.out, metrics.picture())
+        return result
+
+
+def _paired_result(protocol: str, metrics: ReconstructionMetrics, details: Mapping[str, Any]) -> dict[str, Any]:
+    result = metrics.compute()
+    perceptual = {p.name: getattr(p, "sha256", {}) for p in metrics.perceptual}
+    facts = {"n": result["n"], "reference sha256": metrics.reference()}
+    result["warnings"] = count_warnings(result["n"], metrics.dimensions(), "images")
+    result["manifest"] = manifest(protocol, metrics.network) | PIXEL_PROTOCOL | {"perceptual": perceptual}
+    result["manifest"] |= facts | dict(details)
+    return result
+
+
+# --- Samples and statistics ----------------------------------------------------------------------------------------
+
+
+def evaluate_samples(options: EvaluateSamples) -> dict[str, Any]:
+    """The command `hieratok evaluate samples`.
+
+    Raises ValueError or FileNotFoundError, in one line that names the file.
+    """
+    with process_group():
+        network = _network(options)
+        if network is None:
+            raise ValueError("samples are judged by distances alone: --features none leaves nothing to compute")
+        source = open_images(options.path)
+        size = _size(options, source)
+        reference = _reference(options, network, size)  # first: a wrong one is then refused before the long part
+        samples = _collect(source, network, size, options.batch_size, "samples", keep=None)
+        result: dict[str, Any] = {"n": samples.pool.n}
+        result |= distances(samples, reference, network)
+        result["warnings"] = count_warnings(samples.pool.n, len(samples.pool.mu), "samples")
+        result["warnings"] += count_warnings(reference.pool.n, len(reference.pool.mu), "reference images")
+        wanted = [network.key("kid"), "precision", "recall"]
+        wanted += [network.key("is")] if network.class_weights is not None else []
+        if missing := [key for key in wanted if key not in result]:
+            result["warnings"].append(f"too few images, or a reference without features: no {', '.join(missing)}")
+        result["manifest"] = manifest("samples", network) | {
+            "n": samples.pool.n,
+            "reference n": reference.pool.n,
+            "reference sha256": reference.images,
+            "quantiser": "none: 8-bit files",
+            "crop": _crop(size),
+        }
+        result["inputs"] = {"path": options.path, "reference": options.reference, "sha256": samples.images}
+        finish(result, options.json, options.out)
+        return result
+
+
+def write_statistics(options: EvaluateStats) -> SetStatistics:
+    """The command `hieratok evaluate stats`.
+
+    Raises ValueError or FileNotFoundError, in one line that names the file.
+    """
+    with process_group():
+        network = _network(options)
+        if network is None:
+            raise ValueError("statistics are of features: --features none leaves nothing to compute")
+        if not options.out.endswith(".npz"):
+            raise ValueError(f"--out {options.out} must end in .npz")
+        source = open_images(options.path)
+        size = _size(options, source)
+        statistics = _collect(source, network, size, options.batch_size, "statistics")
+        if process()[0] == 0:
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            statistics.save(options.out)
+            facts = {"out": options.out, "n": statistics.pool.n, "images sha256": statistics.images}
+            facts |= network.description() | {"crop": _crop(size)}
+            print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in facts.items()))
+        return statistics
+
+
+def _collect(
+    source: Source,
+    network: FeatureNetwork,
+    size: int | tuple[int, int],
+    batch_size: int,
+    what: str,
+    keep: int | None = REFERENCE_FEATURES,
+) -> SetStatistics:
+    rank, world = process()
+    features = FeatureSet(network, keep)
+    total = len(range(rank, len(source), world))
+    with tqdm(total=total, unit=" images", desc=what, disable=rank > 0) as bar:
+        for names, images in batches(source, size, batch_size, process_index=rank, num_processes=world):
+            features.update(images, names)
+            bar.update(len(names))
+    merge_processes(features)
+    return features.compute()
+
+
+def _reference(options: EvaluateSamples, network: FeatureNetwork, size: int | tuple[int, int]) -> SetStatistics:
+    """From images, or from a file of statistics; ADM's carries images for precision, recall and KID beside them."""
+    arrays = _array_names(options.reference)
+    if "mu" not in arrays:
+        return _collect(open_images(options.reference), network, size, options.batch_size, "reference")
+    statistics = SetStatistics.load(options.reference, network)
+    if statistics.features is None and "arr_0" in arrays:
+        images = open_images(options.reference)
+        collected = _collect(images, network, _shape(images), options.batch_size, "reference")
+        return replace(statistics, features=collected.features, size=collected.size)
+    return statistics
+
+
+def _array_names(path: str) -> list[str]:
+    if not path.endswith(".npz"):
+        return []
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays.files
+    except Exception as error:  # zipfile and numpy each raise their own
+        raise ValueError(f"{path} cannot be read as .npz: damaged, or of another kind") from error
+
+
+def compare(options: EvaluateCompare) -> dict[str, Any]:
+    """The command `hieratok evaluate compare`: {metric: {a, b, difference}}. Raises as `compare_files` does."""
+    table, text = compare_files(options.a, options.b)
+    print(json.dumps(table, indent=2) if options.json else text)
+    return table
+
+
+# --- What options mean ---------------------------------------------------------------------------------------------
+
+
+def _network(options: EvaluationOptions) -> FeatureNetwork | None:
+    if options.features == "none":
+        return None
+    return load_network(options.features, options.weights, _device(options))
+
+
+def _perceptual(options: PairedOptions) -> list[PerceptualLoss]:
+    distances = []
+    for entry in options.lpips:
+        trunk, _, weights = entry.partition("=")
+        distances.append(PerceptualLoss(trunk, weights or None).to(_device(options)))  # type: ignore[arg-type]
+    return distances
+
+
+def _device(options: EvaluationOptions) -> str:
+    if options.device:
+        return options.device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def _size(options: EvaluationOptions, source: Source) -> int | tuple[int, int]:
+    """The side to cut to, or the size that every image must have: that of the first."""
+    if options.size is None:
+        return _shape(source)
+    if options.size < 1:
+        raise ValueError(f"--size must be at least 1, not {options.size}")
+    return options.size
+
+
+def _shape(source: Source) -> tuple[int, int]:
+    height, width = source.image(0).shape[1:]
+    return height, width
+
+
+def _crop(size: int | tuple[int, int]) -> str:
+    return f"ADM centre crop to {size}" if isinstance(size, int) else f"none: all images are {size[0]} x {size[1]}"

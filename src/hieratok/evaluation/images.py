@@ -1,0 +1,151 @@
+"""Images for an evaluation: every image once, at its own size or under one crop, and two sets paired by name."""
+
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hieratok.data import Source, center_crop, open_source
+
+
+class NpzImages:
+    """The images in an .npz of ADM's evaluation suite: `arr_0`, uint8, N x H x W x 3. A `Source` without classes.
+
+    An uncompressed file, as numpy's `savez` writes it, is mapped and not read; a compressed one is read as a whole.
+
+    Raises:
+        FileNotFoundError: no file.
+        ValueError: damaged, or without such an array.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path} does not exist or is not a file")
+        try:
+            self.images = _map_member(self.path, "arr_0.npy")
+        except KeyError:
+            raise ValueError(f"{path} holds no images: it has no array called arr_0") from None
+        except Exception as error:  # zipfile, zlib and numpy each raise their own
+            raise ValueError(f"{path} cannot be read as .npz: damaged, or of another kind") from error
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
+            raise ValueError(
+                f"{path}: arr_0 must be uint8 of shape (images, height, width, 3), "
+                f"not {self.images.dtype} {self.images.shape}"
+            )
+        if not self.images.size:
+            raise ValueError(f"{path} holds no images: arr_0 has shape {self.images.shape}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """The index, in six digits."""
+        return f"{index:06}"
+
+    def label(self, index: int) -> int:
+        """-1: no classes."""
+        return -1
+
+    def image(self, index: int) -> Tensor:
+        """uint8 (3, H, W)."""
+        return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1)
+
+
+def _map_member(path: Path, member: str) -> np.ndarray:
+    """An array in an .npz, mapped into memory where it is stored as it is. KeyError if there is none."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+            header = file.tell()
+        if info.compress_type != zipfile.ZIP_STORED or fortran_order or not all(shape):
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[member.removesuffix(".npy")]
+    with path.open("rb") as file:
+        # A zip member is a header of 30 bytes, its name, an extra field, and then the content.
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    offset = info.header_offset + 30 + name_length + extra_length + header
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def open_images(path: str | Path) -> Source:
+    """An .npz of images, or whatever `hieratok.data.open_source` takes: a folder, a pattern, shards."""
+    return NpzImages(path) if str(path).endswith(".npz") else open_source(str(path))
+
+
+def load_image(source: Source, index: int, size: int | tuple[int, int]) -> Tensor:
+    """uint8 (3, H, W), cut by `center_crop` if `size` is a side; if it is (H, W), the image must have it.
+
+    Raises ValueError that names the image: it cannot be read, or has another size.
+    """
+    image = source.image(index)
+    if isinstance(size, int):
+        return center_crop(image, size)
+    if tuple(image.shape[1:]) != size:
+        height, width = image.shape[1:]
+        raise ValueError(
+            f"{source.name(index)} has {height} x {width} pixels where {size[0]} x {size[1]} are expected: "
+            "nothing is resized unasked; give --size to crop every image"
+        )
+    return image
+
+
+def batches(
+    source: Source,
+    size: int | tuple[int, int],
+    batch_size: int,
+    indices: Sequence[int] | None = None,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and uint8 (B, 3, H, W) of the images at `indices` (default: all), each once over all processes.
+
+    Process r of P gets every P-th from the r-th on; the last batch may be smaller. Images are decoded in threads, one
+    batch ahead.
+
+    Raises ValueError for a batch size below 1 and for images as `load_image` does.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+    mine = list(range(len(source)) if indices is None else indices)[process_index::num_processes]
+    parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        ahead = pool.map(lambda i: load_image(source, i, size), parts[0] if parts else ())
+        for part, following in zip(parts, [*parts[1:], []]):
+            images = list(ahead)
+            ahead = pool.map(lambda i: load_image(source, i, size), following)
+            yield [source.name(i) for i in part], torch.stack(images)
+
+
+def pair(a: Source, b: Source, name_a: str, name_b: str) -> tuple[list[str], list[int], list[int]]:
+    """Indices into two sources of the images with the same id: the name without its suffix.
+
+    Returns ids in order, indices into a, indices into b.
+    Raises ValueError for an id that one side lacks or has twice.
+    """
+    index_a, index_b = _by_id(a, name_a), _by_id(b, name_b)
+    for one, other, where in ((index_a, index_b, name_b), (index_b, index_a, name_a)):
+        lacking = sorted(one.keys() - other.keys())
+        if lacking:
+            count = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+            raise ValueError(f"{where} has no image named {lacking[0]}{count}: images are paired by name")
+    ids = sorted(index_a)
+    return ids, [index_a[key] for key in ids], [index_b[key] for key in ids]
+
+
+def _by_id(source: Source, name: str) -> dict[str, int]:
+    ids = [os.path.splitext(source.name(i))[0] for i in range(len(source))]
+    twice = [key for key, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name} has two images named {twice[0]}: images are paired by name without suffix")
+    return {key: i for i, key in enumerate(ids)}

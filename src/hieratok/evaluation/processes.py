@@ -1,0 +1,47 @@
+"""Metrics over several processes: each sees its share of the images, then all put together what they collected."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+
+class Mergeable(Protocol):
+    """A metric whose parts, one a process, can be put together."""
+
+    def state(self) -> Any: ...
+
+    def merge_state(self, state: Any, /) -> None: ...
+
+
+def merge_processes(metric: Mergeable) -> None:
+    """Put together what the processes collected; each then holds everything. Nothing happens with one process."""
+    rank, world = process()
+    if world > 1:
+        states: list[Any] = [None] * world
+        dist.all_gather_object(states, metric.state())
+        for other, state in enumerate(states):
+            if other != rank:
+                metric.merge_state(state)
+
+
+def process() -> tuple[int, int]:
+    """This process's index and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that `torchrun` started, unless that has been done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,194 @@
+"""The metrics of originals and reconstructions, at one or several scales, as one object that takes batches."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from hieratok.evaluation.distribution import distances
+from hieratok.evaluation.features import FeatureNetwork
+from hieratok.evaluation.pixels import SSIM_WINDOW, Perceptual, PixelMetrics
+from hieratok.evaluation.statistics import FeatureSet, pixels_sha256, set_sha256
+from hieratok.pictures import pyramid_sheet
+
+SHOWN = 4  # worst and best reconstructions in the picture
+
+
+class ReconstructionMetrics:
+    """Collects the metrics of originals and their reconstructions, at one or several scales, batch after batch.
+
+    Of the distances only Frechet's: KID, precision and recall compare single images of independent sets, and an image
+    is no independent draw beside its reconstruction (KID comes out far below zero, precision and recall at 1).
+
+    Args:
+        network: for the Frechet distance; None for none.
+        perceptual: perceptual distances (`PerceptualLoss` objects).
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork | None = None,
+        perceptual: Sequence[Perceptual] = (),
+    ):
+        self.network = network
+        self.perceptual = perceptual
+        self.scales: dict[tuple[int, int], _Scale] = {}
+        self.shown = _Shown()
+        self.digests: dict[str, str] = {}  # name: SHA-256 of the original's pixels
+
+    def update(self, names: Sequence[str], originals: Tensor, reconstructions: Tensor | Sequence[Tensor]) -> None:
+        """Add a batch: the B images' names, uint8 (B, 3, H, W), and uint8 reconstructions: (B, 3, H, W), or coarse to
+        fine one (B, 3, h, w) for each scale, of which the last has the originals' size.
+
+        Raises ValueError for another dtype or shape, a name seen before, and what the networks give that is not finite.
+        """
+        pyramid = [reconstructions] if isinstance(reconstructions, Tensor) else list(reconstructions)
+        if not pyramid or pyramid[-1].shape != originals.shape:
+            raise ValueError(
+                f"{names[0]}: the finest reconstruction must have the original's shape {tuple(originals.shape)}, "
+                f"not {tuple(pyramid[-1].shape) if pyramid else 'none'}"
+            )
+        for images in pyramid:
+            scale = self._scale((images.shape[-2], images.shape[-1]))
+            scale.update(area_resize(originals, images.shape[-2:]), images, names)
+        self.digests.update({name: pixels_sha256(image) for name, image in zip(names, originals.cpu())})
+        self.shown.update(self._finest().pixels, names, originals, pyramid[-1])
+
+    def _scale(self, size: tuple[int, int]) -> "_Scale":
+        if size not in self.scales:
+            self.scales[size] = _Scale(self.network, self.perceptual, min(size) >= SSIM_WINDOW)
+        return self.scales[size]
+
+    def _finest(self) -> "_Scale":
+        return self.scales[max(self.scales)]
+
+    def state(self) -> dict[str, Any]:
+        """Everything collected, without the networks: what other processes need for `merge_state`."""
+        scales = {size: scale.state() for size, scale in self.scales.items()}
+        return {"scales": scales, "shown": self.shown, "digests": self.digests}
+
+    def merge_state(self, state: Mapping[str, Any]) -> None:
+        """Add what another process collected; ValueError for an image both have seen."""
+        for size, scale in state["scales"].items():
+            self._scale(size).merge_state(scale)
+        self.shown.merge(state["shown"])
+        self.digests.update(state["digests"])
+
+    def merge(self, other: "ReconstructionMetrics") -> None:
+        """Add what `other` collected; ValueError for an image both have seen."""
+        self.merge_state(other.state())
+
+    def compute(self) -> dict[str, Any]:
+        """The metrics of the finest scale, and where there are several, `scales`: {side in pixels: metrics}.
+
+        Raises ValueError without images, and below two with a feature network.
+        """
+        if not self.scales:
+            raise ValueError("no images were compared")
+        results = {size: scale.compute() for size, scale in sorted(self.scales.items())}
+        finest: dict[str, Any] = dict(results[max(results)])
+        if len(results) > 1:
+            finest["scales"] = {_side(size): result for size, result in results.items()}
+        return finest
+
+    def reference(self) -> str:
+        """SHA-256 of the originals, in any order."""
+        return set_sha256(self.digests.values())
+
+    def dimensions(self) -> int | None:
+        """Of the features; None without a network."""
+        originals = self._finest().originals
+        return originals.pool.width() if originals else None
+
+    def picture(self) -> Image.Image:
+        """The worst and the best reconstructions by PSNR, beside their originals."""
+        return self.shown.picture()
+
+
+class _Scale:
+    """The metrics of one scale."""
+
+    def __init__(self, network: FeatureNetwork | None, perceptual: Sequence[Perceptual], ssim: bool):
+        self.network = network
+        self.pixels = PixelMetrics(perceptual, ssim)
+        self.originals = FeatureSet(network) if network else None
+        self.reconstructions = FeatureSet(network) if network else None
+
+    def _parts(self) -> list[PixelMetrics | FeatureSet]:
+        return [part for part in (self.pixels, self.originals, self.reconstructions) if part is not None]
+
+    def update(self, originals: Tensor, reconstructions: Tensor, names: Sequence[str]) -> None:
+        self.pixels.update(originals, reconstructions, names)
+        if self.originals and self.reconstructions:
+            self.originals.update(originals, names)
+            self.reconstructions.update(reconstructions, names)
+
+    def state(self) -> list[Any]:
+        return [part.state() for part in self._parts()]
+
+    def merge_state(self, states: list[Any]) -> None:
+        for part, state in zip(self._parts(), states, strict=True):
+            part.merge_state(state)
+
+    def compute(self) -> dict[str, float]:
+        result = self.pixels.compute()
+        if self.network and self.originals and self.reconstructions:
+            result |= distances(self.reconstructions.compute(), self.originals.compute(), self.network)
+        return result
+
+
+class _Shown:
+    """The worst and best few pairs so far: (PSNR, name, original, reconstruction)."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[float, str, Tensor, Tensor]] = []
+
+    def update(self, pixels: PixelMetrics, names: Sequence[str], originals: Tensor, reconstructions: Tensor) -> None:
+        new = [
+            (pixels.rows[name]["psnr"], name, original.cpu(), reconstruction.cpu())
+            for name, original, reconstruction in zip(names, originals, reconstructions)
+        ]
+        self._select(new)
+
+    def merge(self, other: "_Shown") -> None:
+        self._select(other.pairs)
+
+    def _select(self, new: list[tuple[float, str, Tensor, Tensor]]) -> None:
+        everything = self.pairs + new
+        worst = heapq.nsmallest(SHOWN, everything, key=lambda item: item[:2])
+        best = heapq.nlargest(SHOWN, everything, key=lambda item: item[:2])
+        self.pairs = list({item[1]: item for item in worst + best}.values())
+
+    def picture(self) -> Image.Image:
+        ordered = sorted(self.pairs, key=lambda item: item[:2])
+        half = min(SHOWN, (len(ordered) + 1) // 2)
+        parts = [("worst by PSNR", ordered[:half]), ("best by PSNR", ordered[half:][-half:][::-1])]
+        sheets = [
+            (title, pyramid_sheet(torch.stack([p[2] for p in part]), [torch.stack([p[3] for p in part])]))
+            for title, part in parts
+            if part
+        ]
+        header = 16
+        width, height = sum(sheet.width for _, sheet in sheets), max(sheet.height for _, sheet in sheets)
+        picture = Image.new("RGB", (width, height + header), (255, 255, 255))
+        left = 0
+        for title, sheet in sheets:
+            ImageDraw.Draw(picture).text((left + 4, 2), title, fill=(0, 0, 0))
+            picture.paste(sheet, (left, header))
+            left += sheet.width
+        return picture
+
+
+def area_resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    """T_k of eqs. 8 and 9 on uint8 images: area interpolation to (h, w), rounded to uint8."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images.float(), tuple(size), mode="area").round().to(torch.uint8)
+
+
+def _side(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
