@@ -1,7 +1,7 @@
 """WebDataset shards read map-style: any image in any order, which makes shuffling complete and resuming exact.
 
 One pass over the tar headers gives an index of where each image lies; an image is then one `pread`. Python's `tarfile`
-reads the same archives but takes seven times as long for the headers (`benchmarks/data.py`). A shard may come from
+reads the same archives but takes three times as long for the headers (`benchmarks/data.py`). A shard may come from
 anywhere, so nothing in it is trusted: only regular files are read, of bounded size, and nothing is written to disk.
 """
 

@@ -1,0 +1,145 @@
+"""Images per second and core of the data pipeline, beside plain Pillow and torchvision in the same run.
+
+    python benchmarks/data.py                                            # photos made from the bundled ones
+    python benchmarks/data.py --shards 'DIR/train-*.tar' --folder DIR    # yours
+
+(a) 128 px shards with the centre crop, (b) a folder of JPEGs of some 500 x 375 pixels with a random-resized crop to 256
+px, both with flips; (c) the index of the shards beside Python's `tarfile`; (d) the training loader with one worker for
+each core. (a) to (c) use one thread; the two sides take turns, and the median of the rounds counts.
+"""
+
+import argparse
+import io
+import os
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from hieratok.data import ImageDataset, StepBatches, TarShards, center_crop, open_source, training_loader
+
+ROUNDS = 7
+
+
+def make_photos(folder: Path, count: int = 200) -> None:
+    """Windows of 500 x 375 pixels from the bundled photos, as JPEG files."""
+    source = open_source("bundled:train")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        photo = source.image(i % len(source))
+        top, left = (
+            int(torch.randint(side - part + 1, (), generator=generator))
+            for side, part in zip(photo.shape[1:], (375, 500))
+        )
+        window = photo[:, top : top + 375, left : left + 500]
+        Image.fromarray(window.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.jpg", quality=90)
+
+
+def make_shard(folder: str, path: Path) -> None:
+    """The centres of a folder's images at 128 px, in one shard."""
+    source = open_source(folder)
+    with tarfile.open(path, "w") as tar:
+        for i in range(len(source)):
+            file = io.BytesIO()
+            crop = center_crop(source.image(i), 128)
+            Image.fromarray(crop.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
+            for suffix, data in (("jpg", file.getvalue()), ("cls", b"0")):
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def plain_shards(paths: list[str]) -> Callable[[int], torch.Tensor]:
+    """Pillow and torchvision's transforms on members that `tarfile` found."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    transform = v2.Compose([v2.Resize(128, bicubic), v2.CenterCrop(128), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    tars = [tarfile.open(path) for path in paths]  # noqa: SIM115
+    members = [(tar, member) for tar in tars for member in tar if member.name.endswith(".jpg")]
+
+    def read(index: int) -> torch.Tensor:
+        tar, member = members[index % len(members)]
+        file = tar.extractfile(member)
+        assert file is not None
+        return transform(Image.open(file).convert("RGB"))
+
+    return read
+
+
+def plain_folder(paths: list[Path]) -> Callable[[int], torch.Tensor]:
+    """Pillow and torchvision's transforms on files."""
+    crop = v2.RandomResizedCrop(256, (0.5, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return lambda index: transform(Image.open(paths[index % len(paths)]).convert("RGB"))
+
+
+def compare(title: str, ours: Callable[[int], object], plain: Callable[[int], object], count: int) -> None:
+    """Print both rates and their ratio."""
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(ROUNDS):
+        for name, call in (("ours", ours), ("plain", plain)):
+            start = time.perf_counter()
+            for index in range(count):
+                call(index)
+            rates[name].append(count / (time.perf_counter() - start))
+    fast, slow = statistics.median(rates["ours"]), statistics.median(rates["plain"])
+    print(f"{title:44s} {fast:10.0f} /s   plain {slow:10.0f} /s   ratio {fast / slow:5.2f}")
+
+
+def main(shards: str | None, folder: str | None, temporary: Path) -> None:
+    """Prepare what is missing and print the table."""
+    torch.set_num_threads(1)
+    if folder is None:
+        folder = str(temporary / "photos")
+        Path(folder).mkdir()
+        make_photos(Path(folder))
+    if shards is None:
+        shards = str(temporary / "0.tar")
+        make_shard(folder, Path(shards))
+    images, files = open_source(shards), open_source(folder)
+    if not isinstance(images, TarShards):
+        raise SystemExit(f"{shards} are no shards")
+    paths = images.paths
+    file_paths = [Path(folder) / files.name(i) for i in range(len(files))]
+
+    center = ImageDataset(images, 128, "center")
+    random = ImageDataset(files, 256, "random-resized")
+    compare("(a) shards, centre crop to 128", lambda i: center[i % len(center), 0], plain_shards(paths), 400)
+    compare(
+        "(b) files, random-resized crop to 256", lambda i: random[i % len(random), 0], plain_folder(file_paths), 100
+    )
+
+    headers = 0
+
+    def plain_index(_: int) -> None:
+        nonlocal headers
+        headers = 0
+        for path in paths:
+            with tarfile.open(path) as tar:
+                headers += len(tar.getmembers())
+
+    compare(f"(c) indexing {len(paths)} shards", lambda _: open_source(paths), plain_index, 1)
+    print(f"    {headers} headers")
+
+    cores = len(os.sched_getaffinity(0))
+    for name, dataset in (("(a)", center), ("(b)", random)):
+        loader = iter(training_loader(dataset, StepBatches(len(dataset), 64, 64, 0, 40), cores))
+        for _ in range(5):
+            next(loader)
+        start = time.perf_counter()
+        count = sum(len(batch["image"]) for batch in loader)
+        print(f"(d) training loader on {name}, {cores} workers {count / (time.perf_counter() - start):16.0f} /s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", help="tar files (a file or a pattern) of 128 px images")
+    parser.add_argument("--folder", help="a folder of image files")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        main(arguments.shards, arguments.folder, Path(temporary))
