@@ -164,7 +164,10 @@ def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "c
             f"{path} does not fit {folder / CONFIG}: {name} is {found.get(name, 'missing')} in the file"
             f" and {expected.get(name, 'absent')} in the model"
         )
-    model.load_state_dict(weights, assign=True)
+    # Copied and not assigned: the file's tensors are not aligned in memory, which changes the last bits of products.
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=device)
+    model.load_state_dict(weights)
 
 
 def nearest(name: str, known: list[str]) -> str:

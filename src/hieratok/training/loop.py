@@ -333,7 +333,7 @@ def fit(
     )
     meter = Meter(device)
 
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), contextlib.closing(log) if log else contextlib.nullcontext():
         while state.step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, config)
@@ -371,8 +371,6 @@ def fit(
             if log and draw and config.picture_every and (done or state.step % config.picture_every == 0):
                 log.picture(draw(ema), state.step)
     accelerator.wait_for_everyone()
-    if log:
-        log.close()
     return ema
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hieratok import checkpoint
-from hieratok.data.images import ImageDataset, Source, center_crop, open_source, to_float, to_uint8
+from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.pictures import pyramid_sheet
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
@@ -46,17 +46,11 @@ def train_tokenizer(run: TokenizerRun, out: str | Path) -> HieraTok:
     folder = RunFolder(out, plain(run))
     if run.data.path is None:
         raise ValueError("no images: give --data PATH (a folder of images, WebDataset shards, or `bundled`)")
+    size, data = run.model.image_size, run.data
     source = open_source(run.data.path)
-    dataset = ImageDataset(
-        source,
-        run.model.image_size,
-        run.data.crop,
-        run.data.flip,
-        run.train.seed,
-        run.data.on_bad_image,
-        min_area=run.data.min_area,
-    )
-    shown = picture_images(open_source(run.data.val_path) if run.data.val_path else source, run.model.image_size)
+    dataset = ImageDataset(source, size, data.crop, data.flip, run.train.seed, data.on_bad_image, data.min_area)
+    shown_source = open_source(data.val_path) if data.val_path else source
+    shown = picture_images(ImageDataset(shown_source, size, "center", flip=False, on_bad_image=data.on_bad_image))
     criterion = ReconstructionLoss(run.loss, len(run.model.scales))
 
     torch.manual_seed(run.train.seed)
@@ -83,10 +77,10 @@ def train_tokenizer(run: TokenizerRun, out: str | Path) -> HieraTok:
     return ema
 
 
-def picture_images(source: Source, size: int) -> Tensor:
-    """A few images spread over a source, ADM-cropped: uint8 (B, 3, size, size)."""
-    count = min(PICTURE_IMAGES, len(source))
-    return torch.stack([center_crop(source.image(i * len(source) // count), size) for i in range(count)])
+def picture_images(dataset: ImageDataset) -> Tensor:
+    """A few images spread over a data set: uint8 (B, 3, H, W)."""
+    count = min(PICTURE_IMAGES, len(dataset))
+    return torch.stack([dataset[i * len(dataset) // count, 0]["image"] for i in range(count)])
 
 
 @torch.no_grad()

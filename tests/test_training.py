@@ -1,0 +1,432 @@
+"""Training runs: what resumes is bit-equal, what fails says so, and processes do not change the numbers."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from hieratok import HieraTok, TokenizerConfig, checkpoint
+from hieratok.errors import TrainingError
+from hieratok.losses.reconstruction import LossConfig
+from hieratok.training import loop
+from hieratok.training.loop import DataConfig, RunFolder, TrainConfig, learning_rate, plain, seed_of
+from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Nine small images with structure."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def small_run(photos: Path, **train) -> TokenizerRun:
+    settings = dict(
+        steps=12, batch_size=4, learning_rate=1e-3, save_every=4, log_every=2, picture_every=6, ema_decay=0.9
+    )
+    return TokenizerRun(
+        name="small",
+        model=TokenizerConfig(
+            image_size=16,
+            patch_size=4,
+            latent_channels=4,
+            scales=(1, 2, 4),
+            encoder_width=16,
+            encoder_depth=1,
+            encoder_heads=2,
+            decoder_width=24,
+            decoder_depth=2,
+            decoder_heads=2,
+            drop_path=0.2,
+        ),
+        data=DataConfig(path=str(photos), num_workers=0),
+        loss=LossConfig(perceptual_weight=0.0),
+        train=TrainConfig(**{**settings, "precision": "fp32", **train}),
+    )
+
+
+def final_state(out: Path) -> dict[str, torch.Tensor]:
+    """Everything a finished run holds, by name: weights, averaged weights, optimiser."""
+    newest = max((out / "checkpoints").glob("step-*"))
+    state = {f"weights.{k}": v for k, v in load_file(newest / "training.safetensors").items()}
+    state |= {f"ema.{k}": v for k, v in load_file(out / "tokenizer" / "model.safetensors").items()}
+    optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
+    for i, moments in optimizer["state"].items():
+        state |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+    return state
+
+
+def read_log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = final_state(a), final_state(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    timing = ("images_per_second", "data_wait")
+    logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(p)] for p in (a, b)]
+    assert logs[0] == logs[1]
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_promises(photos, tmp_path):
+    run = small_run(photos)
+    tokenizer = train_tokenizer(run, tmp_path / "run")
+    out = tmp_path / "run"
+    assert yaml.safe_load((out / "config.yaml").read_text()) == plain(run)
+    records = read_log(out)
+    assert [r["step"] for r in records] == [2, 4, 6, 8, 10, 12]
+    assert records[-1]["loss"] < records[0]["loss"]
+    expected = {"loss", "l1", "mse", "kl", "l1/4", "l1/8", "l1/16", "mse/4", "mse/8", "mse/16", "gradient_norm"}
+    assert expected <= records[0].keys()
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
+    assert sorted(p.name for p in (out / "pictures").iterdir()) == ["step-00000006.png", "step-00000012.png"]
+    assert list((out / "tensorboard").iterdir())
+    assert not list(out.rglob("*.tmp"))
+    loaded = HieraTok.from_pretrained(out)
+    z = torch.randn(1, 4, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded.decode(z), tokenizer.decode(z))
+
+
+def test_only_the_latest_checkpoints_stay(photos, tmp_path):
+    train_tokenizer(small_run(photos, save_every=2, keep_checkpoints=2), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+
+
+def test_training_data_makes_a_difference(photos, tmp_path):
+    """Guards the comparisons below: another seed is another run."""
+    train_tokenizer(small_run(photos), tmp_path / "a")
+    train_tokenizer(small_run(photos, seed=1), tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+class Crash(Exception):
+    """Stands in for a crash of the machine at one point."""
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 9, 12])
+def test_resumed_equals_uninterrupted(photos, tmp_path, monkeypatch, at):
+    """A crash in step `at`, between or right after checkpoints, then the same call again."""
+    run = small_run(photos)
+    train_tokenizer(run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        original = loop.update_ema
+
+        def crash(ema, model, step, decay):
+            if step + 1 == at:
+                raise Crash
+            original(ema, model, step, decay)
+
+        patch.setattr(loop, "update_ema", crash)
+        with pytest.raises(Crash):
+            train_tokenizer(run, tmp_path / "crashed")
+    train_tokenizer(run, tmp_path / "crashed")
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+@pytest.mark.parametrize("step", ["sync", "replace"])
+def test_crash_while_saving(photos, tmp_path, monkeypatch, step):
+    """A checkpoint that was being written does not count, and its remains are cleared away."""
+    run = small_run(photos)
+    train_tokenizer(run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process tidies nothing
+        calls = []
+        module, name = (checkpoint, "sync") if step == "sync" else (checkpoint.os, "replace")
+        original = getattr(module, name)
+
+        def crash(path, *args):
+            if "step-00000008" in str(path):
+                calls.append(path)
+                if len(calls) == 3 or step == "replace":
+                    raise Crash
+            return original(path, *args)
+
+        patch.setattr(module, name, crash)
+        with pytest.raises(Crash):
+            train_tokenizer(run, tmp_path / "crashed")
+    assert list((tmp_path / "crashed" / "checkpoints").glob(".*.tmp"))
+    train_tokenizer(run, tmp_path / "crashed")
+    assert not list((tmp_path / "crashed" / "checkpoints").glob(".*.tmp"))
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_a_finished_run_stays_as_it_is(photos, tmp_path):
+    run = small_run(photos)
+    train_tokenizer(run, tmp_path)
+    before = final_state(tmp_path)
+    train_tokenizer(run, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in final_state(tmp_path).items())
+
+
+def test_gradient_accumulation_changes_only_rounding(photos, tmp_path):
+    """drop_path and sampling noise are drawn per micro-batch, so they are off here: one against two micro-batches."""
+    run = small_run(photos)
+    quiet = replace(run, model=replace(run.model, drop_path=0.0))
+    losses = []
+    for micro in (4, 2):
+        torch.manual_seed(0)
+        run = replace(quiet, train=replace(quiet.train, micro_batch_size=micro, steps=1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hieratok.tokenizer.posterior.DiagonalGaussian.sample", lambda self: self.mode())
+            train_tokenizer(run, tmp_path / str(micro))
+        losses.append(json.loads((tmp_path / str(micro) / "log.jsonl").read_text()))
+    for name in ("loss", "gradient_norm", "l1/16", "kl"):
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-5)
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def write_run(run: TokenizerRun, path: Path) -> str:
+    path.write_text(yaml.safe_dump(plain(run)))
+    return str(path)
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "hieratok", *args]
+
+
+def last_step(out: Path) -> int:
+    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def test_kill_9_at_random_moments(photos, tmp_path):
+    """Killed twice at random steps, with two loader processes, then finished: the same as never interrupted."""
+    run = small_run(photos, steps=160, save_every=7, log_every=1, picture_every=0)
+    run = replace(run, data=replace(run.data, num_workers=2))
+    config = write_run(run, tmp_path / "run.yaml")
+    subprocess.run(command("train", config, "--out", str(tmp_path / "whole")), check=True, env=environment())
+    killed = tmp_path / "killed"
+    rng = random.Random()
+    seed = rng.randrange(2**32)
+    print(f"seed {seed}")  # shown by pytest if the test fails
+    rng.seed(seed)
+    for until in sorted(rng.sample(range(15, 130), 2)):
+        process = subprocess.Popen(command("train", config, "--out", str(killed)), env=environment())
+        while last_step(killed) < until and process.poll() is None:
+            time.sleep(0.01 * rng.random())
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command("train", config, "--out", str(killed)), check=True, env=environment())
+    assert_same_run(tmp_path / "whole", killed)
+
+
+def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
+    """Real torchrun with gloo: the same losses to 1e-5, noise included, because a step is what defines it."""
+    run = small_run(photos, steps=6, log_every=1, micro_batch_size=2, picture_every=0)
+    train_tokenizer(run, tmp_path / "one")
+    config = write_run(run, tmp_path / "run.yaml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    subprocess.run(
+        [*torchrun, "-m", "hieratok", "train", config, "--out", str(tmp_path / "two")],
+        check=True,
+        env={**environment(), "ACCELERATE_USE_CPU": "true"},
+        timeout=300,
+    )
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        for name in ("loss", "l1/4", "mse/16", "kl", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_not_finite_names_step_and_last_good_checkpoint(photos, tmp_path, monkeypatch):
+    run = small_run(photos)
+    from hieratok.losses.reconstruction import ReconstructionLoss
+
+    original = ReconstructionLoss.forward
+    calls = []
+
+    def poisoned(self, *args):
+        loss, terms = original(self, *args)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 7 else loss), terms
+
+    monkeypatch.setattr(ReconstructionLoss, "forward", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite at step 7; the last good checkpoint is .*step-00000004"):
+        train_tokenizer(run, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_full_disk_leaves_nothing_half_written(photos, tmp_path):
+    """Files are limited to 40 kB by the system, as on a full disk: one line, status 1, no remains."""
+    config = write_run(small_run(photos), tmp_path / "run.yaml")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+        "from hieratok.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", config, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("hieratok: ")
+    assert os.strerror(errno.EFBIG) in last
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_other_settings_are_refused_by_name(photos, tmp_path):
+    run = small_run(photos)
+    train_tokenizer(run, tmp_path)
+    changed = replace(run, train=replace(run.train, seed=5, log_every=3), model=replace(run.model, drop_path=0.1))
+    with pytest.raises(ValueError, match=r"model\.drop_path 0\.2 -> 0\.1, train\.seed 0 -> 5\): choose another --out"):
+        train_tokenizer(changed, tmp_path)
+    train_tokenizer(replace(run, train=replace(run.train, log_every=3)), tmp_path)
+
+
+def test_damaged_checkpoint_is_named(photos, tmp_path):
+    run = small_run(photos)
+    train_tokenizer(run, tmp_path)
+    weights = tmp_path / "checkpoints" / "step-00000012" / "training.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(TrainingError, match="step-00000012 is damaged"):
+        train_tokenizer(run, tmp_path)
+
+
+def test_no_images_leave_no_folder(photos, tmp_path):
+    run = small_run(photos)
+    (tmp_path / "empty").mkdir()
+    for path in (None, str(tmp_path / "empty"), str(tmp_path / "nowhere")):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            train_tokenizer(replace(run, data=replace(run.data, path=path)), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth"):
+        train_tokenizer(
+            replace(run, loss=LossConfig(trunk_weights=str(tmp_path / "vgg16-397923af.pth"))), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_image_is_named_or_counted(photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for image in photos.iterdir():
+        (folder / image.name).write_bytes(image.read_bytes())
+    (folder / "4.png").write_text("not a picture")
+    run = small_run(folder)
+    with pytest.raises(ValueError, match=r"4\.png"):
+        train_tokenizer(run, tmp_path / "strict")
+    train_tokenizer(replace(run, data=replace(run.data, on_bad_image="skip")), tmp_path / "lenient")
+    assert read_log(tmp_path / "lenient")[-1]["bad_images"] > 0
+
+
+def test_batch_must_divide():
+    with pytest.raises(ValueError, match=r"batch_size 10 is not a multiple of train\.micro_batch_size 4"):
+        TrainConfig(batch_size=10, micro_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (TrainConfig, dict(steps=0), "train.steps must be at least 1"),
+        (TrainConfig, dict(warmup_ratio=1.0), "warmup_ratio"),
+        (TrainConfig, dict(learning_rate=0.0), "learning_rate"),
+        (DataConfig, dict(min_area=0.0), "data.min_area"),
+        (DataConfig, dict(num_workers=-1), "data.num_workers"),
+        (LossConfig, dict(l1_weight=-1.0), "loss.l1_weight"),
+        (LossConfig, dict(scale_weights=(0.0, 0.0)), "loss.scale_weights"),
+    ],
+)
+def test_bad_settings(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_a_run_in_progress_can_be_looked_at(photos, tmp_path):
+    """Before the end, the latest checkpoint's averaged weights serve."""
+    train_tokenizer(small_run(photos), tmp_path)
+    checkpoint.shutil.rmtree(tmp_path / "tokenizer")
+    assert isinstance(HieraTok.from_pretrained(tmp_path), HieraTok)
+
+
+def test_half_a_line_in_the_log_is_passed_over(photos, tmp_path):
+    folder = RunFolder(tmp_path, {})
+    folder.log_file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    folder.truncate_log(1)
+    assert folder.log_file.read_text() == '{"step": 1}\n'
+
+
+# --- schedule, averages, optimiser ------------------------------------------------------------------------------------
+
+
+def test_learning_rate_schedule():
+    config = TrainConfig(steps=1000, learning_rate=1e-4, min_learning_rate=1e-6, warmup_ratio=0.03)
+    rates = np.array([learning_rate(step, config) for step in range(1000)])
+    np.testing.assert_allclose(rates[:30], 1e-4 * np.arange(1, 31) / 30)
+    t = np.arange(970) / 969
+    np.testing.assert_allclose(rates[30:], 1e-6 + (1e-4 - 1e-6) * (1 + np.cos(np.pi * t)) / 2)
+    assert rates[-1] == pytest.approx(1e-6)
+
+
+def test_ema_against_its_definition():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    ema = torch.nn.Linear(3, 2).requires_grad_(False)
+    expected = ema.weight.double().clone()
+    for step in range(50):
+        with torch.no_grad():
+            model.weight.normal_()
+        loop.update_ema(ema, model, step, 0.5)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach().double()
+    torch.testing.assert_close(ema.weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_spares_norms_biases_and_positions():
+    model = HieraTok(small_run(Path("x")).model)
+    optimizer = loop.make_optimizer(model, TrainConfig(), torch.device("cpu"))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+    spared = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
+    assert decayed | spared == set(names.values())
+    assert optimizer.param_groups[0]["weight_decay"] == 0.05
+    assert {"encoder.positions", "decoder.positions", "decoder.scale_embeddings", "decoder.head.bias"} <= spared
+    assert all("norm" not in n and "bias" not in n for n in decayed)
+    assert {"decoder.head.weight", "encoder.patch_embed.weight", "downsample.lift.weight"} <= decayed
+
+
+def test_seeds_differ():
+    seeds = {seed_of(seed, step, micro) for seed in range(5) for step in range(50) for micro in range(4)}
+    assert len(seeds) == 1000
+    assert all(0 <= s < 2**63 for s in seeds)
