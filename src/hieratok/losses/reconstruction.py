@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from hieratok.losses.lpips import PerceptualLoss, TrunkName
@@ -62,11 +61,11 @@ class ReconstructionLoss(nn.Module):
     def __init__(self, config: LossConfig, num_scales: int):
         super().__init__()
         self.config = config
-        weights = torch.tensor(config.scale_weights or [1.0] * num_scales)
+        weights = config.scale_weights or (1.0,) * num_scales
         if len(weights) != num_scales:
             raise ValueError(f"loss.scale_weights has {len(weights)} entries for {num_scales} scales")
         # [ours] scales weigh the same and are averaged, so that single- and multi-scale losses have one magnitude
-        self.scale_weights = (weights / weights.sum()).tolist()
+        self.scale_weights = [weight / sum(weights) for weight in weights]
         self.perceptual = None
         if config.perceptual_weight:
             self.perceptual = PerceptualLoss(
@@ -97,7 +96,7 @@ class ReconstructionLoss(nn.Module):
         for reconstruction, scale_weight in zip(pyramid, self.scale_weights, strict=True):
             size = reconstruction.shape[-2:]
             target = area_pool(images, (size[0], size[1]))  # T_k(I), eqs. 8 and 9
-            for name, value in self._at_one_scale(reconstruction.float(), target).items():
+            for name, value in self._at_one_scale(reconstruction.to(images.dtype), target).items():
                 total = total + scale_weight * weights[name] * value
                 terms[f"{name}/{size[0]}"] = value.detach()
                 terms[name] = terms.get(name, 0) + scale_weight * value.detach()

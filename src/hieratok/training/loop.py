@@ -72,7 +72,7 @@ class TrainConfig:
         ValueError: settings out of range.
     """
 
-    steps: int = 500_450
+    steps: int = 500_456
     """Optimiser steps; the paper's 100 epochs of 1,281,167 images at batch 256."""
     batch_size: int = 256
     """Images per step over all processes."""

@@ -1,0 +1,100 @@
+"""Recipes: all of the paper's tokenizers, each of which builds; and what they cost (table 7)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from hieratok import HieraTok, recipes
+from hieratok.cost import PAPER, measure
+from hieratok.settings import load_run
+from hieratok.training.loop import plain
+
+# (table, name, d, scales, KL, down-sampling, attention), straight from the paper
+M, S = (1, 2, 4, 8, 16), (16,)
+TABLES = [
+    (2, "f16d16-single", 16, S, 1e-6, None, None),
+    (2, "f16d16-multi", 16, M, 1e-6, "conv", "causal"),
+    (2, "f16d16-single-kl1e-5", 16, S, 1e-5, None, None),
+    (2, "f16d16-multi-kl1e-5", 16, M, 1e-5, "conv", "causal"),
+    (2, "f16d32-single-kl1e-5", 32, S, 1e-5, None, None),
+    (2, "f16d32-multi-kl1e-5", 32, M, 1e-5, "conv", "causal"),
+    (3, "f16d16-conv-causal", 16, M, 1e-6, "conv", "causal"),
+    (3, "f16d16-conv-independent", 16, M, 1e-6, "conv", "independent"),
+    (3, "f16d16-conv-full", 16, M, 1e-6, "conv", "full"),
+    (3, "f16d16-interpolate-causal", 16, M, 1e-6, "interpolate", "causal"),
+    (3, "f16d16-interpolate-independent", 16, M, 1e-6, "interpolate", "independent"),
+    (3, "f16d16-interpolate-full", 16, M, 1e-6, "interpolate", "full"),
+    (4, "f16d16-scales-1-2-4-16", 16, (1, 2, 4, 16), 1e-6, "conv", "causal"),
+    (4, "f16d16-scales-1-2-4-8-12-16", 16, (1, 2, 4, 8, 12, 16), 1e-6, "conv", "causal"),
+]
+
+
+@pytest.mark.parametrize(("table", "name", "d", "scales", "kl", "downsample", "attention"), TABLES)
+def test_tables_2_to_4(table, name, d, scales, kl, downsample, attention):
+    run = recipes.get(name)
+    assert run.name == name
+    assert (run.model.image_size, run.model.patch_size) == (256, 16)
+    assert (run.model.latent_channels, run.model.scales, run.loss.kl_weight) == (d, scales, kl)
+    if len(scales) > 1:
+        assert (run.model.downsample, run.model.attention) == (downsample, attention)
+    assert (run.loss.l1_weight, run.loss.mse_weight, run.loss.perceptual_weight) == (1.0, 0.4, 1.0)
+    train = run.train
+    assert (train.batch_size, train.betas, train.weight_decay, train.warmup_ratio) == (256, (0.9, 0.95), 0.05, 0.03)
+    assert train.steps == round(100 * 1_281_167 / 256)
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+def test_every_recipe_builds_and_runs(name):
+    """On the meta device: shapes of a whole pass, without the memory or time of 400M parameters."""
+    config = recipes.get(name).model
+    with torch.device("meta"):
+        pyramid, posterior = HieraTok(config).eval()(torch.empty(2, 3, config.image_size, config.image_size))
+    assert [x.shape[-1] for x in pyramid] == [config.patch_size * s for s in config.scales]
+    assert posterior.mean.shape == (2, config.latent_channels, *config.grid)
+    assert recipes.summary(name)
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+def test_a_printed_recipe_is_a_file_that_train_accepts(name, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(plain(recipes.get(name)), sort_keys=False))
+    run, out = load_run(str(path))
+    assert run == recipes.get(name)
+    assert str(out) == f"runs/{name}"
+
+
+def test_unknown_recipe():
+    with pytest.raises(ValueError, match="no recipe 'f16d16-mutli'; did you mean 'f16d16-multi'"):
+        recipes.get("f16d16-mutli")
+
+
+def test_small_keeps_the_papers_token_geometry():
+    for kind, tokens in (("multi", 341), ("single", 256)):
+        cost = measure(recipes.get(f"small-{kind}").model)
+        assert (cost.encoder_tokens, cost.decoder_tokens) == (256, tokens)
+
+
+@pytest.mark.parametrize("name", list(PAPER))
+def test_table_7(name):
+    cost, paper = measure(recipes.get(name).model), PAPER[name]
+    assert cost.parameters == pytest.approx(paper["parameters"], rel=0.005)
+    assert cost.encoder_tokens == paper["encoder_tokens"]
+    assert cost.decoder_tokens == paper["decoder_tokens"]
+    assert cost.gflops == pytest.approx(paper["gflops"], rel=0.06)
+    assert cost.gflops_without_attention == pytest.approx(paper["gflops"], rel=0.06)
+
+
+def test_flops_against_a_count_by_hand():
+    """A layer is 12 C^2 N multiply-adds with weights and 2 C for each pair of query and key that is computed."""
+    base = recipes.get("tiny-multi").model
+    shallow = replace(base, decoder_depth=1)
+    deep = replace(base, decoder_depth=2)
+    a, b = measure(shallow), measure(deep)
+    N, C = sum(s * s for s in base.scales), base.decoder_width
+    with_weights = 2 * 12 * C * C * N / 1e9
+    coarse, finest = N - base.scales[-1] ** 2, base.scales[-1] ** 2
+    attention = 2 * 2 * C * (coarse * coarse + finest * N) / 1e9
+    assert b.gflops_without_attention - a.gflops_without_attention == pytest.approx(with_weights, rel=1e-9)
+    assert b.gflops - a.gflops == pytest.approx(with_weights + attention, rel=1e-9)
