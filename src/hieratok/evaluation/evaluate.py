@@ -28,7 +28,7 @@ from hieratok.evaluation.distribution import distances
 from hieratok.evaluation.features import FeatureNetwork, load_network
 from hieratok.evaluation.images import batches, open_images, pair
 from hieratok.evaluation.pixels import PIXEL_PROTOCOL, Perceptual
-from hieratok.evaluation.processes import merge_processes, process, process_group
+from hieratok.evaluation.processes import merge_processes, process, process_group, wait
 from hieratok.evaluation.reconstruction import ReconstructionMetrics
 from hieratok.evaluation.results import compare_files, count_warnings, finish, manifest
 from hieratok.evaluation.statistics import REFERENCE_FEATURES, FeatureSet, SetStatistics
@@ -276,6 +276,7 @@ def write_statistics(options: EvaluateStats) -> SetStatistics:
             facts = {"out": options.out, "n": statistics.pool.n, "images sha256": statistics.images}
             facts |= network.description() | {"crop": _crop(size)}
             print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in facts.items()))
+        wait()
         return statistics
 
 

@@ -67,6 +67,8 @@ def _map_member(path: Path, member: str) -> np.ndarray:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = read(file)
             header = file.tell()
+        if dtype.hasobject:
+            raise ValueError("pickled objects")
         if info.compress_type != zipfile.ZIP_STORED or fortran_order or not all(shape):
             with np.load(path, allow_pickle=False) as arrays:
                 return arrays[member.removesuffix(".npy")]

@@ -34,6 +34,12 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
+def wait() -> None:
+    """Until all processes are here, so that what the first one wrote can be read."""
+    if process()[1] > 1:
+        dist.barrier()
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that `torchrun` started, unless that has been done."""

@@ -14,7 +14,7 @@ from PIL import Image
 from hieratok.checkpoint import atomic_file
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
-from hieratok.evaluation.processes import process
+from hieratok.evaluation.processes import process, wait
 
 PUBLISHED_IMAGES = 50_000  # behind the FID of a table: samples, or the validation images of an rFID
 
@@ -68,9 +68,13 @@ def _read_result(path: str) -> dict[str, Any]:
 
 
 def finish(result: dict[str, Any], as_json: bool, out: str | None, picture: Image.Image | None = None) -> None:
-    """Write and print a result, in the first process."""
-    if process()[0] > 0:
-        return
+    """Write and print a result, in the first process; the others return when that is done."""
+    if process()[0] == 0:
+        _write_and_print(result, as_json, out, picture)
+    wait()
+
+
+def _write_and_print(result: dict[str, Any], as_json: bool, out: str | None, picture: Image.Image | None) -> None:
     text = json.dumps(_finite(result), indent=2, allow_nan=False)
     if out is not None:
         folder = Path(out)

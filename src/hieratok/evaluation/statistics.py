@@ -35,8 +35,8 @@ def check_features(features: Tensor, what: str = "features") -> None:
 class Statistics:
     """Mean and covariance (ddof 1) of the features of n images, on the CPU in float64.
 
-    The covariance is held in one of two forms: as such, or - where there are fewer images than dimensions, and it is
-    singular - as the centred features, from which distances come out faster and more exact.
+    The covariance is held in one of two forms: as such, or - where there are not more images than dimensions, and
+    it is singular - as the centred features, from which distances come out faster and more exact.
     """
 
     mu: Tensor
@@ -68,10 +68,10 @@ class Statistics:
 class Moments:
     """Mean and covariance of features that come batch by batch, in float64.
 
-    Features wait until there are as many as dimensions D and are then folded into the sums in one matrix product: so
-    memory is bounded by two D x D matrices, batches of 1 cost no more than others, and for n < D the features
-    themselves are at hand. Sums are of deviations from the running mean, which keeps their digits where the mean is
-    large.
+    Features wait until there are more of them than dimensions D and are then folded into the sums in one matrix
+    product: so memory is bounded by two D x D matrices, batches of 1 cost no more than others, and for n <= D the
+    features themselves are at hand. Sums are of deviations from the running mean, which keeps their digits where the
+    mean is large.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Moments:
         return self.waiting[0].shape[1] if self.waiting else None
 
     def _fold_if_many(self) -> None:
-        if self.waiting and sum(map(len, self.waiting)) >= self.waiting[0].shape[1]:
+        if self.waiting and sum(map(len, self.waiting)) > self.waiting[0].shape[1]:
             self._fold()
 
     def _fold(self) -> None:
@@ -151,7 +151,7 @@ class Moments:
 
 
 def statistics_of(features: Tensor) -> Statistics:
-    """Statistics of fewer images than dimensions, (n, D), in the form that keeps the centred features."""
+    """Statistics of no more images than dimensions, (n, D), in the form that keeps the centred features."""
     rows = float64(features).cpu()
     mu = rows.mean(0)
     return Statistics(mu, len(rows), centred=rows - mu)
@@ -338,7 +338,7 @@ class SetStatistics:
                     f"with features of {network.name}"
                 )
         features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-        if features is not None and n == len(features) < features.shape[1]:
+        if features is not None and n == len(features) <= features.shape[1]:
             pool = statistics_of(features)
         else:
             pool = _checked(arrays["mu"], arrays["sigma"], n, path)
