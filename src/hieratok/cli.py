@@ -84,13 +84,11 @@ def reconstruct(argv: list[str]) -> None:
     p.add_argument("--out", required=True, help="folder to write to")
     p.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     args = p.parse_args(argv)
-    import torch
-
+    from hieratok.reconstruct import best_device
     from hieratok.reconstruct import reconstruct as run
     from hieratok.tokenizer.model import HieraTok
 
-    device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    written = run(HieraTok.from_pretrained(args.run), args.images, args.out, device)
+    written = run(HieraTok.from_pretrained(args.run), args.images, args.out, args.device or best_device())
     print(f"{len(written) - 1} pictures and {written[-1]}")
 
 
@@ -110,12 +108,44 @@ def cost(argv: list[str]) -> None:
     print(json.dumps(asdict(result)) if args.json else table(run.name, result))
 
 
+def evaluate(argv: list[str]) -> None:
+    """Judge reconstructions or samples: rFID, PSNR, SSIM, LPIPS; FID, sFID, IS, KID, precision, recall."""
+    kinds = {
+        "reconstruction": ("EvaluateReconstruction", ["run"]),
+        "images": ("EvaluateImages", ["a", "b"]),
+        "samples": ("EvaluateSamples", ["path"]),
+        "stats": ("EvaluateStats", ["path"]),
+        "compare": ("EvaluateCompare", ["a", "b"]),
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: hieratok evaluate {{{','.join(kinds)}}} [OPTIONS]\n\n{evaluate.__doc__}")
+        print("`hieratok evaluate KIND --help` shows a kind's options and an example.")
+        return
+    if argv[0] not in kinds:
+        raise ValueError(f"no evaluation {argv[0]!r}: choose from {', '.join(kinds)}")
+    from hieratok.evaluation import evaluate as protocols
+    from hieratok.reconstruct import evaluate_tokenizer
+    from hieratok.settings import load_options
+
+    class_name, positionals = kinds[argv[0]]
+    options = load_options(getattr(protocols, class_name), positionals, f"hieratok evaluate {argv[0]}", argv[1:])
+    run = {
+        "reconstruction": evaluate_tokenizer,
+        "images": protocols.evaluate_images,
+        "samples": protocols.evaluate_samples,
+        "stats": protocols.write_statistics,
+        "compare": protocols.compare,
+    }[argv[0]]
+    run(options)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart,
     "recipes": recipes,
     "train": train,
     "reconstruct": reconstruct,
     "cost": cost,
+    "evaluate": evaluate,
 }
 
 

@@ -1,13 +1,19 @@
 """`hieratok reconstruct`: photos through a trained tokenizer, every scale as a picture."""
 
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from hieratok import checkpoint
-from hieratok.data.images import center_crop, open_source, to_float, to_uint8
+from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
+from hieratok.evaluation.evaluate import EvaluateReconstruction, evaluate_reconstruction
+from hieratok.evaluation.processes import process, process_group
 from hieratok.pictures import pyramid_sheet, to_pil
 from hieratok.tokenizer.model import HieraTok
 
@@ -50,6 +56,60 @@ def reconstruct(
     columns = [torch.stack(column) for column in zip(*pyramids)]
     written.append(save_png(pyramid_sheet(torch.stack(rows), columns), out / "contact-sheet.png"))
     return written
+
+
+@torch.inference_mode()
+def reconstruction_pairs(
+    tokenizer: HieraTok, source: Source, options: EvaluateReconstruction
+) -> Iterator[tuple[list[str], Tensor, list[Tensor]]]:
+    """What `evaluate reconstruction` judges: (names, uint8 originals, uint8 reconstructions), this process's share.
+
+    Originals are ADM-cropped to the tokenizer's size; reconstructions are of the finest scale, or of all if
+    `options.scales`, from the posterior's mean, or a sample if `options.sample` (seeded by the image's name).
+    """
+    device = next(tokenizer.parameters()).device
+    rank, world = process()
+    for names, _, originals in evaluation_batches(source, tokenizer.config.image_size, options.batch_size, rank, world):
+        posterior = tokenizer.encode(to_float(originals.to(device)))
+        if options.sample:
+            noise = [torch.randn(posterior.mean.shape[1:], generator=seeded(name)) for name in names]
+            z = posterior.mean + torch.exp(0.5 * posterior.logvar) * torch.stack(noise).to(device)
+        else:
+            z = posterior.mode()
+        pyramid = tokenizer.decode_pyramid(z)
+        yield names, originals, [to_uint8(x).cpu() for x in (pyramid if options.scales else pyramid[-1:])]
+
+
+def seeded(name: str) -> torch.Generator:
+    """A generator that depends on an image's name alone: not on batches, processes or order."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def evaluate_tokenizer(options: EvaluateReconstruction) -> dict[str, Any]:
+    """The command `hieratok evaluate reconstruction`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such run, images or weights, or options that the protocol fixes.
+    """
+    tokenizer = HieraTok.from_pretrained(options.run)
+    side = tokenizer.config.image_size
+    if options.size not in (None, side):
+        raise ValueError(f"--size {options.size}: images are cut to the tokenizer's own size, {side}")
+    with process_group():
+        tokenizer = tokenizer.to(options.device or best_device())
+        source = open_source(options.data)
+        rank, world = process()
+        return evaluate_reconstruction(
+            reconstruction_pairs(tokenizer, source, options),
+            options,
+            total=len(range(rank, len(source), world)),
+            details={"crop": f"ADM centre crop to {side}", "precision": "float32"},
+        )
+
+
+def best_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def file_stem(name: str) -> str:

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -12,6 +13,10 @@ from hieratok.checkpoint import nearest
 from hieratok.training.loop import flatten, plain
 from hieratok.training.tokenizer import TokenizerRun
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 SHORTHANDS = {"--data": "--data.path"}
 
 
@@ -46,19 +51,64 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> tuple[TokenizerRun, 
     return run, Path(parsed.out or f"runs/{run.name}")
 
 
-def make_parser(defaults: dict[str, Any]) -> Any:
-    """The command line of `hieratok train`: a flag per field of the run's dataclasses, their docstrings as help."""
+def load_options(
+    options_class: type[Options], positionals: Sequence[str], prog: str, arguments: Sequence[str]
+) -> Options:
+    """One command's options from its command line; `--flag` alone sets a boolean.
+
+    Args:
+        options_class: a dataclass, a flag per field.
+        positionals: the fields that come first, without a flag.
+        prog: the command, for messages.
+        arguments: the command line.
+
+    Raises:
+        ValueError: missing or unknown options (the nearest is offered), wrong types.
+    """
+    known = {field.name: field for field in fields(options_class)}
+    expanded = []
+    for i, argument in enumerate(arguments):
+        if i < len(positionals) and not argument.startswith("-"):
+            expanded.append(f"--{positionals[i]}={argument}")
+        elif argument[2:] in known and known[argument[2:]].type is bool and argument.startswith("--"):
+            expanded.append(f"{argument}=true")
+        else:
+            expanded.append(argument)
+    for name in _flags(expanded):
+        if name not in known and name != "help":
+            raise ValueError(f"unknown option --{name}{nearest(name, list(known))}")
+    given = _flags(expanded)
+    parser = _parser(prog, options_class.__doc__ or "", "")
+    parser.add_class_arguments(options_class)
+    if {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        raise SystemExit(0)
+    for name, field in known.items():
+        if field.default is MISSING and field.default_factory is MISSING and name not in given:
+            how = name.upper() if name in positionals else f"--{name}"
+            raise ValueError(f"{prog} needs {how} (`{prog} --help` shows how)")
+    try:
+        return options_class(**vars(parser.parse_args(expanded)))
+    except Exception as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def _parser(prog: str, description: str, example: str) -> Any:
     try:
         from jsonargparse import ArgumentParser, set_parsing_settings
     except ImportError as error:
         raise ValueError("settings on the command line need jsonargparse: pip install jsonargparse") from error
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="hieratok train RECIPE|FILE.yaml",
-        description="Train a recipe or a YAML file; the same command again resumes. --data PATH is --data.path PATH.",
-        epilog="example: hieratok train tiny-multi --data photos/ --train.steps 2000 --model.scales '[1,4,8]'",
-        exit_on_error=False,
+    return ArgumentParser(prog=prog, description=description, epilog=example, exit_on_error=False)
+
+
+def make_parser(defaults: dict[str, Any]) -> Any:
+    """The command line of `hieratok train`: a flag per field of the run's dataclasses, their docstrings as help."""
+    parser = _parser(
+        "hieratok train RECIPE|FILE.yaml",
+        "Train a recipe or a YAML file; the same command again resumes. --data PATH is --data.path PATH.",
+        "example: hieratok train tiny-multi --data photos/ --train.steps 2000 --model.scales '[1,4,8]'",
     )
     parser.add_argument("--out", type=str | None, default=None, help="Folder of the run (default: runs/NAME).")
     parser.add_class_arguments(TokenizerRun)

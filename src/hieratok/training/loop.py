@@ -348,6 +348,7 @@ def fit(
                     accelerator.backward(loss / accumulation)
                 meter.add({"loss": loss.detach(), **terms}, batch["skipped"])
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
+            assert isinstance(norm, Tensor)
             optimizer.step()
             optimizer.zero_grad()
             update_ema(ema, model, state.step, config.ema_decay)
