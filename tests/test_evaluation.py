@@ -540,6 +540,17 @@ def test_perceptual_distances_stand_under_their_own_names(tmp_path: Path) -> Non
     assert result["manifest"]["perceptual"] == {"difference": {}}
 
 
+def test_squeezenet_stands_in_for_lpips_under_its_own_name(shared: Path, tmp_path: Path) -> None:
+    weights = shared / "weights" / "squeezenet1_1-caffe-fp16.npz"
+    a, b = write_npz(tmp_path / "a.npz", noise(3, 32)), write_npz(tmp_path / "b.npz", degrade(noise(3, 32)))
+    options = images_options(a, b, features="squeezenet", weights=str(weights), lpips=[f"squeeze-caffe={weights}"])
+    result = evaluate_images(options)
+    assert {"perceptual[squeeze-caffe]", "fd-squeezenet"} <= result.keys()
+    assert not {"fid", "lpips-squeeze"} & result.keys()
+    hashes = result["manifest"]["perceptual"]["perceptual[squeeze-caffe]"]
+    assert hashes["trunk"] == result["manifest"]["weights sha256"]
+
+
 def test_a_diverged_model_cannot_score(tmp_path: Path) -> None:
     x = noise(8)
 

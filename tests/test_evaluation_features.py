@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok.data import open_source
+from hieratok.evaluation import EvaluateSamples, evaluate_samples
 from hieratok.evaluation.features import (
     INCEPTION_FILES,
     FeatureNetwork,
@@ -76,6 +77,39 @@ def test_inception_equals_torch_fidelity(seeded_inception: Path) -> None:
     np.testing.assert_allclose(features.spatial, spatial, rtol=1e-4, atol=1e-5 * spatial.max())
     # The two images differ by much more than the tolerance.
     assert (pool[0] - pool[1]).abs().max() > 0.01 * pool.abs().max()
+
+
+def test_samples_equal_torch_fidelity_from_the_files_on(seeded_inception: Path, tmp_path: Path) -> None:
+    """The same images and weights' file, each through its own reading, network and formulas."""
+    from PIL import Image
+    from torch_fidelity import calculate_metrics
+
+    for name, seed in (("samples", 0), ("reference", 1)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(photos(6, 40, seed)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
+    samples, reference = str(tmp_path / "samples"), str(tmp_path / "reference")
+    theirs = calculate_metrics(
+        input1=samples,
+        input2=reference,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=6,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(seeded_inception),
+        cuda=False,
+        cache=False,
+        verbose=False,
+        save_cpu_ram=True,  # no loader processes
+    )
+    ours = evaluate_samples(EvaluateSamples(path=samples, reference=reference, weights=str(seeded_inception)))
+    name = load_network("inception", seeded_inception).name
+    assert ours[f"fd-{name}"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert ours[f"kd-{name}"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert f"sfd-{name}" in ours
+    assert not {"fid", "sfid", "is", "kid"} & ours.keys()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 80), (256, 256), (299, 299), (400, 350)])
