@@ -12,12 +12,11 @@ from torch import Tensor
 
 from hieratok import recipes, report
 from hieratok.checkpoint import atomic_file
-from hieratok.data.images import Source, center_crop, open_source, to_float, to_uint8
+from hieratok.data.images import Source, center_crop, open_source
 from hieratok.pictures import to_pil
-from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.scales import area_pool
 from hieratok.training.loop import RunFolder, plain
-from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
+from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
 PROTOCOL = (
     "10 log10(255^2 / mean squared error) on uint8, one mean over all held-out centre crops; from the posterior mean"
@@ -48,7 +47,7 @@ def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = N
     tokenizer = train_tokenizer(run, out)
 
     originals = torch.stack([center_crop(held_out.image(i), run.model.image_size) for i in range(len(held_out))])
-    pyramid = reconstruct(tokenizer, originals)
+    pyramid = reconstruct_pyramid(tokenizer, originals)
     log = RunFolder(out, plain(run)).read_log()
     metrics = {
         **compare(originals, pyramid, run.model.patch_size),
@@ -68,14 +67,6 @@ def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = N
     )
     print(f"Pictures, curves and what to do next: {out / 'index.html'}")
     return metrics
-
-
-@torch.no_grad()
-def reconstruct(tokenizer: HieraTok, images: Tensor) -> list[Tensor]:
-    """uint8 (B, 3, H, W) -> every scale's reconstruction from the posterior mean, uint8 (B, 3, H_k, W_k)."""
-    device = next(tokenizer.parameters()).device
-    z = tokenizer.encode(to_float(images.to(device))).mode()
-    return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(z)]
 
 
 def shrink(images: Tensor, height: int, width: int) -> Tensor:

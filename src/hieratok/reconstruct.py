@@ -16,6 +16,7 @@ from hieratok.evaluation.evaluate import EvaluateReconstruction, evaluate_recons
 from hieratok.evaluation.processes import process, process_group
 from hieratok.pictures import pyramid_sheet, to_pil
 from hieratok.tokenizer.model import HieraTok
+from hieratok.training.tokenizer import reconstruct_pyramid
 
 SHEET_ROWS = 50  # a contact sheet of more would be too tall to look at
 
@@ -45,8 +46,7 @@ def reconstruct(
     written, rows, pyramids = [], [], []
     for i in tqdm(range(len(source)), unit=" images", desc="reconstruct"):
         image = center_crop(source.image(i), tokenizer.config.image_size)
-        z = tokenizer.encode(to_float(image[None].to(device))).mode()
-        pyramid = [to_uint8(x)[0].cpu() for x in tokenizer.decode_pyramid(z)]
+        pyramid = [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
         stem = file_stem(source.name(i))
         for scale in pyramid:
             written.append(save_png(to_pil(scale), out / f"{stem}-{scale.shape[-1]}px.png"))

@@ -83,9 +83,14 @@ def picture_images(dataset: ImageDataset) -> Tensor:
     return torch.stack([dataset[i * len(dataset) // count, 0]["image"] for i in range(count)])
 
 
-@torch.no_grad()
 def reconstruction_sheet(tokenizer: HieraTok, images: Tensor) -> Image.Image:
-    """Every scale's reconstruction (from the posterior mean) beside the original; images uint8 (B, 3, H, W)."""
+    """Every scale's reconstruction beside the original; images uint8 (B, 3, H, W)."""
+    return pyramid_sheet(images, reconstruct_pyramid(tokenizer, images))
+
+
+@torch.no_grad()
+def reconstruct_pyramid(tokenizer: HieraTok, images: Tensor) -> list[Tensor]:
+    """uint8 (B, 3, H, W) -> every scale's reconstruction from the posterior mean, uint8 (B, 3, H_k, W_k)."""
     device = next(tokenizer.parameters()).device
     z = tokenizer.encode(to_float(images.to(device))).mode()
-    return pyramid_sheet(images, [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(z)])
+    return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(z)]
