@@ -37,22 +37,23 @@ def reconstruct(
         The files written, the contact sheet last (its first 50 images).
 
     Raises:
-        FileNotFoundError, ValueError: no images, or an unreadable one.
+        FileNotFoundError, ValueError: no images, an unreadable one, or two whose files would have one name.
     """
     source = open_source(images)
+    stems = file_stems(source)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer.to(device).eval()
     written, rows, pyramids = [], [], []
-    for i in tqdm(range(len(source)), unit=" images", desc="reconstruct"):
-        image = center_crop(source.image(i), tokenizer.config.image_size)
-        pyramid = [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
-        stem = file_stem(source.name(i))
-        for scale in pyramid:
-            written.append(save_png(to_pil(scale), out / f"{stem}-{scale.shape[-1]}px.png"))
-        if len(rows) < SHEET_ROWS:
-            rows.append(image)
-            pyramids.append(pyramid)
+    with tqdm(stems, unit=" images", desc="reconstruct") as bar:  # closed before an error is printed below it
+        for i, stem in enumerate(bar):
+            image = center_crop(source.image(i), tokenizer.config.image_size)
+            pyramid = [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
+            for scale in pyramid:
+                written.append(save_png(to_pil(scale), out / f"{stem}-{scale.shape[-1]}px.png"))
+            if len(rows) < SHEET_ROWS:
+                rows.append(image)
+                pyramids.append(pyramid)
     columns = [torch.stack(column) for column in zip(*pyramids)]
     written.append(save_png(pyramid_sheet(torch.stack(rows), columns), out / "contact-sheet.png"))
     return written
@@ -112,9 +113,19 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def file_stem(name: str) -> str:
-    """An image's name within its source as the start of a file name: folders become dashes, the suffix goes."""
-    return str(Path(name).with_suffix("")).replace("/", "-").replace("\\", "-")
+def file_stems(source: Source) -> list[str]:
+    """Each image's name within its source as the start of a file name: folders become dashes, the suffix goes.
+
+    Raises:
+        ValueError: two images would have the same.
+    """
+    names: dict[str, str] = {}
+    for name in (source.name(i) for i in range(len(source))):
+        stem = str(Path(name).with_suffix("")).replace("/", "-").replace("\\", "-")
+        if stem in names:
+            raise ValueError(f"{names[stem]} and {name} would both be written as {stem}-...px.png: rename one")
+        names[stem] = name
+    return list(names)
 
 
 def save_png(picture: Image.Image, path: Path) -> Path:
