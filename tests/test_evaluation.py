@@ -426,6 +426,8 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         write_statistics(EvaluateStats(path=x, out="s.pt", features=TINY))
     with pytest.raises(ValueError, match="--size must be at least 1"):
         evaluate_images(images_options(x, x, size=0))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth.*--lpips '\[vgg=FILE\]'"):
+        evaluate_images(images_options(x, x, lpips=["vgg=nowhere.pth"]))
     with pytest.raises(ValueError, match="trunk"):
         evaluate_images(images_options(x, x, lpips=["vggg"]))
     with pytest.raises(ValueError, match="batch size"):

@@ -341,11 +341,17 @@ def _network(options: EvaluationOptions) -> FeatureNetwork | None:
 
 
 def _perceptual(options: PairedOptions) -> list[PerceptualLoss]:
-    distances = []
+    losses = []
     for entry in options.lpips:
         trunk, _, weights = entry.partition("=")
-        distances.append(PerceptualLoss(trunk, weights or None).to(_device(options)))  # type: ignore[arg-type]
-    return distances
+        try:
+            losses.append(PerceptualLoss(trunk, weights or None).to(_device(options)))  # type: ignore[arg-type]
+        except FileNotFoundError as error:  # its advice is for training's settings
+            what = str(error).split(": ")[0]
+            raise FileNotFoundError(
+                f"{what}; name it by --lpips '[{trunk}=FILE]' or go without by --lpips '[]'"
+            ) from error
+    return losses
 
 
 def _device(options: EvaluationOptions) -> str:
