@@ -178,11 +178,13 @@ def pictures(run: TokenizerRun, held_out: Source, originals: Tensor, pyramid: li
         for i in range(len(originals))
     ]
     titles = [*(f"{x.shape[-1]} px" for x in pyramid), "original", "patch mean"]
+    is_bundled = run.data.val_path == "bundled:val"
+    origin = " (the right quarters of photos whose other three quarters are trained on)" if is_bundled else ""
     return report.picture_grid(
         titles,
         rows,
-        f"Held-out crops of {run.data.val_path}, decoded at every scale from the posterior mean, beside the original"
-        f" and the patch-mean image (each {f} x {f} patch replaced by its mean colour). Below each name: PSNR of the"
+        f"Held-out crops of {run.data.val_path}{origin}, decoded at every scale from the posterior mean, beside the"
+        f" original and the patch-mean image (each {f} x {f} patch replaced by its mean colour). Below each name: PSNR of the"
         f" {pyramid[-1].shape[-1]} px reconstruction. Select a picture to enlarge it; arrow keys go on to the next.",
     )
 
