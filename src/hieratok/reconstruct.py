@@ -45,15 +45,14 @@ def reconstruct(
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer.to(device).eval()
     written, rows, pyramids = [], [], []
-    with tqdm(stems, unit=" images", desc="reconstruct") as bar:  # closed before an error is printed below it
-        for i, stem in enumerate(bar):
-            image = center_crop(source.image(i), tokenizer.config.image_size)
-            pyramid = [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
-            for scale in pyramid:
-                written.append(save_png(to_pil(scale), out / f"{stem}-{scale.shape[-1]}px.png"))
-            if len(rows) < SHEET_ROWS:
-                rows.append(image)
-                pyramids.append(pyramid)
+    for i, stem in enumerate(tqdm(stems, unit=" images", desc="reconstruct")):
+        image = center_crop(source.image(i), tokenizer.config.image_size)
+        pyramid = [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
+        for scale in pyramid:
+            written.append(save_png(to_pil(scale), out / f"{stem}-{scale.shape[-1]}px.png"))
+        if len(rows) < SHEET_ROWS:
+            rows.append(image)
+            pyramids.append(pyramid)
     columns = [torch.stack(column) for column in zip(*pyramids)]
     written.append(save_png(pyramid_sheet(torch.stack(rows), columns), out / "contact-sheet.png"))
     return written
