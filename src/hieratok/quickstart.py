@@ -184,8 +184,8 @@ def pictures(run: TokenizerRun, held_out: Source, originals: Tensor, pyramid: li
         titles,
         rows,
         f"Held-out crops of {run.data.val_path}{origin}, decoded at every scale from the posterior mean, beside the"
-        f" original and the patch-mean image (each {f} x {f} patch replaced by its mean colour). Below each name: PSNR of the"
-        f" {pyramid[-1].shape[-1]} px reconstruction. Select a picture to enlarge it; arrow keys go on to the next.",
+        f" original and the patch-mean image (each {f} x {f} patch replaced by its mean colour). Below each name: PSNR"
+        f" of the {pyramid[-1].shape[-1]} px picture. Select a picture to enlarge it; arrow keys go on to the next.",
     )
 
 
