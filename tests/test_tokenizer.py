@@ -324,6 +324,8 @@ def test_initialisation():
     model = HieraTok(small_config(encoder_width=256, decoder_width=384))
     assert abs(model.decoder.blocks[0].mlp.fc1.weight.std() - 0.02 * 0.88) < 1e-3  # cut at two deviations: 0.88 of std
     assert abs(model.encoder.positions.std() - 0.02 * 0.88) < 1e-3
+    wider = HieraTok(small_config(encoder_width=256, decoder_width=384, init_std=0.1))
+    assert abs(wider.decoder.blocks[0].mlp.fc1.weight.std() - 0.1 * 0.88) < 5e-3
     biases = {n for n, _ in model.named_parameters() if n.endswith("bias")}
     assert not any(
         f".{layer}." in n for n in biases for layer in ("qkv", "proj", "fc1", "fc2") if "downsample" not in n
@@ -346,6 +348,7 @@ def test_initialisation():
         (dict(latent_channels=1.5), "latent_channels must be a positive whole number"),
         (dict(drop_path=1.0), r"drop_path must be in \[0, 1\)"),
         (dict(mlp_ratio=0), "mlp_ratio must be positive"),
+        (dict(init_std=0.0), "init_std must be positive"),
     ],
 )
 def test_bad_configs(changes, message):

@@ -185,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         COMMANDS[name](rest)
     except KeyboardInterrupt:
-        return fail("interrupted: the same command goes on from the last checkpoint", 130)
+        resumes = name in ("train", "quickstart")
+        return fail("interrupted" + ": the same command goes on from the last checkpoint" * resumes, 130)
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error), 2)
     except (TrainingError, OSError) as error:

@@ -76,9 +76,9 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(positions, grid, mode="bicubic", antialias=True, align_corners=False)
 
 
-def init_weights(module: nn.Module) -> None:
-    """Weights from a normal of std 0.02, cut at two deviations; biases zero, norms the identity (paper, table 10)."""
+def init_weights(module: nn.Module, std: float) -> None:
+    """Weights from a normal, cut at two deviations; biases zero, norms the identity (paper, table 10: std 0.02)."""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

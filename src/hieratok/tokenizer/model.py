@@ -58,6 +58,9 @@ class TokenizerConfig:
     drop_path: float = 0.1
     """Stochastic depth of the decoder's last block in training; earlier blocks less, in proportion to depth."""
 
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; small models learn sooner with about 1 / sqrt(width). [ours]"""
+
     def __post_init__(self):
         object.__setattr__(self, "scales", tuple(self.scales))
         for field in fields(self):
@@ -85,8 +88,9 @@ class TokenizerConfig:
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
                 raise ValueError(f"model.{part}_width {width} is not divisible by model.{part}_heads {heads}")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"model.mlp_ratio must be positive, not {self.mlp_ratio}")
+        for name in ("mlp_ratio", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must be in [0, 1), not {self.drop_path}")
 
@@ -120,7 +124,7 @@ class HieraTok(nn.Module):
             c.drop_path,
             c.attention,
         )
-        self.apply(init_weights)
+        self.apply(lambda module: init_weights(module, c.init_std))
         for parameter in (self.encoder.positions, self.decoder.positions, self.decoder.scale_embeddings):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
 
