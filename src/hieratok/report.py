@@ -293,7 +293,7 @@ pre {
 .pictures th, .pictures td { border: 0; padding: 3px; }
 .pictures thead th { text-align: center; font-size: 0.8125rem; line-height: 1.3; vertical-align: bottom; }
 .pictures th[scope="row"] { font-size: 0.8125rem; line-height: 1.35; overflow-wrap: anywhere; color: var(--text); }
-.pictures thead td { width: 96px; }
+.pictures thead td { width: 136px; }
 .pictures small { display: block; font-size: inherit; font-weight: 400; color: var(--muted); }
 .picture { display: block; width: 100%; padding: 0; border: 0; background: none; cursor: zoom-in; }
 .picture img { display: block; width: 100%; height: auto; border-radius: 3px; image-rendering: pixelated; }
