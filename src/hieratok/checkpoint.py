@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -83,6 +84,12 @@ def sync(path: Path) -> None:
             raise error
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(source: str | Path, revision: str | None = None, inside: str = "tokenizer") -> Path:

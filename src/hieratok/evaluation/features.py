@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception as tv
 
+from hieratok.checkpoint import file_sha256
 from hieratok.evaluation.pixels import check_images
 
 INCEPTION_SHA256 = "6726825d"  # how the real file's SHA-256 begins, by torch hub's convention also in its name
@@ -412,12 +413,6 @@ def _load_own(name: str, weights: Path | None) -> FeatureNetwork:
         raise ValueError(f"{name} must return an nn.Module, not {type(network).__name__}")
     sha256 = file_sha256(weights) if weights else tensors_sha256(network)
     return FeatureNetwork(function_name, network, lambda images: images, f"by {name}", sha256)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_sha256(module: nn.Module) -> str:

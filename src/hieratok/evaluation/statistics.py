@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hieratok.checkpoint import atomic_file
-from hieratok.evaluation.features import FeatureNetwork, file_sha256
+from hieratok.checkpoint import atomic_file, file_sha256
+from hieratok.evaluation.features import FeatureNetwork
 
 SEED = 2020  # of everything that draws images: torch-fidelity's default
 REFERENCE_FEATURES = 10_000  # at most, of a reference: as many images as ADM's file has for precision and recall

@@ -6,7 +6,6 @@ phi_l(x): the features of layer l of a frozen ImageNet network, the trunk, scale
 position; w_l: the published linear head of that layer. The paper names no trunk; the field trains with VGG-16.
 """
 
-import hashlib
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torchvision import models
+
+from hieratok.checkpoint import file_sha256
 
 TrunkName = Literal["vgg", "alex", "squeeze", "squeeze-caffe"]
 
@@ -141,7 +142,7 @@ class PerceptualLoss(nn.Module):
         else:
             trunk_file = _given_file(trunk_weights, "trunk_weights") or _torchvision_file(trunk)
             heads_file = _given_file(head_weights, "head_weights") or _lpips_file(self.spec)
-            self.sha256 = {"trunk": _sha256(trunk_file), "heads": _sha256(heads_file)}
+            self.sha256 = {"trunk": file_sha256(trunk_file), "heads": file_sha256(heads_file)}
             trunk_published = self.spec.weights is not None and self.sha256["trunk"].startswith(self.spec.weights[1])
             heads_published = self.sha256["heads"].startswith(self.spec.heads[1])
             for file, given, published in (
@@ -245,11 +246,6 @@ def _lpips_file(spec: Trunk) -> Path:
         f"{name}, the linear heads of LPIPS v0.1, is missing: it comes with `pip install lpips`, "
         "or name it by --loss.head_weights FILE"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
