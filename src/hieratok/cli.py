@@ -139,6 +139,15 @@ def evaluate(argv: list[str]) -> None:
     run(options)
 
 
+def analyze(argv: list[str]) -> None:
+    """Measure a tokenizer's latent space: density, commutation, equivariance, spectra, channels, noise."""
+    from hieratok.analyze import Analyze
+    from hieratok.analyze import analyze as run
+    from hieratok.settings import load_options
+
+    run(load_options(Analyze, ["run"], "hieratok analyze", argv))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart,
     "recipes": recipes,
@@ -146,6 +155,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reconstruct": reconstruct,
     "cost": cost,
     "evaluate": evaluate,
+    "analyze": analyze,
 }
 
 

@@ -1,0 +1,114 @@
+"""Any image tokenizer as the functions that the analysis needs, and the latents of a set of images."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hieratok.data.pixels import to_float
+
+# images (B, 3, H, W) in [-1, 1] -> mean (B, d, h, w) and log-variance of the same shape; None if not variational
+Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+# z (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]
+Decode = Callable[[Tensor], Tensor]
+# z (B, d, h, w) -> an image per scale, coarse to fine
+DecodePyramid = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A tokenizer: what the analysis knows of it. All tensors are float32 on the CPU.
+
+    Any functions will do; `codec_of` makes them from a model of this package or of diffusers.
+    """
+
+    encode: Encode
+    decode: Decode
+    decode_pyramid: DecodePyramid | None = None
+    """Where a tokenizer has several scales."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of N images."""
+
+    mean: Tensor
+    """(N, d, h, w)."""
+    logvar: Tensor | None
+    """(N, d, h, w); None for a tokenizer without a posterior."""
+
+    def sample(self, seed: int) -> Tensor:
+        """One draw of every posterior, (N, d, h, w); the mean where there is no posterior."""
+        if self.logvar is None:
+            return self.mean
+        noise = torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(seed))
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+
+def codec_of(model: Any) -> Codec:
+    """The codec of a `HieraTok`, or of an autoencoder of diffusers such as AutoencoderKL or AutoencoderDC.
+
+    Args:
+        model: on any device and of any precision. Its `encode` returns something with `latent_dist`, `latent` or
+            `latents`, or a distribution with `mean` and `logvar`, or a tensor; its `decode` a tensor or something with
+            `sample`. Latents are taken as they are: no scaling factor is applied.
+    """
+    parameter = next(model.parameters())
+    there = {"device": parameter.device, "dtype": parameter.dtype}
+
+    def here(x: Tensor) -> Tensor:
+        return x.float().cpu()
+
+    @torch.inference_mode()
+    def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = model.encode(images.to(**there))
+        for name in ("latent_dist", "latent", "latents"):
+            output = getattr(output, name, output)
+        return (here(output), None) if isinstance(output, Tensor) else (here(output.mean), here(output.logvar))
+
+    @torch.inference_mode()
+    def decode(z: Tensor) -> Tensor:
+        output = model.decode(z.to(**there))
+        return here(output if isinstance(output, Tensor) else output.sample)
+
+    @torch.inference_mode()
+    def decode_pyramid(z: Tensor) -> list[Tensor]:
+        return [here(image) for image in model.decode_pyramid(z.to(**there))]
+
+    return Codec(encode, decode, decode_pyramid if hasattr(model, "decode_pyramid") else None)
+
+
+def encode_all(encode: Encode, batches: Iterable[tuple[Sequence[str], Tensor]]) -> Latents:
+    """The latents of every image.
+
+    Args:
+        encode: of a codec.
+        batches: names, and uint8 (B, 3, H, W) of one size.
+
+    Raises:
+        ValueError: no images; latents that are no maps, are not finite (names the image) or change their shape.
+    """
+    means, logvars = [], []
+    for names, images in batches:
+        mean, logvar = encode(to_float(images))
+        check_latents(mean, names, tuple(means[0].shape[1:]) if means else None)
+        if logvar is not None:
+            check_latents(logvar, names, tuple(mean.shape[1:]))
+            logvars.append(logvar)
+        means.append(mean)
+    if not means:
+        raise ValueError("no images to encode")
+    return Latents(torch.cat(means), torch.cat(logvars) if logvars else None)
+
+
+def check_latents(latents: Tensor, names: Sequence[str], shape: tuple[int, ...] | None) -> None:
+    """Raise ValueError unless `latents` are finite maps (B, d, h, w), one for each name, of the given (d, h, w)."""
+    if latents.ndim != 4 or len(latents) != len(names):
+        raise ValueError(f"{names[0]}: latents must have shape ({len(names)}, d, h, w), not {tuple(latents.shape)}")
+    if shape is not None and tuple(latents.shape[1:]) != shape:
+        raise ValueError(f"{names[0]}: latents are {tuple(latents.shape[1:])} where {shape} is expected")
+    finite = latents.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f"{names[int((~finite).nonzero()[0])]}: its latents hold NaN or infinite values")

@@ -1,0 +1,35 @@
+"""One number per image -> a mean with its interval."""
+
+import math
+
+from torch import Tensor
+
+CONFIDENCE = 0.95
+
+
+def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:
+    """The mean over images of each column, and the 95% interval of that mean (Student's t).
+
+    Args:
+        key: the number's name, such as `slope`, or with a detail behind a slash, such as `noise_psnr/0.1`.
+        values: (N,) or (N, k), a row for each image. Infinite values (the PSNR of identical images) are left out; a
+            column that has none but these is infinite.
+
+    Returns:
+        `key`, `key_low` and `key_high` (`noise_psnr_low/0.1` with a detail): numbers, or lists of k. The interval of
+        fewer than two images is NaN.
+    """
+    from scipy.stats import t
+
+    stem, slash, detail = key.partition("/")
+    columns = values.double().reshape(len(values), -1).T
+    rows = []
+    for column in columns:
+        finite = column[~column.isinf()]
+        n = len(finite)
+        mean = float(finite.mean()) if n else math.inf
+        half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1) * finite.std() / math.sqrt(n)) if n > 1 else math.nan
+        rows.append((mean, mean - half, mean + half))
+    keys = (key, f"{stem}_low{slash}{detail}", f"{stem}_high{slash}{detail}")
+    lists = dict(zip(keys, map(list, zip(*rows))))
+    return {name: column[0] for name, column in lists.items()} if values.ndim == 1 else dict(lists)

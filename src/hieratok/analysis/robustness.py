@@ -1,0 +1,41 @@
+"""How much noise in the latents a decoder bears: a generator's latents are never quite the encoder's."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hieratok.analysis.codec import Decode
+from hieratok.data.pixels import to_uint8
+from hieratok.evaluation.pixels import psnr
+
+SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
+
+def noise_psnr(
+    decode: Decode, z: Tensor, images: Tensor, noise: Tensor, std: Tensor, sigmas: Sequence[float] = SIGMAS
+) -> dict[str, Tensor]:
+    """PSNR in dB of D(z + sigma eps) against the image.
+
+    Args:
+        decode: z -> images.
+        z: (B, d, h, w).
+        images: (B, 3, H, W) in [-1, 1].
+        noise: eps, of z's shape; the same for every sigma.
+        std: of the latent channels, (d,): sigma is in standard deviations of each.
+        sigmas: how much noise.
+
+    Returns:
+        `noise_psnr/{sigma}`, (B,) each; infinite where nothing differs.
+
+    Raises:
+        ValueError: an image that is not finite.
+    """
+    originals = to_uint8(images)
+    scaled = noise * std.to(z)[:, None, None]
+    return {f"noise_psnr/{sigma:g}": psnr(to_uint8(decode(z + sigma * scaled)), originals) for sigma in sigmas}
+
+
+def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal noise of a shape, on the CPU: the same whatever the batches."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
