@@ -1,0 +1,513 @@
+"""The GAN loss, L_adv of eq. 3: discriminators by name, losses, and what keeps them stable.
+
+The paper gives its weight, optimiser and warm-up (table 9) and names no discriminator beyond "like StyleGAN"; sizes and
+schedules are [ours] or from the papers cited. No discriminator has batch statistics: a logit depends on its own image
+alone, so the number of processes and micro-batches does not change a run.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hieratok.layers import LayerNorm2d, init_weights
+from hieratok.losses.vf import FoundationModel
+
+DiscriminatorName = Literal["patchgan", "residual", "dino"]
+GanLoss = Literal["hinge", "non-saturating"]
+
+LEAK = 0.2  # slope of every LeakyReLU below zero, as in pix2pix, StyleGAN2 and StyleGAN-T
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The GAN loss on the finest scale, its discriminator and the discriminator's optimiser (AdamW, cosine).
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    weight: float = 0.6
+    """l_adv (paper, table 9), times the adaptive weight if that is on; 0: no GAN."""
+    discriminator: DiscriminatorName = "patchgan"
+    """patchgan: convolutions on patches; residual: StyleGAN2's, on the image; dino: heads on frozen DINO features."""
+    loss: GanLoss = "hinge"
+    """Of discriminator and generator."""
+    adaptive: bool = False
+    """VQGAN's weight: the GAN's gradient at the pixel head as large as the reconstruction's. The paper's is fixed."""
+    diffaugment: bool = False
+    """Augment what the discriminator sees, real and generated; usual with dino."""
+    lecam_weight: float = 0.0
+    """Of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none."""
+    generator_start: int = 5_000
+    """The generator feels the discriminator from this step on; the discriminator trains from step 0. [ours]"""
+    ramp_steps: int = 5_000
+    """Steps from there in which the weight rises linearly to its full value; 0: at once. [ours]"""
+    discriminator_learning_rate: float = 1e-4
+    """After warm-up. [ours]: the paper's value is lost."""
+    discriminator_min_learning_rate: float = 1e-6
+    """At the end of the cosine. [ours]: the paper's value is lost."""
+    warmup_ratio: float = 0.01
+    """Share of the steps in which the discriminator's learning rate rises linearly (paper, table 9)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas (paper, table 9)."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay. [ours]: the paper's value is lost; this is the tokenizer's."""
+    width: int = 64
+    """Channels of the first layer of patchgan and residual; deeper ones have up to 8 times as many."""
+    num_layers: int = 3
+    """Halvings in patchgan: a logit sees 16, 34, 70 or 142 px with 1, 2, 3 or 4."""
+    backbone: str = "vit_small_patch16_224.dino"
+    """dino's frozen network, a ViT of timm's by name."""
+    backbone_weights: str | None = None
+    """File with the backbone's weights. None: the hub's or torch's cache; nothing is downloaded."""
+    random_backbone: bool = False
+    """Train on an untrained backbone: for tests only."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, choices in (("discriminator", get_args(DiscriminatorName)), ("loss", get_args(GanLoss))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"gan.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in (
+            "weight",
+            "lecam_weight",
+            "generator_start",
+            "ramp_steps",
+            "discriminator_min_learning_rate",
+            "weight_decay",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"gan.{name} must not be negative, it is {getattr(self, name)}")
+        for name in ("width", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"gan.{name} must be at least 1, not {getattr(self, name)}")
+        if not self.discriminator_learning_rate > 0:
+            raise ValueError(
+                f"gan.discriminator_learning_rate must be positive, not {self.discriminator_learning_rate}"
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"gan.warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"gan.betas must be two numbers in [0, 1), not {list(self.betas)}")
+
+
+def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:
+    """The discriminator that a config names.
+
+    Args:
+        config: `discriminator` and its sizes; with `diffaugment`, the module augments in training mode.
+        image_size: side of the training images in pixels.
+
+    Returns:
+        A module from images (B, 3, H, W) in [-1, 1] to logits, high for real: (B, 1, h, w) one per patch (patchgan),
+        (B, 1) (residual) or (B, 4, N), one per token and depth (dino).
+
+    Raises:
+        ValueError: images too small for it, or no such backbone.
+        FileNotFoundError: no weights for the backbone.
+    """
+    match config.discriminator:
+        case "patchgan":
+            network = PatchGAN(image_size, config.width, config.num_layers)
+        case "residual":
+            network = ResidualDiscriminator(image_size, config.width)
+        case "dino":
+            network = DinoDiscriminator(config.backbone, config.backbone_weights, config.random_backbone)
+    return nn.Sequential(DiffAugment(), network) if config.diffaugment else network
+
+
+# --- discriminators ---------------------------------------------------------------------------------------------------
+
+
+class PatchGAN(nn.Module):
+    """Judges overlapping patches, with 3 layers of 70 px each (pix2pix, arXiv 1611.07004).
+
+    Norms are over the channels of one position [ours]. Batch norm, the usual choice, makes a logit depend on other
+    images; norms over positions make it depend on all of its own image, and then it is no patch's.
+
+    Raises:
+        ValueError: images smaller than 4 x 2^num_layers px, 32 with 3 layers.
+    """
+
+    def __init__(self, image_size: int, width: int = 64, num_layers: int = 3):
+        super().__init__()
+        self.min_side = 4 * 2**num_layers
+        if image_size < self.min_side:
+            raise ValueError(
+                f"patchgan with gan.num_layers {num_layers} needs images of {self.min_side} px or more,"
+                f" not {image_size}"
+            )
+        widths = [min(2**i, 8) * width for i in range(num_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(LEAK)]
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            stride = 2 if i + 1 < num_layers else 1
+            layers += [
+                nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1, bias=False),
+                LayerNorm2d(after),
+                nn.LeakyReLU(LEAK),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, kernel_size=4, padding=1))
+        self.layers = nn.Sequential(*layers)
+        self.apply(lambda module: init_weights(module, std=0.02))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> logits (B, 1, H / 2^layers - 2, W / 2^layers - 2)."""
+        check_images(images, self.min_side)
+        return self.layers(images)
+
+
+class ResidualDiscriminator(nn.Module):
+    """Judges the image as a whole: StyleGAN2's residual discriminator (arXiv 1912.04958), down to 4 x 4.
+
+    Two parts of the original are left out [ours]. Equalised learning rates multiply the step of every layer, which fits
+    its learning rate of 2e-3 and not this one: plain He initialisation instead. The batch's standard deviation as a
+    channel is there against a generator that forgets modes; a tokenizer is given the image that it has to make.
+
+    Raises:
+        ValueError: images smaller than 8 px.
+    """
+
+    def __init__(self, image_size: int, width: int = 64):
+        super().__init__()
+        if image_size < 8:
+            raise ValueError(f"the residual discriminator needs images of 8 px or more, not {image_size}")
+        num_blocks = int(math.log2(image_size / 4))
+        self.min_side = 4 * 2**num_blocks
+        widths = [min(2**i, 8) * width for i in range(num_blocks + 1)]
+        self.embed = nn.Conv2d(3, width, kernel_size=1)
+        self.blocks = nn.Sequential(*(ResidualBlock(*pair) for pair in itertools.pairwise(widths)))
+        self.mix = nn.Conv2d(widths[-1], widths[-1], kernel_size=3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(4)  # changes nothing where the side is a power of two
+        self.hidden = nn.Linear(16 * widths[-1], widths[-1])
+        self.head = nn.Linear(widths[-1], 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, a=LEAK)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> logits (B, 1)."""
+        check_images(images, self.min_side)
+        x = F.leaky_relu(self.embed(images), LEAK)
+        x = self.blocks(x)  # (B, C, 4, 4), or up to 7 x 7
+        x = self.pool(F.leaky_relu(self.mix(x), LEAK)).flatten(1)  # (B, 16 C)
+        return self.head(F.leaky_relu(self.hidden(x), LEAK))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the second at half the resolution, beside a linear path."""
+
+    def __init__(self, width: int, width_after: int):
+        super().__init__()
+        self.keep = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.down = nn.Conv2d(width, width_after, kernel_size=3, stride=2)
+        self.skip = nn.Conv2d(width, width_after, kernel_size=1, stride=2, bias=False)
+        self.blur = Blur()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', h / 2, w / 2), rounded down."""
+        y = F.leaky_relu(self.keep(x), LEAK)
+        y = F.leaky_relu(self.down(self.blur(y, 2)), LEAK)
+        return (y + self.skip(self.blur(x, 1))) / math.sqrt(2)  # the sum of two has the variance of one
+
+
+class Blur(nn.Module):
+    """A low-pass (1, 3, 3, 1) in both directions, which a stride of 2 should follow (arXiv 1904.11486)."""
+
+    kernel: Tensor
+
+    def __init__(self):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+
+    def forward(self, x: Tensor, padding: int) -> Tensor:
+        """(B, C, h, w) -> (B, C, h + 2 padding - 3, w + 2 padding - 3)."""
+        C = x.shape[1]
+        return F.conv2d(x, self.kernel.expand(C, 1, 4, 4), padding=padding, groups=C)
+
+
+class DinoDiscriminator(nn.Module):
+    """Judges a frozen DINO's features at four depths: StyleGAN-T's discriminator (arXiv 2301.09515).
+
+    The backbone is no part of `parameters()` or `state_dict()`. Features enter a head under the backbone's final norm,
+    which stands for the heads' batch norms [ours].
+
+    Raises:
+        ValueError: no such backbone, or weights that are not its.
+        FileNotFoundError: no weights.
+    """
+
+    def __init__(self, backbone: str, backbone_weights: str | None = None, random_backbone: bool = False):
+        super().__init__()
+        self.backbone = FoundationModel("gan.backbone", backbone, backbone_weights, random_backbone)
+        self.depths = [self.backbone.depth * i // 4 - 1 for i in (1, 2, 3, 4)]  # 2, 5, 8, 11 of DINO-S's 12 blocks
+        self.heads = nn.ModuleList(DinoHead(self.backbone.width) for _ in self.depths)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], resized for the backbone -> logits (B, 4, N), a row per depth."""
+        check_images(images, 1)
+        side = self.backbone.image_size
+        features = self.backbone(images, (side, side), self.depths)  # four of (B, C, h, w)
+        return torch.stack([head(f.flatten(2)) for head, f in zip(self.heads, features, strict=True)], dim=1)
+
+
+class DinoHead(nn.Module):
+    """1-D convolutions along the sequence of tokens, every weight under spectral norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.embed = spectral_norm(nn.Conv1d(width, width, kernel_size=1))
+        self.mix = spectral_norm(nn.Conv1d(width, width, kernel_size=9, padding=4))
+        self.head = spectral_norm(nn.Conv1d(width, 1, kernel_size=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, N) -> (B, N)."""
+        x = F.leaky_relu(self.embed(x), LEAK)
+        x = (x + F.leaky_relu(self.mix(x), LEAK)) / math.sqrt(2)
+        return self.head(x).squeeze(1)
+
+
+class SpectralNorm(nn.Module):
+    """W / sigma(W): gives a weight, as a matrix (out, rest), the largest singular value 1 (arXiv 1802.05957).
+
+    sigma comes from a power iteration that makes a step whenever W has changed. That of `torch.nn.utils` makes one in
+    every forward pass, so it depends on the number of micro-batches, and under autocast it runs in bf16.
+    """
+
+    u: Tensor
+    seen: Tensor
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))  # (out,)
+        self.register_buffer("seen", torch.full_like(self.u[0], torch.nan))
+        for _ in range(15):
+            self.u.copy_(self.step(matrix))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(out, ...) -> the same shape."""
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.flatten(1)
+            if self.training:
+                self.follow(matrix.detach())
+            # cloned, as the next forward pass may come before this one's backward pass
+            sigma = torch.linalg.vector_norm(matrix.mT @ self.u.clone())
+            return weight / sigma
+
+    def follow(self, matrix: Tensor) -> None:
+        """One step of power iteration if the weight is not the one of the last call, recognised by its sum."""
+        total = matrix.sum()
+        self.u.copy_(torch.where(total == self.seen, self.u, self.step(matrix)))
+        self.seen.copy_(total)
+
+    def step(self, matrix: Tensor) -> Tensor:
+        """u, nearer to the left singular vector of the largest singular value."""
+        return F.normalize(matrix @ F.normalize(matrix.mT @ self.u, dim=0), dim=0)
+
+
+def spectral_norm(layer: nn.Conv1d) -> nn.Conv1d:
+    """The layer, with its weight under `SpectralNorm`."""
+    parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+    return layer
+
+
+def check_images(images: Tensor, min_side: int) -> None:
+    """ValueError unless images are (B, 3, H, W) float with sides of at least `min_side`."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"a discriminator takes (B, 3, H, W) float in [-1, 1], not {tuple(images.shape)} {images.dtype}"
+        )
+    if min(images.shape[-2:]) < min_side:
+        raise ValueError(f"this discriminator needs images of {min_side} px or more, not {tuple(images.shape[-2:])}")
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def discriminator_loss(kind: GanLoss, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """What the discriminator minimises: a scalar, at least float32.
+
+    hinge: mean relu(1 - D(x)) + mean relu(1 + D(G)) (arXiv 1705.02894, without the factor 1/2 of some code);
+    non-saturating: mean softplus(-D(x)) + mean softplus(D(G)) (arXiv 1406.2661).
+    """
+    real, fake = at_least_float32(real_logits), at_least_float32(fake_logits)
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    if kind == "non-saturating":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    raise ValueError(f"no GAN loss is called {kind!r}: choose from {', '.join(get_args(GanLoss))}")
+
+
+def generator_loss(kind: GanLoss, fake_logits: Tensor) -> Tensor:
+    """L_adv, what the generator minimises: a scalar, at least float32.
+
+    hinge: -mean D(G); non-saturating: mean softplus(-D(G)).
+    """
+    fake = at_least_float32(fake_logits)
+    if kind == "hinge":
+        return -fake.mean()
+    if kind == "non-saturating":
+        return F.softplus(-fake).mean()
+    raise ValueError(f"no GAN loss is called {kind!r}: choose from {', '.join(get_args(GanLoss))}")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bf16 logits would round losses to 8 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LeCam(nn.Module):
+    """LeCam regulariser (arXiv 2104.03310): keeps logits near the running means of the other kind's.
+
+    mean relu(D(x) - m_fake)^2 + mean relu(m_real - D(G))^2, with m the moving averages of the mean logits. They start
+    at the first step's means; before that the loss is 0. Saved and resumed with `state_dict()`.
+
+    Args:
+        decay: of the averages, per step.
+    """
+
+    real_mean: Tensor
+    fake_mean: Tensor
+    num_updates: Tensor
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"LeCam's decay must be in [0, 1), not {decay}")
+        self.decay = decay
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """The unweighted loss of a micro-batch, a scalar."""
+        real, fake = at_least_float32(real_logits), at_least_float32(fake_logits)
+        loss = F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
+        return loss * (self.num_updates > 0)
+
+    @torch.no_grad()
+    def update(self, real_mean: Tensor, fake_mean: Tensor, skip: Tensor | None = None) -> None:
+        """Move the averages, once a step.
+
+        Args:
+            real_mean, fake_mean: mean logits over this process's micro-batches, scalars; averaged over processes here.
+            skip: a scalar, 1 where the step was left out (its logits may not be finite): nothing moves then.
+
+        Raises:
+            ValueError: no scalars.
+        """
+        if real_mean.ndim or fake_mean.ndim:
+            raise ValueError("LeCam's update takes two scalars, the step's mean logits")
+        means = torch.stack([real_mean, fake_mean]).to(self.real_mean)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        decay = torch.where(self.num_updates == 0, 0.0, self.decay)
+        stay = torch.zeros_like(decay, dtype=torch.bool) if skip is None else skip.bool()
+        for average, mean in zip((self.real_mean, self.fake_mean), means):
+            average.copy_(torch.where(stay, average, decay * average + (1 - decay) * mean))
+        self.num_updates += ~stay
+
+
+def generator_weight(step: int, config: AdversarialConfig) -> float:
+    """Weight of the generator's loss at a step, counted from 0: 0 up to `generator_start`, then a linear ramp."""
+    steps_in = step - config.generator_start + 1
+    if steps_in <= 0:
+        return 0.0
+    return config.weight * min(1.0, steps_in / max(1, config.ramp_steps))
+
+
+def adaptive_weight(
+    reconstruction_loss: Tensor, other_loss: Tensor, last_layer: Tensor, max_weight: float = 1e4
+) -> Tensor:
+    """VQGAN's adaptive weight (arXiv 2012.09841): |grad reconstruction| / (|grad other| + 1e-4), at most `max_weight`.
+
+    Norms and quotient are float32 under autocast too. Each process weighs with its own micro-batch's gradients.
+
+    Args:
+        reconstruction_loss: a scalar; its graph is kept.
+        other_loss: a scalar: L_adv, or the vf-loss (with `vf.VF_MAX_WEIGHT`).
+        last_layer: the parameter whose gradients are compared: the pixel head's weight for L_adv, the encoder's for the
+            vf-loss.
+        max_weight: 1e4 in VQGAN.
+
+    Returns:
+        A scalar without a graph.
+
+    Raises:
+        ValueError: no scalars, or a loss that does not depend on the parameter.
+    """
+    norms = []
+    for name, loss in (("reconstruction_loss", reconstruction_loss), ("other_loss", other_loss)):
+        if loss.ndim:
+            raise ValueError(f"adaptive_weight: {name} must be a scalar, not of shape {tuple(loss.shape)}")
+        gradient = None
+        if loss.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise ValueError(f"adaptive_weight: {name} does not depend on last_layer")
+        norms.append(torch.linalg.vector_norm(gradient.float()))
+    with torch.autocast(last_layer.device.type, enabled=False):
+        return (norms[0] / (norms[1] + 1e-4)).clamp(max=max_weight).detach()
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+class DiffAugment(nn.Module):
+    """Colour, translation and cutout, drawn anew for each image and call (DiffAugment, arXiv 2006.10738).
+
+    Differentiable. Draws from torch's global generator; in evaluation mode it returns the images as they are.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> the same shape; values may leave the range."""
+        check_images(images, 1)
+        if not self.training:
+            return images
+        return cutout(translate(jitter_colour(at_least_float32(images))))
+
+
+def jitter_colour(images: Tensor) -> Tensor:
+    """Brightness moved by up to 0.5, saturation scaled by 0 to 2, contrast by 0.5 to 1.5."""
+    brightness, saturation, contrast = torch.rand(3, images.shape[0], 1, 1, 1, device=images.device).to(images.dtype)
+    images = images + (brightness - 0.5)
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + (images - grey) * (2 * saturation)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (images - mean) * (contrast + 0.5)
+
+
+def translate(images: Tensor) -> Tensor:
+    """Moved by up to an eighth of the side in both directions; what was outside is 0, grey."""
+    for dim in (2, 3):
+        B, side = images.shape[0], images.shape[dim]
+        reach = side // 8
+        padding = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
+        shift = torch.randint(2 * reach + 1, (B, 1), device=images.device)
+        index = torch.arange(side, device=images.device) + shift  # (B, side), into the padded side
+        index = index.view(B, 1, side, 1) if dim == 2 else index.view(B, 1, 1, side)
+        images = F.pad(images, padding).gather(dim, index.expand(images.shape))
+    return images
+
+
+def cutout(images: Tensor) -> Tensor:
+    """A rectangle of half the sides set to 0, around any point of the image."""
+    B, _, H, W = images.shape
+    inside = []
+    for side in (H, W):
+        start = torch.randint(side + 1, (B, 1), device=images.device) - side // 4
+        position = torch.arange(side, device=images.device)
+        inside.append((position >= start) & (position < start + side // 2))  # (B, side)
+    rectangle = inside[0].unsqueeze(2) & inside[1].unsqueeze(1)  # (B, H, W)
+    return images * ~rectangle.unsqueeze(1)

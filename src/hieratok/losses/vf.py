@@ -1,0 +1,242 @@
+"""The vision-foundation loss of VA-VAE (arXiv 2501.01423), and the frozen foundation models that losses look through.
+
+    z' = W z                                                           1 x 1, without bias, learned with the tokenizer
+    L = mean_i  relu(1 - m_cos - cos(f_i, z'_i))                       each position of z' is like the model's feature,
+      + mean_ij relu(|cos(z'_i, z'_j) - cos(f_i, f_j)| - m_dist)       and resembles the others as the features do
+
+f: the frozen model's patch features on z's grid; i, j: positions of one image. HieraTok's paper adds this loss when
+scaling up and states no setting. VA-VAE's released schedule, by epochs: weight 0.5 without margins, then 0.1, then 0.1
+with m_dist 0.25 and m_cos 0.5.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hieratok.checkpoint import nearest
+from hieratok.losses.lpips import _read_tensors
+
+VF_MAX_WEIGHT = 1e8
+"""VA-VAE's bound of this loss's adaptive weight, `adversarial.adaptive_weight` at the encoder's last layer."""
+
+
+@dataclass(frozen=True)
+class VFConfig:
+    """The vision-foundation loss.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    weight: float = 0.0
+    """Of the loss, times the adaptive weight if that is on; 0: no such loss, and no foundation model is loaded."""
+    model: str = "vit_large_patch14_dinov2.lvd142m"
+    """A ViT of timm's by name. The default, DINOv2 large, is the one VA-VAE published its results with."""
+    model_weights: str | None = None
+    """File with the model's weights. None: the hub's or torch's cache; nothing is downloaded."""
+    cos_margin: float = 0.0
+    """m_cos: cosine distance to the model's feature that costs nothing."""
+    distance_margin: float = 0.0
+    """m_dist: difference between two positions' cosine and the model's that costs nothing."""
+    adaptive: bool = True
+    """Scale the loss so that its gradient at the encoder's last layer is as large as the reconstruction's."""
+    normalize: bool = True
+    """Give the model images with the mean and deviation it was trained on. False: in [-1, 1], as VA-VAE's code."""
+    random_model: bool = False
+    """Train on an untrained model: for tests only."""
+
+    def __post_init__(self):
+        if not self.weight >= 0:
+            raise ValueError(f"vf.weight must not be negative, it is {self.weight}")
+        for name in ("cos_margin", "distance_margin"):
+            if not 0 <= getattr(self, name) < 2:
+                raise ValueError(f"vf.{name} must be in [0, 2), not {getattr(self, name)}")
+
+
+class VFLoss(nn.Module):
+    """Pulls latents towards a foundation model's features.
+
+    What is trained and saved is the projection W alone; it belongs into the tokenizer's optimiser.
+
+    Args:
+        config: the model and the margins; `weight` and `adaptive` are the caller's to apply.
+        latent_channels: d.
+
+    Raises:
+        ValueError: no such model, or weights that are not its.
+        FileNotFoundError: no weights.
+    """
+
+    def __init__(self, config: VFConfig, latent_channels: int):
+        super().__init__()
+        self.config = config
+        self.model = FoundationModel(
+            "vf.model", config.model, config.model_weights, config.random_model, normalize=config.normalize
+        )
+        self.project = nn.Conv2d(latent_channels, self.model.width, kernel_size=1, bias=False)
+
+    def forward(self, z: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts.
+
+        Args:
+            z: latents (B, d, h, w).
+            images: what z was made from, (B, 3, H, W) in [-1, 1]; gets no gradient.
+
+        Returns:
+            The scalar loss, unweighted, and its two parts, detached scalars: `vf_cosine` and `vf_distance`.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if z.ndim != 4 or z.shape[1] != self.project.in_channels or z.shape[0] != images.shape[0]:
+            wanted = (images.shape[0], self.project.in_channels, "h", "w")
+            raise ValueError(f"z must be {wanted} for {images.shape[0]} images, not {tuple(z.shape)}")
+        h, w = z.shape[-2:]
+        size = (h * self.model.patch_size, w * self.model.patch_size)  # then the model's grid is z's
+        with torch.no_grad():
+            (features,) = self.model(images, size, [self.model.depth - 1])  # (B, C, h, w)
+
+        with torch.autocast(z.device.type, enabled=False):  # bf16 cosines would be off by 0.004
+            dtype = self.project.weight.dtype
+            f = F.normalize(features.to(dtype).flatten(2), dim=1)  # (B, C, N), of unit length
+            z = F.normalize(self.project(z.to(dtype)).flatten(2), dim=1)  # z', the same
+            cosines = (f * z).sum(dim=1)  # (B, N)
+            differences = (z.mT @ z - f.mT @ f).abs()  # (B, N, N)
+            cosine = F.relu(1 - self.config.cos_margin - cosines).mean()
+            distance = F.relu(differences - self.config.distance_margin).mean()
+        return cosine + distance, {"vf_cosine": cosine.detach(), "vf_distance": distance.detach()}
+
+
+class FoundationModel(nn.Module):
+    """A frozen ViT of timm's, from images to features on its patch grid; gradients flow through to the images.
+
+    The network is not registered as a submodule: it is neither in `parameters()` nor in `state_dict()`, so no
+    optimiser, checkpoint or data-parallel wrapper meets it. It follows `to()` and stays in evaluation mode.
+
+    Args:
+        setting: where the name comes from, for messages; the weights' setting is called `<setting>_weights`.
+        name: in timm, such as "vit_small_patch16_224.dino".
+        weights: .safetensors or .pth in timm's or the authors' layout. Default: the published ones in the hub's or
+            torch's cache; never downloaded.
+        random_weights: a fixed random network instead, for tests: no file is read.
+        normalize: bring images to the mean and deviation the model was trained on; else they enter in [-1, 1].
+
+    Attributes:
+        depth, width, patch_size: blocks, channels, pixels per token side.
+        image_size: side in pixels of the images the model was trained on.
+
+    Raises:
+        ValueError: no such ViT, or weights that are not its.
+        FileNotFoundError: no weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        setting: str,
+        name: str,
+        weights: str | Path | None = None,
+        random_weights: bool = False,
+        normalize: bool = True,
+    ):
+        super().__init__()
+        if random_weights and weights is not None:
+            raise ValueError(f"a random {setting} reads no file: leave out {setting}_weights")
+        network = _load_vit(setting, name, None if random_weights else weights or _cached_weights(setting, name))
+        self.depth = len(network.blocks)
+        self.width = network.embed_dim
+        self.patch_size = network.patch_embed.feat_ratio()
+        pretraining = network.pretrained_cfg
+        self.image_size = pretraining["input_size"][-1]
+        mean, std = (pretraining["mean"], pretraining["std"]) if normalize else ((0.5,) * 3, (0.5,) * 3)
+        # on images in [0, 1], so that a half and a half stand for [-1, 1]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self._unregistered = (network.eval().requires_grad_(False),)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FoundationModel":
+        """What `to()`, `cuda()` and `double()` come down to."""
+        self._unregistered[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, images: Tensor, size: tuple[int, int], blocks: Sequence[int]) -> list[Tensor]:
+        """Features after some of the blocks, each under the network's final norm.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], resized to `size` (bicubic, antialiased).
+            size: in pixels, multiples of the patch size; positions are interpolated.
+            blocks: which, counted from 0, ascending.
+
+        Returns:
+            A map (B, C, height / patch size, width / patch size) per block.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images must be (B, 3, H, W) float in [-1, 1], not {tuple(images.shape)} {images.dtype}")
+        images = images.to(self.mean.dtype)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+        images = ((images + 1) / 2 - self.mean) / self.std
+        network: Any = self._unregistered[0]
+        return network.forward_intermediates(images, indices=list(blocks), norm=True, intermediates_only=True)
+
+
+def _load_vit(setting: str, name: str, weights: str | Path | None) -> Any:
+    """timm's ViT for any image size, with the weights of a file, or random ones from a fixed seed."""
+    import timm
+    from timm.models import Eva, VisionTransformer
+
+    if not timm.is_model(name):
+        raise ValueError(f"{setting}: timm has no model {name!r}{nearest(name.partition('.')[0], timm.list_models())}")
+    options: dict[str, Any] = {}
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"{weights}, given as {setting}_weights, does not exist or is not a file")
+        # as tensors and not as timm's `file`, which some versions of timm would unpickle
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _read_tensors(Path(weights))}}
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        torch.manual_seed(0)
+        try:
+            network = timm.create_model(name, dynamic_img_size=True, **options)
+        except TypeError as error:  # it takes no `dynamic_img_size`
+            raise ValueError(f"{setting} {name!r} is not a plain vision transformer") from error
+        except (RuntimeError, KeyError, AssertionError) as error:
+            words = " ".join(str(error).split())[:200]
+            raise ValueError(f"{weights or name} cannot be used as {setting} {name!r}: {words}") from error
+    if not isinstance(network, VisionTransformer | Eva):
+        raise ValueError(f"{setting} {name!r} is not a plain vision transformer")
+    network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
+    return network
+
+
+def _cached_weights(setting: str, name: str) -> Path:
+    """The published weights, in the hub's cache or torch's."""
+    from huggingface_hub import try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+
+    try:
+        published = get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(f"{setting}: {error}") from error
+    advice = ""
+    if published is not None and published.hf_hub_id:
+        cached = try_to_load_from_cache(published.hf_hub_id, "model.safetensors")
+        if isinstance(cached, str):
+            return Path(cached)
+        advice = f", or run `hf download {published.hf_hub_id} model.safetensors` where there is a network"
+    if published is not None and isinstance(published.url, str) and published.url:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rpartition("/")[2]
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"the weights of {name} are not on this machine: give their file by --{setting}_weights FILE{advice}"
+    )
