@@ -1,6 +1,7 @@
 """The analysis' measures: known answers, properties, and what each refuses."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from scipy import fft, stats
 from torch import Tensor, nn
 
+import hieratok
 from hieratok.analysis import (
     Codec,
     block_dct,
@@ -537,3 +539,10 @@ def test_bad_latents_are_refused(encode, message):
 def test_no_images():
     with pytest.raises(ValueError, match="no images"):
         encode_all(lambda x: (x, None), [])
+
+
+def test_nothing_that_trains_or_judges_depends_on_the_analysis():
+    package = Path(hieratok.__file__).parent
+    for folder in ("tokenizer", "losses", "data", "training", "evaluation"):
+        for path in (package / folder).glob("*.py"):
+            assert "hieratok.analy" not in path.read_text(), path

@@ -70,7 +70,7 @@ MEANINGS: dict[str, Meaning] = {
     "equivariance_encoder": Meaning(
         "equivariance of the encoder (RMS)",
         "lower",
-        "|E(tau x) - tau E(x)| in standard deviations of the latents; 1.4 is what unrelated latents give.",
+        "|E(tau x) - tau E(x)| in standard deviations of the latents; unrelated latents have about 1.4.",
     ),
     "latent_high_frequency_share": Meaning(
         "latents: high-frequency share",
@@ -83,7 +83,7 @@ MEANINGS: dict[str, Meaning] = {
     "latent_power_slope": Meaning(
         "latents: slope of the spectrum",
         "neither",
-        "Log power over log frequency: 0 is white noise, and closer to the images' is easier for a diffusion model.",
+        "Log power over log frequency: 0 is white noise; the steeper it falls, the smoother the latent maps.",
     ),
     "rgb_power_slope": Meaning(
         "images: slope of the spectrum", "neither", "The same of the images; photos have about -2."
