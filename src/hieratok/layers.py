@@ -1,48 +1,73 @@
 """Building blocks that the tokenizer and the generator share: attention, MLP, stochastic depth, positions."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # (query, key, value), each (B, heads, N, head width) -> (B, heads, N, head width)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without biases (paper, table 10).
+    """Multi-head self-attention: without biases in the tokenizer (paper, table 10), with them in DiT.
 
-    Who may look at whom is the caller's business: `attend` receives queries, keys and values.
+    Who may look at whom, and rotary positions, are the caller's business: `attend` receives queries, keys and values.
+    With `qk_norm`, queries and keys are RMS-normalised per head, which keeps long bf16 runs from diverging.
     """
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, bias: bool = False, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias)
+        self.q_norm = HeadNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, attend: Attend = F.scaled_dot_product_attention) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, C / heads)
-        x = attend(q, k, v).transpose(1, 2).reshape(B, N, C)
+        x = attend(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).reshape(B, N, C)
         return self.proj(x)
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear, without biases (paper, table 10)."""
+    """Linear, GELU, linear: without biases in the tokenizer (paper, table 10), with them and tanh's GELU in DiT."""
 
-    def __init__(self, width: int, ratio: float):
+    def __init__(self, width: int, ratio: float, bias: bool = False, gelu: Literal["none", "tanh"] = "none"):
         super().__init__()
         hidden = int(width * ratio)
-        self.fc1 = nn.Linear(width, hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, width, bias=False)
+        self.gelu = gelu
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+
+
+class Blocks(nn.ModuleList):
+    """Transformer blocks, one after the other.
+
+    With `activation_checkpointing`, a block's activations are computed again in the backward pass and not kept: about a
+    third more time for much less memory; the numbers stay the same.
+    """
+
+    activation_checkpointing = False
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """(B, N, C) -> (B, N, C); `args` go to every block."""
+        for block in self:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *args, use_reentrant=False)
+            else:
+                x = block(x, *args)
+        return x
 
 
 class DropPath(nn.Module):
@@ -59,6 +84,15 @@ class DropPath(nn.Module):
         keep = 1 - self.rate
         mask = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < keep
         return x * (mask.to(x.dtype) / keep)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of queries or keys, in the precision of its weight: under bf16 autocast they come in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., head width) -> the same."""
+        assert self.weight is not None
+        return super().forward(x.to(self.weight.dtype))
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -1,0 +1,367 @@
+"""DiT: a transformer over latents with adaptive layer norm (Peebles and Xie 2023), the paper's generator.
+
+Shapes: B batch, d latent channels, h w latent grid, p patch size, N = h/p w/p tokens, C width.
+Weights are named as in facebookresearch/DiT, so that a state dict from there loads as it is.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hieratok import checkpoint
+from hieratok.layers import Attend, Attention, Blocks, Mlp
+
+Objective = Literal["ddpm", "flow"]
+NormName = Literal["layer", "rms"]
+MlpName = Literal["gelu", "swiglu"]
+Positions = Literal["sincos", "rotary"]
+
+NORM_EPS = 1e-6
+TIME_FREQUENCIES = 256  # features of a timestep before its MLP
+MAX_PERIOD = 10_000  # of timestep features, fixed positions and rotary positions
+
+# Parameters with 16 latent channels, patch 1, 16 x 16 latents and 1000 classes: 2M, 33M, 130M, 458M, 675M.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(width=128, depth=6, heads=4),  # a CPU [ours]
+    "s": dict(width=384, depth=12, heads=6),  # one GPU
+    "b": dict(width=768, depth=12, heads=12),
+    "l": dict(width=1024, depth=24, heads=16),
+    "xl": dict(width=1152, depth=28, heads=16),
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The generator's shape and what it is trained to predict. Defaults: the paper's DiT-XL on f16d16 at 256 px.
+
+    Raises:
+        ValueError: settings that do not fit together; the message names them.
+    """
+
+    objective: Objective = "ddpm"
+    """What it predicts: the noise of a DDPM (ddpm), or the velocity of a linear flow (flow)."""
+    latent_channels: int = 16
+    """d: channels of a latent."""
+    latent_size: int = 16
+    """Side of the (square) latent grid."""
+    patch_size: int = 1
+    """Latent positions per token side."""
+    width: int = 1152
+    """Channels of the tokens."""
+    depth: int = 28
+    """Transformer blocks."""
+    heads: int = 16
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of every MLP over its width; swiglu takes two thirds of it, for the same number of parameters."""
+    num_classes: int = 1000
+    """Class labels are 0 .. num_classes - 1; the label num_classes stands for "no class"."""
+    label_dropout: float = 0.1
+    """Share of training labels replaced by "no class", which guidance needs; 0: there is no such label."""
+    learn_sigma: bool = True
+    """Predict the variance of each denoising step too; for the objective ddpm alone."""
+    norm: NormName = "layer"
+    """Normalisation before attention and MLP: LayerNorm as in DiT (layer), or RMSNorm (rms)."""
+    mlp: MlpName = "gelu"
+    """MLP: as in DiT (gelu), or gated (swiglu)."""
+    positions: Positions = "sincos"
+    """Where a token lies: fixed sines and cosines added to it, as in DiT (sincos), or rotated queries and keys."""
+    qk_norm: bool = False
+    """Normalise queries and keys."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"model.{field.name} must be a positive whole number, not {value!r}")
+        choices = {"objective": Objective, "norm": NormName, "mlp": MlpName, "positions": Positions}
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ValueError(
+                    f"model.{name} must be one of {', '.join(get_args(literal))}, not {getattr(self, name)!r}"
+                )
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f"model.latent_size {self.latent_size} is not divisible by model.patch_size {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
+        if self.positions == "sincos" and self.width % 4:
+            raise ValueError(f"model.width {self.width} must be a multiple of 4 for sincos positions")
+        if self.positions == "rotary" and self.width // self.heads % 4:
+            raise ValueError(
+                f"model.width / model.heads = {self.width // self.heads} must be a multiple of 4 for rotary positions"
+            )
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"model.mlp_ratio must be positive, not {self.mlp_ratio}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
+        if self.learn_sigma and self.objective == "flow":
+            raise ValueError(
+                "model.learn_sigma must be false for model.objective flow: a flow has no variance to learn"
+            )
+
+    @classmethod
+    def of_size(cls, size: str, **settings: Any) -> "DiTConfig":
+        """A row of `SIZES` (tiny, s, b, l, xl), and any other settings by name.
+
+        Raises:
+            ValueError: no such size, or settings that do not fit together.
+        """
+        if size not in SIZES:
+            raise ValueError(f"no DiT of size {size!r}: the sizes are {', '.join(SIZES)}")
+        return cls(**{**SIZES[size], **settings})
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(d, h, w) of one latent."""
+        return (self.latent_channels, self.latent_size, self.latent_size)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of a prediction: d, or 2 d with learned variance."""
+        return 2 * self.latent_channels if self.learn_sigma else self.latent_channels
+
+
+class DiT(nn.Module):
+    """Noisy latent, time and class -> the process's prediction."""
+
+    pos_embed: Tensor  # a buffer: saved with the weights, as DiT's, but fixed
+
+    def __init__(self, config: DiTConfig | None = None):
+        super().__init__()
+        self.config = c = config or DiTConfig()
+        self.grid = c.latent_size // c.patch_size
+        self.x_embedder = PatchEmbed(c.latent_channels, c.width, c.patch_size)
+        self.t_embedder = TimestepEmbedder(c.width)
+        self.y_embedder = LabelEmbedder(c.num_classes, c.width, c.label_dropout)
+        if c.positions == "sincos":
+            self.register_buffer("pos_embed", sincos_positions(c.width, self.grid))
+        self.blocks = Blocks(Block(c) for _ in range(c.depth))
+        self.final_layer = FinalLayer(c)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """DiT's initial weights: every block starts as the identity, and the prediction as zero (adaLN-zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))  # as the linear map that it is
+        assert patches.bias is not None
+        nn.init.zeros_(patches.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        zero = [block.adaLN_modulation[-1] for block in self.blocks]  # type: ignore[index]
+        for layer in (*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The prediction.
+
+        Args:
+            x: noisy latents (B, d, h, w).
+            t: (B,) time in the process's own units: 0 .. 999 for ddpm (0: least noise), [0, 1] for flow (1: data).
+            y: (B,) class labels, `num_classes` for none. In training mode some are dropped (`label_dropout`).
+
+        Returns:
+            (B, d, h, w): noise or velocity; with `learn_sigma` (B, 2 d, h, w), the variance's interpolation after it.
+
+        Raises:
+            ValueError: latents of another shape.
+        """
+        if x.shape[1:] != self.config.latent_shape:
+            d, h, w = self.config.latent_shape
+            raise ValueError(f"the generator takes latents (B, {d}, {h}, {w}), not {tuple(x.shape)}")
+        x = self.x_embedder(x)  # (B, N, C)
+        if self.config.positions == "sincos":
+            x = x + self.pos_embed
+            attend = F.scaled_dot_product_attention
+        else:
+            attend = rotary_attention(self.grid, self.config.width // self.config.heads, x.device)
+        condition = self.t_embedder(t) + self.y_embedder(y)  # (B, C)
+        x = self.blocks(x, condition, attend)
+        return self.unpatchify(self.final_layer(x, condition))
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, N, p^2 c) -> (B, c, h, w)."""
+        p, n = self.config.patch_size, self.grid
+        x = patches.view(-1, n, n, p, p, self.config.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, n * p, n * p)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder` (made if need be)."""
+        checkpoint.save(folder, self.state_dict(), {"model_type": "hieratok-dit", **asdict(self.config)})
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, device: str | torch.device = "cpu"
+    ) -> "DiT":
+        """A generator from a run's folder, a folder written by `save_pretrained`, or a hub id ("name/model").
+
+        Returns it in evaluation mode. A hub id is downloaded only if no such folder exists here.
+
+        Raises:
+            FileNotFoundError: nothing there, or a file is missing.
+            ValueError: the files do not fit this class or each other; the message says where.
+        """
+        folder = checkpoint.find(source, revision, inside="generator")
+        config = DiTConfig(**checkpoint.load_config(folder, "hieratok-dit", DiTConfig))
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.load_weights(folder, model, device)
+        return model.eval()
+
+
+class PatchEmbed(nn.Module):
+    """Latent patches -> tokens."""
+
+    def __init__(self, latent_channels: int, width: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(latent_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, d, h, w) -> (B, N, C)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """A time -> cosines and sines -> an MLP."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, C)."""
+        weight_dtype = next(self.mlp.parameters()).dtype
+        # never coarser than float32: bf16 could not tell one time from the next
+        features = timestep_features(t.to(torch.promote_types(weight_dtype, torch.float32)))
+        return self.mlp(features.to(weight_dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A class label -> a learned vector. With dropout there is one row more, for "no class"."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float):
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(B,) -> (B, C)."""
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout
+            y = y.masked_fill(dropped, self.num_classes)
+        return self.embedding_table(y)
+
+
+class Block(nn.Module):
+    """Transformer block whose norms are shifted and scaled, and whose branches are gated, by time and class."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config.width, config.heads, bias=True, qk_norm=config.qk_norm)
+        self.norm2 = make_norm(config)
+        if config.mlp == "gelu":
+            self.mlp = Mlp(config.width, config.mlp_ratio, bias=True, gelu="tanh")
+        else:
+            self.mlp = SwiGlu(config.width, config.mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def forward(self, x: Tensor, condition: Tensor, attend: Attend) -> Tensor:
+        """Tokens (B, N, C) and condition (B, C) -> (B, N, C)."""
+        modulation = self.adaLN_modulation(condition).unsqueeze(1)  # (B, 1, 6 C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), attend)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Tokens -> predicted patches."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.norm_final = make_norm(config)
+        self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens (B, N, C) and condition (B, C) -> (B, N, p^2 c)."""
+        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=2)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP, fc2(silu(gate) * value) with gate and value from fc1, of about `Mlp`'s number of parameters."""
+
+    def __init__(self, width: int, ratio: float):
+        super().__init__()
+        hidden = max(8, int(width * ratio * 2 / 3) // 8 * 8)  # multiples of 8 suit matrix units
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+def make_norm(config: DiTConfig) -> nn.Module:
+    """Without a learned scale and shift: those come from time and class."""
+    norm = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return norm(config.width, eps=NORM_EPS, elementwise_affine=False)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's shift and scale, both (B, 1, C), of tokens (B, N, C)."""
+    return x * (1 + scale) + shift
+
+
+def frequencies(count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """1, ..., falling geometrically towards 1 / MAX_PERIOD: (count,)."""
+    return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=dtype, device=device) / count)
+
+
+def timestep_features(t: Tensor) -> Tensor:
+    """Times (B,) in floating point -> cosines, then sines: (B, TIME_FREQUENCIES)."""
+    angles = t[:, None] * frequencies(TIME_FREQUENCIES // 2, t.dtype, t.device)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed positions of a grid, row by row: (1, grid^2, width), a quarter each of sines and cosines of the column,
+    then of the row."""
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies(width // 4, torch.float64)
+    axis = torch.cat((angles.sin(), angles.cos()), dim=1)  # (grid, width / 2)
+    column, row = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
+    return torch.cat((column, row), dim=1)[None].float()
+
+
+def rotary_attention(grid: int, head_width: int, device: torch.device) -> Attend:
+    """Attention whose queries and keys are rotated by their token's row and column, a half of the pairs each, so that
+    it sees relative places (Su et al. 2021, in two dimensions [ours])."""
+    index = torch.arange(grid, dtype=torch.float32, device=device)
+    angles = index[:, None] * frequencies(head_width // 4, torch.float32, device)  # (grid, head width / 4)
+    row, column = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)
+    angles = torch.cat((row, column), dim=1)  # (N, head width / 2)
+    cosine, sine = angles.cos(), angles.sin()
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1)  # in float32 at least
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(rotate(q).to(v.dtype), rotate(k).to(v.dtype), v)
+
+    return attend
