@@ -204,17 +204,15 @@ def test_points_are_one_position_of_each_image_drawn_without_replacement():
 
 
 def test_a_linear_decoder_commutes_with_area_pooling():
-    codec, images = linear_codec(), random(3, 3, 32, 32)
+    codec, images = linear_codec(f=1, d=2), random(3, 3, 16, 12)  # two channels cannot hold three colours
     z = codec.encode(images)[0]
-    errors = commutation(codec.decode, z, images, [(1, 1), (2, 2), (4, 4)])
-    assert list(errors) == [f"commutation_{what}/{px}px" for what in ("error", "target_mse") for px in (4, 8, 16)]
-    for px in (4, 8, 16):
-        assert (errors[f"commutation_error/{px}px"] < 1e-25).all()
-        # the patches' mean colours are right, so all that is missing from the 16 px picture is what is in a patch
-        grid = px // 4
-        blocky = F.interpolate(area_pool(images, (grid, grid)), scale_factor=4)
-        expected = (blocky - area_pool(images, (px, px))).square().mean((1, 2, 3))
-        assert torch.allclose(errors[f"commutation_target_mse/{px}px"], expected)
+    errors = commutation(codec.decode, z, images, [(1, 1), (4, 3), (12, 9)])
+    assert list(errors) == [f"commutation_{what}/{px}px" for what in ("error", "target_mse") for px in (1, 4, 12)]
+    for grid in ((1, 1), (4, 3), (12, 9)):
+        assert (errors[f"commutation_error/{grid[0]}px"] < 1e-25).all()
+        lost = area_pool(images - codec.decode(z), grid).square().mean((1, 2, 3))
+        assert (lost > 1e-4).all()
+        assert torch.allclose(errors[f"commutation_target_mse/{grid[0]}px"], lost)
 
 
 def test_commutation_error_by_hand():
@@ -333,10 +331,10 @@ def test_the_power_of_a_cosine_is_at_its_frequency():
 
 
 def test_white_noise_has_a_flat_spectrum():
-    x = random(64, 4, 16, 16)
+    x = random(64, 16, 32, 32)
     assert power_slope(x).mean().item() == pytest.approx(0, abs=0.03)
     assert high_frequency_share(x).mean().item() == pytest.approx(28 / 63, abs=0.005)
-    assert (dct_profile(x).mean(0) - 1).abs().max() < 0.1
+    assert (dct_profile(x).mean(0) - 1).abs().max() < 0.03
 
 
 def test_the_slope_is_the_exponent_of_the_power_law():
@@ -487,11 +485,10 @@ def test_codec_of_diffusers_autoencoder():
     model = kl.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
     codec, images = codec_of(model), random(2, 3, 16, 16, dtype=torch.float32)
     mean, logvar = codec.encode(images)
-    with torch.no_grad():
-        posterior = model.encode(images).latent_dist
-        assert torch.equal(mean, posterior.mean)
-        assert torch.equal(logvar, posterior.logvar)
-        assert torch.equal(codec.decode(mean), model.decode(mean).sample)
+    posterior = model.encode(images).latent_dist
+    assert torch.equal(mean, posterior.mean)
+    assert torch.equal(logvar, posterior.logvar)
+    assert torch.equal(codec.decode(mean), model.decode(mean).sample)
 
 
 def batches(*sizes: int):

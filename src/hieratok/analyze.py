@@ -400,15 +400,14 @@ def encode_source(
     codec: Codec, source: Source, indices: list[int], size: int, options: Analyze, mirror: bool
 ) -> Latents:
     """Latents of the images at `indices`, or of their mirror images; shows progress."""
+    with tqdm(total=len(indices), unit=" images", desc="encode mirrored" if mirror else "encode") as bar:
 
-    def images() -> Iterator[tuple[list[str], Tensor]]:
-        title = "encode mirrored" if mirror else "encode"
-        with tqdm(total=len(indices), unit=" images", desc=title) as bar:
+        def images() -> Iterator[tuple[list[str], Tensor]]:
             for names, batch in batches(source, size, options.batch_size, indices):
                 yield names, batch.flip(-1) if mirror else batch
                 bar.update(len(names))
 
-    return encode_all(codec.encode, images())
+        return encode_all(codec.encode, images())
 
 
 def channel_numbers(latents: Latents) -> dict[str, Any]:

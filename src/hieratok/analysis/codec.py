@@ -61,19 +61,19 @@ def codec_of(model: Any) -> Codec:
     def here(x: Tensor) -> Tensor:
         return x.float().cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
         output = model.encode(images.to(**there))
         for name in ("latent_dist", "latent", "latents"):
             output = getattr(output, name, output)
         return (here(output), None) if isinstance(output, Tensor) else (here(output.mean), here(output.logvar))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(z: Tensor) -> Tensor:
         output = model.decode(z.to(**there))
         return here(output if isinstance(output, Tensor) else output.sample)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_pyramid(z: Tensor) -> list[Tensor]:
         return [here(image) for image in model.decode_pyramid(z.to(**there))]
 

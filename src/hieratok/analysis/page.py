@@ -128,7 +128,8 @@ def embedding_plots(embedding: Embedding) -> list[report.Html]:
     if len(known) > MANY_CLASSES:
         caption = f"Coloured by class index: {len(known)} classes, so that close ones look alike."
         return [*plots, shaded_points(embedding.points, labels, "turbo", caption)]
-    names = {int(k): embedding.classes[k] if k < len(embedding.classes) else f"class {k}" for k in known}
+    given = dict(enumerate(embedding.classes))
+    names = {k: given.get(k, f"class {k}") for k in known.tolist()}
     return [*plots, named_points(embedding.points, labels, names, "Coloured by class.")]
 
 
