@@ -50,7 +50,7 @@ MEANINGS: dict[str, Meaning] = {
         "|D(T z) - T D(z)|^2 / |T D(z)|^2: decoding the shrunk latent map, against shrinking the decoded image.",
     ),
     "commutation_target_mse": Meaning(
-        "its distance to the image",
+        "pooled latents against the image (MSE)",
         "lower",
         "|D(T z) - T x|^2 per pixel: a commutation error is only worth something where this is small as well.",
     ),
@@ -60,7 +60,9 @@ MEANINGS: dict[str, Meaning] = {
         "The commutation error of a multi-scale decoder's own scales: each against the finest one, shrunk.",
     ),
     "pyramid_target_mse": Meaning(
-        "its distance to the image", "lower", "|scale k - T x|^2 per pixel: what training at every scale minimises."
+        "own scale against the image (MSE)",
+        "lower",
+        "|scale k - T x|^2 per pixel: what training at every scale minimises.",
     ),
     "equivariance_decoder": Meaning(
         "equivariance of the decoder (RMS)",
@@ -86,7 +88,7 @@ MEANINGS: dict[str, Meaning] = {
         "Log power over log frequency: 0 is white noise; the steeper it falls, the smoother the latent maps.",
     ),
     "rgb_power_slope": Meaning(
-        "images: slope of the spectrum", "neither", "The same of the images; photos have about -2."
+        "images: slope of the spectrum", "neither", "The same of the images; photos have -2 to -3."
     ),
     "noise_psnr": Meaning(
         "PSNR under noise (dB)",

@@ -47,6 +47,8 @@ NOISE_TEXT = (
     "A generator's latents are never quite the encoder's. The slower this curve falls, the more a decoder forgives."
 )
 
+IMAGES = "Mean over {} images and the 95% interval of that mean."
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -80,7 +82,8 @@ def make_page(
     if "effective_rank" in result:
         sections.append(channel_section(result))
     if "reconstruction_rms" in result:
-        sections.append(report.section("Noise", report.text(NOISE_TEXT), noise_plot(result)))
+        noise = numbers(result, ["noise_psnr"], IMAGES.format(result["decoded_images"]))
+        sections.append(report.section("Noise", report.text(NOISE_TEXT), noise_plot(result), noise))
     facts = [[key, str(value)] for key, value in result["manifest"].items()]
     caption = "What the numbers depend on; metrics.json beside this page has every number."
     sections.append(report.section("How this was measured", report.table(["what", "value"], facts, caption)))
@@ -88,7 +91,7 @@ def make_page(
 
 
 def numbers(result: dict[str, Any], stems: Sequence[str], caption: str) -> report.Html:
-    """A table of the numbers called `stem` or `stem/detail`, each with its meaning; without empty columns."""
+    """A table of the numbers called `stem` or `stem/detail` with what each `stem` means; without empty columns."""
     found = lines(result, stems)
     header = ["number", "value"]
     columns = [
@@ -102,7 +105,9 @@ def numbers(result: dict[str, Any], stems: Sequence[str], caption: str) -> repor
         header.append("Gaussian floor")
         columns.append([x.floor for x in found])
     header += ["better", "meaning"]
-    columns += [[x.meaning.better for x in found], [x.meaning.text for x in found]]
+    repeated = [i > 0 and x.meaning is found[i - 1].meaning for i, x in enumerate(found)]
+    columns.append([x.meaning.better for x in found])
+    columns.append(["" if again else x.meaning.text for x, again in zip(found, repeated)])
     return report.table(header, list(zip(*columns)), caption)
 
 
@@ -176,7 +181,7 @@ def point_style(num: int) -> dict[str, Any]:
 def symmetry_section(result: dict[str, Any], pictures: report.Html | None) -> report.Html:
     """Commutation and equivariance."""
     stems = ["commutation_error", "commutation_target_mse", "pyramid_error", "pyramid_target_mse"]
-    images = f"Mean over {result['decoded_images']} images and the 95% interval of that mean."
+    images = IMAGES.format(result["decoded_images"])
     parts = [report.text(COMMUTATION_TEXT)]
     if lines(result, stems):
         parts.append(numbers(result, stems, f"{images} Scales by the height of their pictures."))
@@ -214,22 +219,21 @@ def spectrum_section(result: dict[str, Any]) -> report.Html:
     if "latent_dct" in result:
         order = list(range(1, len(result["latent_dct"])))
         curves = [
-            report.Line(what, order, result[f"{key}_dct"][1:])
+            report.Line(what, order, np.log10(result[f"{key}_dct"][1:]).tolist())
             for what, key in (("latents", "latent"), ("images", "rgb"))
         ]
         plots.append(
             report.line_plot(
                 curves,
                 "place in zigzag order",
-                "mean |coefficient| / DC",
+                "log10 of mean |coefficient| / DC",
                 "Cosine transform of 8 x 8 blocks, low frequencies to the left.",
-                log_y=True,
             )
         )
-    if "latent_dct" not in result:
+    else:
         parts.append(report.text("The latent map is smaller than 8 x 8: it has no blockwise cosine transform."))
     names = [f"{what}_{name}" for name in ("high_frequency_share", "power_slope") for what in ("latent", "rgb")]
-    images = f"Mean over {result['decoded_images']} images and the 95% interval of that mean."
+    images = IMAGES.format(result["decoded_images"])
     return report.section("Frequencies", *parts, *plots, numbers(result, names, images))
 
 

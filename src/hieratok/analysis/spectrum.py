@@ -98,7 +98,7 @@ def radial_power(x: Tensor) -> tuple[Tensor, Tensor]:
 def power_slope(x: Tensor) -> Tensor:
     """Slope of log power over log frequency, by least squares: (N, C, H, W) -> (N,).
 
-    0 for white noise, about -2 for photos. An image without any power gives NaN. Raises ValueError as `radial_power`.
+    0 for white noise, -2 to -3 for photos. An image without any power gives NaN. Raises ValueError as `radial_power`.
     """
     frequencies, power = radial_power(x)
     log_f = frequencies.double().log()
