@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hieratok.losses.adversarial import (
@@ -63,7 +64,7 @@ def test_hinge_in_value_and_gradient():
     r, f = real.detach().numpy(), fake.detach().numpy()
     assert loss.item() == pytest.approx(np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean(), rel=1e-12)
     loss.backward()
-    np.testing.assert_allclose(real.grad, -(r < 1) / r.size, atol=1e-15)
+    np.testing.assert_allclose(real.grad, -1.0 * (r < 1) / r.size, atol=1e-15)
     np.testing.assert_allclose(fake.grad, (f > -1) / f.size, atol=1e-15)
 
     fake = logits(2)
@@ -182,8 +183,9 @@ def test_residual_sees_the_whole_image():
 def test_residual_starts_at_a_useful_scale():
     """He initialisation: neither vanishing nor exploding over the depth of a 256 px network."""
     torch.manual_seed(0)
-    out = ResidualDiscriminator(256, width=8)(images(8, 256))
-    assert 0.02 < out.std() < 5
+    blobs = nn.functional.interpolate(images(8, 4), (256, 256), mode="bicubic")
+    out = ResidualDiscriminator(256, width=8)(blobs)
+    assert 0.1 < out.std() < 5
 
 
 def test_residual_needs_8_px():
@@ -258,11 +260,12 @@ def test_spectral_norm_is_1_and_follows_the_weight():
     layer = spectral_norm(nn.Conv1d(16, 16, kernel_size=9))
     assert largest_singular_value(layer) == pytest.approx(1, abs=0.1)  # after 15 iterations
     original = layer.parametrizations.weight.original  # type: ignore[union-attr]
-    for _ in range(200):
-        original.data.mul_(1.01)
+    change = torch.outer(*(nn.functional.normalize(torch.randn(n), dim=0) for n in (16, 144))).view(16, 16, 9)
+    for _ in range(60):
+        original.data.add_(0.1 * change)
         layer(torch.zeros(1, 16, 9))
-    assert largest_singular_value(layer) == pytest.approx(1, abs=1e-3)
-    assert np.linalg.svd(original.detach().flatten(1).numpy(), compute_uv=False)[0] > 2
+    assert largest_singular_value(layer) == pytest.approx(1, abs=1e-4)
+    assert np.linalg.svd(original.detach().flatten(1).numpy(), compute_uv=False)[0] > 5
     heads = tiny("dino").heads
     assert all(
         isinstance(layer.parametrizations.weight[0], SpectralNorm)
@@ -419,26 +422,29 @@ def test_lecam_stays_where_a_step_is_skipped():
 LECAM_PROCESS = """
 import json, sys, torch, torch.distributed as dist
 from hieratok.losses.adversarial import LeCam
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=1, world_size=2)
 lecam = LeCam()
-lecam.update(torch.tensor(1.0 + rank), torch.tensor(-3.0 * rank))
+lecam.update(torch.tensor(2.0), torch.tensor(-3.0))
 print(json.dumps([lecam.real_mean.item(), lecam.fake_mean.item()]))
 dist.destroy_process_group()
 """
 
 
 def test_lecam_is_the_same_on_every_process(tmp_path: Path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", LECAM_PROCESS, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in (0, 1)
-    ]
-    assert [json.loads(p.communicate(timeout=120)[0]) for p in processes] == [[1.5, -1.5], [1.5, -1.5]]
+    """This process and one more."""
+    store = f"file://{tmp_path / 'store'}"
+    command = [sys.executable, "-c", LECAM_PROCESS, store]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as other:
+        dist.init_process_group("gloo", init_method=store, rank=0, world_size=2)
+        try:
+            lecam = LeCam()
+            lecam.update(torch.tensor(1.0), torch.tensor(0.0))
+            theirs = json.loads(other.communicate(timeout=120)[0])
+        finally:
+            dist.destroy_process_group()
+    assert [lecam.real_mean.item(), lecam.fake_mean.item()] == theirs == [1.5, -1.5]
 
 
 def test_lecam_s_bad_input():
@@ -489,10 +495,9 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms():
 
 def test_adaptive_weight_is_bounded():
     reconstruction, gan, parameter, ratio = losses(scale=1e-12)
-    assert ratio > 1e3  # held by the 1e-4 in the denominator
-    assert adaptive_weight(reconstruction, gan, parameter).item() == pytest.approx(ratio, rel=1e-4)
-    assert adaptive_weight(1e3 * reconstruction, gan, parameter).item() == pytest.approx(1e4)
-    assert adaptive_weight(1e3 * reconstruction, gan, parameter, max_weight=1e8).item() > 1e6
+    assert 1e4 < ratio < 1e5  # held by the 1e-4 in the denominator
+    assert adaptive_weight(reconstruction, gan, parameter, max_weight=1e8).item() == pytest.approx(ratio, rel=1e-4)
+    assert adaptive_weight(reconstruction, gan, parameter).item() == 1e4
 
 
 def test_adaptive_weight_is_float32_under_autocast():
@@ -566,7 +571,8 @@ def test_colours_move_within_their_ranges():
     contrast = grey_out.std((1, 2)) / grey.std((1, 2))
     assert contrast.min() >= 0.5
     assert contrast.max() <= 1.5
-    saturation = (out - grey_out[:, None]).norm(dim=(1, 2, 3)) / (x - grey[:, None]).norm(dim=(1, 2, 3)) / contrast
+    colour, colour_out = x - grey[:, None], out - grey_out[:, None]
+    saturation = colour_out.flatten(1).norm(dim=1) / colour.flatten(1).norm(dim=1) / contrast
     assert saturation.min() >= 0
     assert 1.5 < saturation.max() <= 2
     for i in range(3):  # an affine map of each image's colours, the same everywhere

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,10 +145,18 @@ def test_cosines_are_float32_under_autocast():
     assert torch.equal(loss, expected)
 
 
-def test_normalisation_is_a_switch():
-    x, z = images(), latents()
-    raw = VFConfig(model="test_vit", random_model=True, normalize=False)
-    assert not torch.allclose(make_loss(raw)(z, x)[0], make_loss()(z, x)[0], rtol=1e-4)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_images_enter_as_the_model_expects_or_as_they_are(normalize):
+    config = VFConfig(model="vit_small_patch16_224.dino", random_model=True, normalize=normalize)
+    model = make_loss(config).model
+    x = images(1, 32)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    network: Any = model._unregistered[0]
+    expected = network.forward_features(((x + 1) / 2 - mean) / std if normalize else x)[:, 1:]
+    (features,) = model(x, (32, 32), [11])
+    torch.testing.assert_close(features.flatten(2).mT, expected, rtol=1e-4, atol=1e-4)
+    other = network.forward_features(x if normalize else ((x + 1) / 2 - mean) / std)[:, 1:]
+    assert not torch.allclose(other, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("z", [torch.zeros(2, 4, 3, 3), torch.zeros(1, 5, 3, 3), torch.zeros(2, 5, 9)])
@@ -199,39 +208,32 @@ def empty_caches(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def expected_features(weights: Path, x: Tensor, normalize: bool = True) -> Tensor:
-    """What timm itself makes of images: patch tokens after the last block and norm."""
+def expected_features(weights: Path, x: Tensor) -> Tensor:
+    """What timm itself makes of images in [-1, 1], as test_vit expects them: patch tokens after the final norm."""
     from safetensors.torch import load_file
 
     network = timm.create_model("test_vit", img_size=x.shape[-1]).eval()
     tensors = timm.models.vision_transformer.checkpoint_filter_fn(load_file(weights), network)
     network.load_state_dict(tensors)
-    if normalize:
-        mean, std = (
-            torch.tensor(v).view(3, 1, 1) for v in (network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
-        )
-        x = ((x + 1) / 2 - mean) / std
     with torch.no_grad():
         return network.forward_features(x)[:, 1:].transpose(1, 2)  # without the class token: (B, C, N)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("side", [160, 48])
-def test_features_are_timm_s(weights, normalize, side):
-    model = FoundationModel("vf.model", "test_vit", weights, normalize=normalize)
+def test_features_are_timm_s(weights, side):
+    model = FoundationModel("vf.model", "test_vit", weights)
     assert (model.depth, model.width, model.patch_size, model.image_size) == (6, 64, 16, 160)
     x = images(2, side)
     first, last = model(x, (side, side), [2, 5])
-    expected = expected_features(weights, x, normalize)
+    expected = expected_features(weights, x)
     torch.testing.assert_close(last.flatten(2), expected, rtol=1e-3, atol=1e-4)
     assert first.shape == last.shape
     assert not torch.allclose(first, last, rtol=0.1)
 
 
-def test_the_default_normalisation_is_imagenet_s():
+def test_the_grid_is_free_of_patch_and_image_size():
+    """DINOv2's patches are of 14 px."""
     model = FoundationModel("vf.model", "vit_small_patch14_dinov2.lvd142m", random_weights=True)
-    torch.testing.assert_close(model.mean.flatten(), torch.tensor(IMAGENET_MEAN))
-    torch.testing.assert_close(model.std.flatten(), torch.tensor(IMAGENET_STD))
     assert model.patch_size == 14
     (features,) = model(images(1, 32), (28, 28), [0])  # the grid of z whatever the image's
     assert features.shape == (1, 384, 2, 2)

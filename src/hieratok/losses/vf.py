@@ -149,7 +149,7 @@ class FoundationModel(nn.Module):
         super().__init__()
         if random_weights and weights is not None:
             raise ValueError(f"a random {setting} reads no file: leave out {setting}_weights")
-        network = _load_vit(setting, name, None if random_weights else weights or _cached_weights(setting, name))
+        network = _load_vit(setting, name, weights, random_weights)
         self.depth = len(network.blocks)
         self.width = network.embed_dim
         self.patch_size = network.patch_embed.feat_ratio()
@@ -190,7 +190,7 @@ class FoundationModel(nn.Module):
         return network.forward_intermediates(images, indices=list(blocks), norm=True, intermediates_only=True)
 
 
-def _load_vit(setting: str, name: str, weights: str | Path | None) -> Any:
+def _load_vit(setting: str, name: str, weights: str | Path | None, random_weights: bool) -> Any:
     """timm's ViT for any image size, with the weights of a file, or random ones from a fixed seed."""
     import timm
     from timm.models import Eva, VisionTransformer
@@ -198,23 +198,24 @@ def _load_vit(setting: str, name: str, weights: str | Path | None) -> Any:
     if not timm.is_model(name):
         raise ValueError(f"{setting}: timm has no model {name!r}{nearest(name.partition('.')[0], timm.list_models())}")
     options: dict[str, Any] = {}
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"{weights}, given as {setting}_weights, does not exist or is not a file")
+    if not random_weights:
+        path = _cached_weights(setting, name) if weights is None else Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}, given as {setting}_weights, does not exist or is not a file")
         # as tensors and not as timm's `file`, which some versions of timm would unpickle
-        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _read_tensors(Path(weights))}}
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _read_tensors(path)}}
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         try:
-            network = timm.create_model(name, dynamic_img_size=True, **options)
+            network: Any = timm.create_model(name, dynamic_img_size=True, **options)
         except TypeError as error:  # it takes no `dynamic_img_size`
             raise ValueError(f"{setting} {name!r} is not a plain vision transformer") from error
         except (RuntimeError, KeyError, AssertionError) as error:
             words = " ".join(str(error).split())[:200]
             raise ValueError(f"{weights or name} cannot be used as {setting} {name!r}: {words}") from error
+    network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
     if not isinstance(network, VisionTransformer | Eva):
         raise ValueError(f"{setting} {name!r} is not a plain vision transformer")
-    network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
     return network
 
 
