@@ -9,7 +9,7 @@ import yaml
 from hieratok import HieraTok, recipes
 from hieratok.cost import PAPER, measure
 from hieratok.settings import load_run
-from hieratok.training.loop import plain
+from hieratok.training.run_folder import plain
 
 # (table, name, d, scales, KL, down-sampling, attention), straight from the paper
 M, S = (1, 2, 4, 8, 16), (16,)
@@ -50,7 +50,7 @@ def test_every_recipe_builds_and_runs(name):
     """On the meta device: shapes of a whole pass, without the memory or time of 400M parameters."""
     config = recipes.get(name).model
     with torch.device("meta"):
-        pyramid, posterior = HieraTok(config).eval()(torch.empty(2, 3, config.image_size, config.image_size))
+        pyramid, posterior, _ = HieraTok(config).eval()(torch.empty(2, 3, config.image_size, config.image_size))
     assert [x.shape[-1] for x in pyramid] == [config.patch_size * s for s in config.scales]
     assert posterior.mean.shape == (2, config.latent_channels, *config.grid)
     assert recipes.summary(name)
@@ -60,7 +60,7 @@ def test_every_recipe_builds_and_runs(name):
 def test_a_printed_recipe_is_a_file_that_train_accepts(name, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(plain(recipes.get(name)), sort_keys=False))
-    run, out = load_run(str(path))
+    run, out, _ = load_run(str(path))
     assert run == recipes.get(name)
     assert str(out) == f"runs/{name}"
 

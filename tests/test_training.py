@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from hieratok import HieraTok, TokenizerConfig, checkpoint
 from hieratok.errors import TrainingError
-from hieratok.losses.reconstruction import LossConfig
+from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.training import loop
-from hieratok.training.loop import DataConfig, RunFolder, TrainConfig, learning_rate, plain, seed_of
+from hieratok.training.loop import DataConfig, Optimization, TrainConfig, learning_rate, seed_of
+from hieratok.training.run_folder import RunFolder, plain
 from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
 
 
@@ -62,15 +63,23 @@ def small_run(photos: Path, **train) -> TokenizerRun:
     )
 
 
-def final_state(out: Path) -> dict[str, torch.Tensor]:
-    """Everything a finished run holds, by name: weights, averaged weights, optimiser."""
+def final_state(out: Path) -> dict[str, object]:
+    """Everything a finished run holds, by name: weights, averaged weights, optimisers, counters."""
     newest = max((out / "checkpoints").glob("step-*"))
-    state = {f"weights.{k}": v for k, v in load_file(newest / "training.safetensors").items()}
+    state: dict[str, object] = {"counters": json.loads((newest / "counters.json").read_text())}
+    for file in newest.glob("*.safetensors"):
+        state |= {f"{file.stem}.{k}": v for k, v in load_file(file).items()}
     state |= {f"ema.{k}": v for k, v in load_file(out / "tokenizer" / "model.safetensors").items()}
-    optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
-    for i, moments in optimizer["state"].items():
-        state |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+    for file in newest.glob("*-optimizer.pt"):
+        for parameter, moments in torch.load(file, weights_only=True)["state"].items():
+            state |= {f"{file.stem}.{parameter}.{k}": v for k, v in moments.items()}
     return state
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):  # NaN: latent statistics not measured yet
+        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return a == b
 
 
 def read_log(out: Path) -> list[dict[str, float]]:
@@ -81,7 +90,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     first, second = final_state(a), final_state(b)
     assert first.keys() == second.keys()
     for name in first:
-        assert torch.equal(first[name], second[name]), name
+        assert same(first[name], second[name]), name
     timing = ("images_per_second", "data_wait")
     logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(p)] for p in (a, b)]
     assert logs[0] == logs[1]
@@ -183,7 +192,7 @@ def test_a_finished_run_stays_as_it_is(photos, tmp_path):
     train_tokenizer(run, tmp_path)
     before = final_state(tmp_path)
     train_tokenizer(run, tmp_path)
-    assert all(torch.equal(v, before[k]) for k, v in final_state(tmp_path).items())
+    assert all(same(v, before[k]) for k, v in final_state(tmp_path).items())
 
 
 def test_gradient_accumulation_changes_only_rounding(photos, tmp_path):
@@ -267,23 +276,72 @@ def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-def test_not_finite_names_step_and_last_good_checkpoint(photos, tmp_path, monkeypatch):
-    run = small_run(photos)
-    from hieratok.losses.reconstruction import ReconstructionLoss
-
+def poison(monkeypatch, is_bad) -> list[int]:
+    """Make the reconstruction loss NaN in the calls for which `is_bad(number of the call)`; the calls so far."""
     original = ReconstructionLoss.forward
-    calls = []
+    calls: list[int] = []
 
     def poisoned(self, *args):
         loss, terms = original(self, *args)
-        calls.append(1)
-        return (loss * float("nan") if len(calls) == 7 else loss), terms
+        calls.append(len(calls) + 1)
+        return (loss * float("nan") if is_bad(len(calls)) else loss), terms
 
     monkeypatch.setattr(ReconstructionLoss, "forward", poisoned)
-    with pytest.raises(TrainingError, match=r"not finite at step 7; the last good checkpoint is .*step-00000004"):
+    return calls
+
+
+def test_a_bad_step_is_left_out_counted_and_logged(photos, tmp_path, monkeypatch):
+    run = small_run(photos, steps=6, log_every=1, save_every=1, keep_checkpoints=6)
+    poison(monkeypatch, lambda call: call == 3)
+    train_tokenizer(run, tmp_path)
+    records = read_log(tmp_path)
+    assert [r["skipped_steps"] for r in records] == [0, 0, 1, 1, 1, 1]
+    assert "loss" not in records[2]
+    assert records[3]["loss"] < 10
+    before, after, later = (
+        load_file(tmp_path / "checkpoints" / f"step-0000000{step}" / "tokenizer.safetensors") for step in (2, 3, 4)
+    )
+    assert all(torch.equal(before[k], after[k]) or "latent" in k for k in before)
+    assert any(not torch.equal(later[k], after[k]) for k in before if "latent" not in k)
+    moments = [
+        torch.load(tmp_path / "checkpoints" / f"step-0000000{step}" / "tokenizer-optimizer.pt", weights_only=True)
+        for step in (2, 3)
+    ]
+    for name, state in moments[0]["state"].items():
+        assert all(torch.equal(state[k], moments[1]["state"][name][k]) for k in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_bad_steps_in_a_row_go_back_to_the_last_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    """Steps 6 to 8 fail: back to step 4 with the data in another order, then to the end."""
+    run = small_run(photos, log_every=1, max_bad_steps=3)
+    calls = poison(monkeypatch, lambda call: 6 <= call <= 8)
+    train_tokenizer(run, tmp_path)
+    assert len(calls) == 12 + 4
+    records = read_log(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert [r["rollbacks"] for r in records] == [0] * 4 + [1] * 8
+    assert "not finite from step 6 on; the last good checkpoint is" in capsys.readouterr().err
+    monkeypatch.undo()
+    train_tokenizer(small_run(photos, log_every=1, max_bad_steps=3), tmp_path / "healthy")
+    healthy = read_log(tmp_path / "healthy")
+    assert all(a["loss"] == b["loss"] for a, b in zip(records[:4], healthy[:4]))
+    assert records[5]["loss"] != healthy[5]["loss"]
+
+
+def test_after_too_many_rollbacks_a_run_stops_with_a_message(photos, tmp_path, monkeypatch):
+    run = small_run(photos, max_bad_steps=2, max_rollbacks=2)
+    poison(monkeypatch, lambda call: call >= 7)
+    message = r"not finite from step 5 on \(after going back 2 times\); the last good checkpoint is .*step-00000004"
+    with pytest.raises(TrainingError, match=message):
         train_tokenizer(run, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     assert not (tmp_path / "tokenizer").exists()
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(photos, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda call: True)
+    with pytest.raises(TrainingError, match="not finite from step 1 on; no checkpoint was written before it"):
+        train_tokenizer(small_run(photos, max_bad_steps=3), tmp_path)
 
 
 def test_full_disk_leaves_nothing_half_written(photos, tmp_path):
@@ -311,17 +369,45 @@ def test_other_settings_are_refused_by_name(photos, tmp_path):
     run = small_run(photos)
     train_tokenizer(run, tmp_path)
     changed = replace(run, train=replace(run.train, seed=5, log_every=3), model=replace(run.model, drop_path=0.1))
-    with pytest.raises(ValueError, match=r"model\.drop_path 0\.2 -> 0\.1, train\.seed 0 -> 5\): choose another --out"):
+    with pytest.raises(
+        ValueError, match=r"model\.drop_path 0\.2 -> 0\.1, train\.seed 0 -> 5\): choose another --out, or"
+    ):
         train_tokenizer(changed, tmp_path)
     train_tokenizer(replace(run, train=replace(run.train, log_every=3)), tmp_path)
+    longer = replace(run, train=replace(run.train, steps=14))
+    train_tokenizer(longer, tmp_path, allow_changes=True)
+    assert read_log(tmp_path)[-1]["step"] == 14
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == plain(longer)
 
 
-def test_damaged_checkpoint_is_named(photos, tmp_path):
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "missing", "no checksums"])
+def test_a_damaged_checkpoint_is_passed_over(photos, tmp_path, damage, caplog):
+    """The one before it is used, with a warning, and the run ends as if nothing had happened."""
+    run = small_run(photos)
+    train_tokenizer(run, tmp_path / "whole")
+    train_tokenizer(run, tmp_path / "damaged")
+    newest = tmp_path / "damaged" / "checkpoints" / "step-00000012"
+    weights = newest / "tokenizer.safetensors"
+    whole = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(whole[:100])
+    elif damage == "zeroed":
+        weights.write_bytes(whole[:-64] + bytes(64))
+    elif damage == "missing":
+        (newest / "tokenizer-optimizer.pt").unlink()
+    else:
+        (newest / "checksums.json").unlink()
+    train_tokenizer(run, tmp_path / "damaged")
+    assert "step-00000012 is damaged" in caplog.text
+    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
+
+
+def test_nothing_but_damaged_checkpoints(photos, tmp_path):
     run = small_run(photos)
     train_tokenizer(run, tmp_path)
-    weights = tmp_path / "checkpoints" / "step-00000012" / "training.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(TrainingError, match="step-00000012 is damaged"):
+    for weights in tmp_path.glob("checkpoints/*/tokenizer.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged: remove them to start anew"):
         train_tokenizer(run, tmp_path)
 
 
@@ -383,7 +469,7 @@ def test_a_run_in_progress_can_be_looked_at(photos, tmp_path):
 def test_half_a_line_in_the_log_is_passed_over(photos, tmp_path):
     folder = RunFolder(tmp_path, {})
     folder.log_file.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    folder.truncate_log(1)
+    folder.truncate_logs(1)
     assert folder.log_file.read_text() == '{"step": 1}\n'
 
 
@@ -391,8 +477,8 @@ def test_half_a_line_in_the_log_is_passed_over(photos, tmp_path):
 
 
 def test_learning_rate_schedule():
-    config = TrainConfig(steps=1000, learning_rate=1e-4, min_learning_rate=1e-6, warmup_ratio=0.03)
-    rates = np.array([learning_rate(step, config) for step in range(1000)])
+    config = Optimization(learning_rate=1e-4, min_learning_rate=1e-6, warmup_ratio=0.03)
+    rates = np.array([learning_rate(step, config, 1000) for step in range(1000)])
     np.testing.assert_allclose(rates[:30], 1e-4 * np.arange(1, 31) / 30)
     t = np.arange(970) / 969
     np.testing.assert_allclose(rates[30:], 1e-6 + (1e-4 - 1e-6) * (1 + np.cos(np.pi * t)) / 2)

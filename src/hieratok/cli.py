@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hieratok import __version__
-from hieratok.errors import TrainingError
+from hieratok.errors import Stopped, TrainingError
 
 DESCRIPTION = "hieratok: multi-scale visual tokenizers (HieraTok, arXiv 2509.23736)"
 
@@ -50,7 +50,7 @@ def recipes(argv: list[str]) -> None:
     if args.name:
         import yaml
 
-        from hieratok.training.loop import plain
+        from hieratok.training.run_folder import plain
 
         print(yaml.safe_dump(plain(book.get(args.name)), sort_keys=False), end="")
         return
@@ -69,8 +69,8 @@ def train(argv: list[str]) -> None:
         return make_parser(read_settings(source) if source else {}).print_help()
     if source is None:
         raise ValueError("what to train comes first: hieratok train RECIPE|FILE.yaml (`hieratok recipes` lists them)")
-    run, out = load_run(source, argv[1:])
-    train_tokenizer(run, out)
+    run, out, allow_changes = load_run(source, argv[1:])
+    train_tokenizer(run, out, allow_changes)
     if os.environ.get("RANK", "0") == "0":
         print(f"tokenizer: {out / 'tokenizer'}\nlog:       {out / 'log.jsonl'} (tensorboard --logdir {out})")
         print(f"next:      hieratok reconstruct {out} PHOTO.jpg --out {out / 'reconstructions'}")
@@ -103,7 +103,7 @@ def cost(argv: list[str]) -> None:
     from hieratok.cost import measure, table
     from hieratok.settings import load_run
 
-    run, _ = load_run(args.recipe)
+    run = load_run(args.recipe).run
     result = measure(run.model)
     print(json.dumps(asdict(result)) if args.json else table(run.name, result))
 
@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = name in ("train", "quickstart")
         return fail("interrupted" + ": the same command goes on from the last checkpoint" * resumes, 130)
+    except Stopped as error:
+        return fail(str(error), 143)  # as a process ended by SIGTERM, so that no script takes the run for finished
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error), 2)
     except (TrainingError, OSError) as error:

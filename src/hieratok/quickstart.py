@@ -15,7 +15,7 @@ from hieratok.checkpoint import atomic_file
 from hieratok.data.images import Source, center_crop, open_source
 from hieratok.pictures import to_pil
 from hieratok.tokenizer.scales import area_pool
-from hieratok.training.loop import RunFolder, plain
+from hieratok.training.run_folder import RunFolder, plain
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
 PROTOCOL = (

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from hieratok.checkpoint import nearest
+from hieratok.losses.adversarial import AdversarialConfig
 from hieratok.losses.reconstruction import LossConfig
+from hieratok.losses.vf import VFConfig
 from hieratok.tokenizer.attention import AttentionMode
 from hieratok.tokenizer.downsample import DownsampleMode
 from hieratok.tokenizer.model import TokenizerConfig
@@ -78,8 +80,10 @@ def f16d16_single() -> TokenizerRun:
 
 
 def single(run: TokenizerRun) -> TokenizerRun:
-    """The same run with the finest scale alone."""
-    return replace(run, model=replace(run.model, scales=run.model.scales[-1:], downsample="interpolate"))
+    """The same run with the finest scale alone; a second stage starts from the single-scale first one."""
+    start_from = run.start_from and run.start_from.replace("multi", "single")
+    model = replace(run.model, scales=run.model.scales[-1:], downsample="interpolate")
+    return replace(run, model=model, start_from=start_from)
 
 
 def with_kl(run: TokenizerRun, weight: float) -> TokenizerRun:
@@ -131,6 +135,51 @@ def _add_tables() -> None:
 _add_tables()
 
 
+@recipe("f16d16-multi-stage2")
+def f16d16_multi_stage2() -> TokenizerRun:
+    """The scaled-up line's stage 2: f16d16-multi trained on with GAN (0.6) and vf-loss, 40 epochs.
+
+    hieratok train f16d16-multi-stage2 --from runs/f16d16-multi --data IMAGENET/train
+    Tables 8 and 9; the discriminator (StyleGAN's residual one), its learning rate, and the vf-loss's weight and margins
+    (VA-VAE's) are [ours]. DINOv2 large must lie in the hub's cache. Expected (paper, table 1): rFID 0.45. Not measured
+    here.
+    """
+    return stage2(f16d16_multi(), "runs/f16d16-multi", steps=200_182)
+
+
+def stage2(run: TokenizerRun, start_from: str, steps: int) -> TokenizerRun:
+    """Stage 2 of a run: on from its weights with GAN and vf-loss."""
+    return replace(
+        run,
+        start_from=start_from,
+        gan=AdversarialConfig(discriminator="residual"),
+        vf=VFConfig(weight=0.1, cos_margin=0.5, distance_margin=0.25),
+        train=replace(run.train, steps=steps),
+    )
+
+
+def gan_alone(run: TokenizerRun) -> TokenizerRun:
+    """The same run without the vf-loss, which needs a foundation model's weights."""
+    return replace(run, vf=VFConfig())
+
+
+def decoder_alone(run: TokenizerRun) -> TokenizerRun:
+    """The same run with encoder and latents frozen: generators trained on them stay valid."""
+    return replace(run, freeze_encoder=True, vf=VFConfig())
+
+
+@recipe("f16d16-single-stage2")
+def f16d16_single_stage2() -> TokenizerRun:
+    """f16d16-multi-stage2 for the single-scale baseline. Not measured here."""
+    return single(f16d16_multi_stage2())
+
+
+@recipe("f16d16-multi-decoder")
+def f16d16_multi_decoder() -> TokenizerRun:
+    """Stage 2 of the decoder alone: GAN, encoder and latents frozen. Not in the paper, not measured here. [ours]"""
+    return decoder_alone(f16d16_multi_stage2())
+
+
 # --- smaller runs, for studies on one GPU and first looks on a CPU ----------------------------------------------------
 
 
@@ -168,6 +217,36 @@ def small_multi() -> TokenizerRun:
 def small_single() -> TokenizerRun:
     """One GPU, minutes: small-multi's single-scale baseline."""
     return single(small_multi())
+
+
+@recipe("small-multi-stage2")
+def small_multi_stage2() -> TokenizerRun:
+    """One GPU, minutes: stage 2 of small-multi with the GAN, without the vf-loss.
+
+    hieratok train small-multi-stage2 --from runs/small-multi --data PHOTOS
+    Not measured here.
+    """
+    run = gan_alone(stage2(small_multi(), "runs/small-multi", steps=2_500))
+    gan = AdversarialConfig(
+        discriminator="patchgan",
+        generator_start=250,
+        ramp_steps=250,
+        discriminator_learning_rate=2e-4,
+        discriminator_min_learning_rate=1e-5,
+    )
+    return replace(run, gan=gan, train=replace(run.train, learning_rate=1e-4))
+
+
+@recipe("small-single-stage2")
+def small_single_stage2() -> TokenizerRun:
+    """One GPU, minutes: small-multi-stage2's single-scale baseline."""
+    return single(small_multi_stage2())
+
+
+@recipe("small-multi-decoder")
+def small_multi_decoder() -> TokenizerRun:
+    """One GPU, minutes: small-multi-stage2 with encoder and latents frozen."""
+    return decoder_alone(small_multi_stage2())
 
 
 @recipe("tiny-multi")
@@ -212,3 +291,33 @@ def tiny_multi() -> TokenizerRun:
 def tiny_single() -> TokenizerRun:
     """A CPU, minutes: tiny-multi's single-scale baseline."""
     return single(tiny_multi())
+
+
+@recipe("tiny-multi-stage2")
+def tiny_multi_stage2() -> TokenizerRun:
+    """A CPU, minutes: stage 2 of tiny-multi, a small PatchGAN.
+
+    hieratok train tiny-multi-stage2 --from runs/tiny-multi
+    """
+    run = gan_alone(stage2(tiny_multi(), "runs/tiny-multi", steps=1_000))
+    gan = AdversarialConfig(
+        discriminator="patchgan",
+        width=16,
+        generator_start=100,
+        ramp_steps=200,
+        discriminator_learning_rate=5e-4,
+        discriminator_min_learning_rate=1e-5,
+    )
+    return replace(run, gan=gan, train=replace(run.train, learning_rate=2e-4))
+
+
+@recipe("tiny-single-stage2")
+def tiny_single_stage2() -> TokenizerRun:
+    """A CPU, minutes: tiny-multi-stage2's single-scale baseline."""
+    return single(tiny_multi_stage2())
+
+
+@recipe("tiny-multi-decoder")
+def tiny_multi_decoder() -> TokenizerRun:
+    """A CPU, minutes: tiny-multi-stage2 with encoder and latents frozen."""
+    return decoder_alone(tiny_multi_stage2())

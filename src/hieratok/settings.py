@@ -5,28 +5,38 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import yaml
 
 from hieratok import recipes
 from hieratok.checkpoint import nearest
-from hieratok.training.loop import flatten, plain
+from hieratok.training.run_folder import flatten, plain
 from hieratok.training.tokenizer import TokenizerRun
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Options = TypeVar("Options", bound="DataclassInstance")
-SHORTHANDS = {"--data": "--data.path"}
+SHORTHANDS = {"--data": "--data.path", "--from": "--start_from"}
+OPTIONS = ["out", "allow_changes"]  # of the command, and no settings of the run
 
 
-def load_run(source: str, arguments: Sequence[str] = ()) -> tuple[TokenizerRun, Path]:
+class TrainCommand(NamedTuple):
+    """What `hieratok train` was asked for."""
+
+    run: TokenizerRun
+    out: Path
+    allow_changes: bool
+
+
+def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
     """The run that a recipe's name or a YAML file describes, and where it is written.
 
     Args:
         source: recipe name or path of a YAML file; what the file leaves out has the dataclasses' defaults.
-        arguments: `--group.name value` overrides, `--data PATH` for `--data.path PATH`, `--out DIR`.
+        arguments: `--group.name value` overrides, `--data PATH` for `--data.path PATH`, `--from RUN` for `--start_from
+            RUN`, `--out DIR`, `--allow-changes`.
 
     Raises:
         ValueError: no such recipe, unknown settings (the nearest is offered), wrong types or values.
@@ -37,7 +47,7 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> tuple[TokenizerRun, 
     check_settings(settings, source)
     known = list(flatten(plain(TokenizerRun())))
     for name in _flags(arguments):
-        if name not in [*known, "out"]:
+        if name not in [*known, *OPTIONS]:
             raise ValueError(f"unknown setting --{name}{nearest(name, known)}")
 
     try:
@@ -46,8 +56,11 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> tuple[TokenizerRun, 
         parsed = parser.instantiate(parser.parse_args(arguments))
     except Exception as error:
         raise ValueError(_one_line(error)) from error
-    run = TokenizerRun(parsed.name, parsed.model, parsed.data, parsed.loss, parsed.train)
-    return run, Path(parsed.out or f"runs/{run.name}")
+    try:
+        run = TokenizerRun(**{field.name: parsed[field.name] for field in fields(TokenizerRun)})
+    except ValueError as error:
+        raise ValueError(_one_line(error)) from error
+    return TrainCommand(run, Path(parsed.out or f"runs/{run.name}"), parsed.allow_changes)
 
 
 def load_options(
@@ -110,9 +123,11 @@ def make_parser(defaults: dict[str, Any]) -> Any:
         "example: hieratok train tiny-multi --data photos/ --train.steps 2000 --model.scales '[1,4,8]'",
     )
     parser.add_argument("--out", type=str | None, default=None, help="Folder of the run (default: runs/NAME).")
+    parser.add_argument("--allow_changes", type=bool, default=False, help="Go on with a run that had other settings.")
     parser.add_class_arguments(TokenizerRun)
+    groups = {name for name, value in vars(TokenizerRun()).items() if is_dataclass(value)}
     for action in parser._actions:
-        if action.dest in {field.name for field in fields(TokenizerRun)} - {"name"}:
+        if action.dest in groups:
             action.help = argparse.SUPPRESS  # a file for one group, which `load_run` refuses: --data is something else
     parser.set_defaults(defaults)
     return parser
@@ -156,6 +171,8 @@ def check_settings(settings: dict[str, Any], source: str) -> None:
 
 
 def _expand(argument: str) -> str:
+    if argument == "--allow-changes":
+        return "--allow_changes=true"
     flag, equals, value = argument.partition("=")
     return SHORTHANDS.get(flag, flag) + equals + value
 

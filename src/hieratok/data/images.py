@@ -234,6 +234,35 @@ class BundledPhotos:
         return self._images[self._names[index]]
 
 
+class Subset:
+    """So many images of a source, evenly spread over it; all where it has no more.
+
+    Args:
+        source: whole images.
+        num_images: how many.
+    """
+
+    def __init__(self, source: Source, num_images: int):
+        self.source = source
+        count = min(num_images, len(source))
+        self.indices = [i * len(source) // count for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """As the source calls it."""
+        return self.source.name(self.indices[index])
+
+    def label(self, index: int) -> int:
+        """As in the source."""
+        return self.source.label(self.indices[index])
+
+    def image(self, index: int) -> Tensor:
+        """As the source reads it."""
+        return self.source.image(self.indices[index])
+
+
 def _bundled(package: str, file: str) -> Tensor:
     """A photo from a package's folder, found without importing the package, which would take seconds."""
     spec = importlib.util.find_spec(package)
@@ -501,7 +530,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
                 yield batch
 
 
-def training_loader(dataset: ImageDataset, batches: StepBatches, num_workers: int) -> DataLoader:
+def training_loader(dataset: Dataset, batches: StepBatches, num_workers: int) -> DataLoader:
     """Loads the micro-batches in worker processes, each with one thread, which keep two batches each ready.
 
     Args:

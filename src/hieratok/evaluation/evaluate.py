@@ -167,7 +167,8 @@ def evaluate_reconstruction(
         ValueError, FileNotFoundError: bad images or weights, in one line.
     """
     metrics = ReconstructionMetrics(
-        network or _network(options), _perceptual(options) if perceptual is None else perceptual
+        network or _network(options),
+        load_perceptual(options.lpips, _device(options)) if perceptual is None else perceptual,
     )
     with tqdm(total=total, unit=" images", desc="reconstruction", disable=process()[0] > 0) as bar:
         for names, originals, reconstructions in pairs:
@@ -192,7 +193,7 @@ def evaluate_images(options: EvaluateImages) -> dict[str, Any]:
         a, b = open_images(options.a), open_images(options.b)
         ids, in_a, in_b = pair(a, b, options.a, options.b)
         size = _size(options, a)
-        metrics = ReconstructionMetrics(_network(options), _perceptual(options))
+        metrics = ReconstructionMetrics(_network(options), load_perceptual(options.lpips, _device(options)))
         rank, world = process()
         both = zip(
             batches(a, size, options.batch_size, in_a, rank, world),
@@ -340,12 +341,17 @@ def _network(options: EvaluationOptions) -> FeatureNetwork | None:
     return load_network(options.features, options.weights, _device(options))
 
 
-def _perceptual(options: PairedOptions) -> list[PerceptualLoss]:
+def load_perceptual(trunks: Sequence[str], device: str) -> list[PerceptualLoss]:
+    """Perceptual distances by their trunks, each optionally =FILE with its weights, as `--lpips` takes them.
+
+    Raises:
+        ValueError, FileNotFoundError: no such trunk, or no weights for it.
+    """
     losses = []
-    for entry in options.lpips:
+    for entry in trunks:
         trunk, _, weights = entry.partition("=")
         try:
-            losses.append(PerceptualLoss(trunk, weights or None).to(_device(options)))  # type: ignore[arg-type]
+            losses.append(PerceptualLoss(trunk, weights or None).to(device))  # type: ignore[arg-type]
         except FileNotFoundError as error:  # its advice is for training's settings
             what = str(error).split(": ")[0]
             raise FileNotFoundError(

@@ -4,6 +4,7 @@ Shapes used throughout: B batch, H W pixels, f patch size, h w = H/f W/f latent 
 K scales (coarse to fine), h_k w_k token grid of scale k, N tokens of all scales, C transformer width.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -103,6 +104,11 @@ class TokenizerConfig:
 class HieraTok(nn.Module):
     """Image -> latent map z -> image at every scale (paper, section 3.2)."""
 
+    latent_mean: Tensor
+    """(d,): mean of every latent channel over training images; NaN until measured."""
+    latent_std: Tensor
+    """(d,): its standard deviation."""
+
     def __init__(self, config: TokenizerConfig | None = None):
         super().__init__()
         self.config = c = config or TokenizerConfig()
@@ -127,6 +133,9 @@ class HieraTok(nn.Module):
         self.apply(lambda module: init_weights(module, c.init_std))
         for parameter in (self.encoder.positions, self.decoder.positions, self.decoder.scale_embeddings):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+        # Of the training images' latents, per channel; not known until measured (training does it when it ends).
+        self.register_buffer("latent_mean", torch.full((c.latent_channels,), math.nan))
+        self.register_buffer("latent_std", torch.full((c.latent_channels,), math.nan))
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """The latent's distribution.
@@ -172,10 +181,33 @@ class HieraTok(nn.Module):
         else:
             yield from self.decoder.progressive(self.downsample(z, scales), scales)
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian]:
-        """Training's pass: images (B, 3, H, W) -> pyramid of reconstructions from a sampled z, and the posterior."""
+    def forward(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian, Tensor]:
+        """Training's pass: images (B, 3, H, W) -> pyramid of reconstructions of a sampled z, its posterior, and z."""
         posterior = self.encode(images)
-        return self.decode_pyramid(posterior.sample()), posterior
+        z = posterior.sample()
+        return self.decode_pyramid(z), posterior, z
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """z (B, d, h, w) with mean 0 and deviation 1 in every channel over the training images: what a generator
+        learns.
+
+        Raises:
+            ValueError: the statistics were never measured.
+        """
+        mean, std = self._statistics()
+        return (z - mean) / std
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """The inverse of `normalize`: from what a generator made to what `decode` takes, (B, d, h, w)."""
+        mean, std = self._statistics()
+        return z * std + mean
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        if not (torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all()):
+            raise ValueError(
+                "this tokenizer's latent statistics were not measured: hieratok latents RUN --data PATH --stats-only"
+            )
+        return self.latent_mean.view(-1, 1, 1), self.latent_std.view(-1, 1, 1)
 
     def scales_of(self, z: Tensor) -> Scales:
         """The token grids that belong to a latent map (B, d, h, w)."""
@@ -185,9 +217,13 @@ class HieraTok(nn.Module):
             )
         return Scales.of(self.config.scales, (z.shape[2], z.shape[3]))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder` (made if need be)."""
-        checkpoint.save(folder, self.state_dict(), {"model_type": "hieratok", **asdict(self.config)})
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write `config.json` and `model.safetensors` into `folder` (made if need be).
+
+        `state_dict` is the whole model's where this module holds only a part of it (FSDP).
+        """
+        weights = self.state_dict() if state_dict is None else state_dict
+        checkpoint.save(folder, weights, {"model_type": "hieratok", **asdict(self.config)})
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok.layers import Attend, Attention, DropPath, Mlp, resize_positions
+from hieratok.layers import Attend, Attention, Blocks, DropPath, Mlp, resize_positions
 from hieratok.tokenizer.attention import AttentionMode, KeyValueCache, scale_attention
 from hieratok.tokenizer.scales import Scales
 
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.empty(1, width, *grid))
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = Blocks(Block(width, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, 2 * latent_channels)
 
@@ -56,8 +56,7 @@ class Encoder(nn.Module):
         h, w = x.shape[-2:]
         x = x + resize_positions(self.positions, (h, w))
         x = x.flatten(2).transpose(1, 2)  # (B, h w, C)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         moments = self.head(self.norm(x))  # (B, h w, 2 d)
         mean, logvar = moments.transpose(1, 2).unflatten(2, (h, w)).chunk(2, dim=1)
         return mean, logvar
@@ -85,7 +84,7 @@ class Decoder(nn.Module):
         self.scale_embeddings = nn.Parameter(torch.empty(num_scales, width))
         # stochastic depth grows linearly from 0 to its full rate in the last block, as is usual. [ours]
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = Blocks(Block(width, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, 3 * patch_size**2)
 
@@ -93,8 +92,7 @@ class Decoder(nn.Module):
         """Token maps (B, C, h_k, w_k), coarse to fine -> images (B, 3, f h_k, f w_k), coarse to fine."""
         x = torch.cat(self.embed(token_maps, scales), dim=1)  # (B, N, C), eq. 5
         attend = scale_attention(scales, self.attention, x.device)
-        for block in self.blocks:
-            x = block(x, attend)
+        x = self.blocks(x, attend)
         patches = self.head(self.norm(x))  # (B, N, 3 f^2)
         return [self.unpatchify(p, grid) for p, grid in zip(scales.split(patches), scales.grids)]
 

@@ -1,17 +1,18 @@
-"""What every training run shares: optimiser, schedule, EMA, logging, checkpoints, exact resume.
+"""What every training run shares: optimisers, schedules, EMA, checkpoints, exact resume, and what to do when it fails.
 
 Randomness is stateless: the data order is a function of (seed, step), each image's augmentation of (seed, epoch,
 image), and the noise of each micro-batch (posterior samples, stochastic depth) of (seed, step, micro-batch). A step
-number is therefore all that a checkpoint needs besides weights and optimiser, and one process with two micro-batches
+number is therefore all that a checkpoint needs besides weights and optimisers, and one process with two micro-batches
 does what two processes with one each do.
 """
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
-import json
 import math
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,19 +20,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from hieratok import checkpoint
-from hieratok.data.images import ImageDataset, StepBatches, to_float, training_loader
-from hieratok.errors import TrainingError
+from hieratok.data.images import StepBatches, training_loader
+from hieratok.errors import Stopped, TrainingError
+from hieratok.layers import Blocks
+from hieratok.training import parallel
+from hieratok.training.parallel import Strategy
+from hieratok.training.run_folder import Log, RunFolder, Snapshot
 
-# (model, images (B, 3, H, W) in [-1, 1]) -> scalar loss, and scalars to log by name
-ComputeLoss = Callable[[nn.Module, Tensor], tuple[Tensor, dict[str, Tensor]]]
+STOP_CHECK_STEPS = 10
+"""Several processes agree this often whether to stop: asking at every step would cost time."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +70,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Optimisation, logging and checkpoints. Defaults: the paper's stage 1 (tables 8 and 9).
+class Optimization:
+    """One network's optimiser, AdamW, and its schedule. Defaults: the paper's stage 1 (tables 8 and 9).
 
     Raises:
         ValueError: settings out of range.
     """
 
-    steps: int = 500_456
-    """Optimiser steps; the paper's 100 epochs of 1,281,167 images at batch 256."""
-    batch_size: int = 256
-    """Images per step over all processes."""
-    micro_batch_size: int | None = None
-    """Images per forward pass; gradients are accumulated over the rest. None: a process's whole share."""
     learning_rate: float = 1e-4
     """After warm-up. [ours]: the paper's value is lost."""
     min_learning_rate: float = 1e-6
@@ -90,12 +89,53 @@ class TrainConfig:
     """AdamW's weight decay, on matrices and convolutions; not on norms, biases, positions. [ours]"""
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm. [ours]"""
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        group = "train" if isinstance(self, TrainConfig) else "optimization"
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"{group}.warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{group}.{name} must be positive, not {getattr(self, name)}")
+        if not (0 <= self.min_learning_rate <= self.learning_rate and self.weight_decay >= 0):
+            raise ValueError(
+                f"{group}.min_learning_rate must lie between 0 and {group}.learning_rate, and {group}.weight_decay"
+                f" must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig(Optimization):
+    """Optimisation, logging and checkpoints.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    steps: int = 500_456
+    """Optimiser steps; the paper's 100 epochs of 1,281,167 images at batch 256."""
+    batch_size: int = 256
+    """Images per step over all processes."""
+    micro_batch_size: int | None = None
+    """Images per forward pass; gradients are accumulated over the rest. None: a process's whole share."""
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights, which are what is saved as the model; lower in the first steps. [ours]"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast; norms, softmax and losses stay in float32."""
+    compile: bool = False
+    """torch.compile: slow to start, faster to run."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more time, much less memory."""
+    parallel: Strategy = "ddp"
+    """Several processes: ddp keeps the whole model in each, fsdp2 divides it among them."""
     seed: int = 0
     """Of weights, data order, augmentation and noise."""
+    max_bad_steps: int = 20
+    """A step whose loss or gradient is not finite is left out; so many in a row, and the run goes back to its last
+    checkpoint and takes the data in another order."""
+    max_rollbacks: int = 3
+    """Having gone back so often, the run gives up at the next time."""
     log_every: int = 50
     """Steps between lines in log.jsonl and TensorBoard."""
     save_every: int = 5_000
@@ -103,11 +143,11 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many of the latest checkpoints stay."""
     picture_every: int = 5_000
-    """Steps between pictures of reconstructions; 0: none."""
+    """Steps between pictures; 0: none."""
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep_checkpoints"):
+        super().__post_init__()
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep_checkpoints", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
@@ -115,44 +155,71 @@ class TrainConfig:
                 f"train.batch_size {self.batch_size} is not a multiple of train.micro_batch_size"
                 f" {self.micro_batch_size}"
             )
-        if not (0 <= self.warmup_ratio < 1 and 0 <= self.ema_decay < 1):
-            raise ValueError("train.warmup_ratio and train.ema_decay must be in [0, 1)")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError("train.learning_rate and train.clip_norm must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay must be in [0, 1), not {self.ema_decay}")
+        if self.picture_every < 0 or self.max_rollbacks < 0 or self.seed < 0:
+            raise ValueError("train.picture_every, train.max_rollbacks and train.seed must not be negative")
 
 
-# Settings that change what is written or how fast, never the weights: a run may resume with others.
-HARMLESS = {
-    "name",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.picture_every",
-    "data.num_workers",
-}
+class Objective:
+    """What is trained and what it minimises; `fit` does the rest.
+
+    Args:
+        networks: everything that is trained, by name. The first is the model: it is averaged, saved by its
+            `save_pretrained(folder, state_dict)`, and shown.
+        optimizations: of the same names.
+    """
+
+    methods: tuple[str, ...] = ()
+    """Methods of the model that compute with its weights besides `forward`."""
+
+    def __init__(self, networks: dict[str, nn.Module], optimizations: dict[str, Optimization]):
+        self.networks = networks
+        self.optimizations = optimizations
+        self.name = next(iter(networks))
+
+    def losses(
+        self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """One micro-batch's losses, each backpropagated before the next is asked for.
+
+        Args:
+            networks: as given, perhaps wrapped for several processes: call these.
+            batch: what the data set gives, on the device.
+            step: optimiser steps done.
+
+        Yields:
+            A scalar, and detached scalars to log by name; the first has "loss".
+        """
+        raise NotImplementedError
+
+    def finish_step(self, bad: Tensor) -> None:
+        """Called after each optimiser step; `bad` is 1 where it was left out, 0 elsewhere."""
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: Optimization, steps: int) -> float:
     """Linear warm-up, then a cosine down to `min_learning_rate` at the last step. `step` counts from 0."""
-    warmup = round(config.warmup_ratio * config.steps)
+    warmup = round(config.warmup_ratio * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and convolutions alone."""
+def make_optimizer(model: nn.Module, config: Optimization, device: torch.device) -> torch.optim.AdamW:
+    """AdamW on what is trained of a network, with weight decay on matrices and convolutions alone."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
-        is_weight = parameter.ndim >= 2 and "positions" not in name and "embeddings" not in name
-        (decayed if is_weight else others).append(parameter)
+        if parameter.requires_grad:
+            is_weight = parameter.ndim >= 2 and "positions" not in name and "embeddings" not in name
+            (decayed if is_weight else others).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     betas = (config.betas[0], config.betas[1])
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, config.learning_rate, betas, fused=device.type in ("cpu", "cuda"))
 
 
@@ -168,124 +235,93 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-@dataclass
 class State:
-    """Everything that a step changes."""
-
-    model: nn.Module
-    ema: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    """Steps done."""
-    bad_images: int = 0
-    """Unreadable images passed over so far."""
-
-
-class RunFolder:
-    """A run on disk: config.yaml, log.jsonl, tensorboard/, pictures/, checkpoints/step-*/ and at the end the model.
+    """Everything that a step changes, and the checkpoints that it is kept in.
 
     Args:
-        path: made if need be.
-        settings: the resolved config as plain values.
-
-    Raises:
-        ValueError: the folder holds a run with other settings; the message names them.
+        objective: freshly initialised networks on the CPU.
+        config: how they are trained.
+        device: where they are trained.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any]):
-        self.path = Path(path)
-        self.settings = settings
-        self.checkpoints = self.path / "checkpoints"
-        self.log_file = self.path / "log.jsonl"
-        config_file = self.path / "config.yaml"
-        if config_file.is_file():
-            before = flatten(yaml.safe_load(config_file.read_text()))
-            now = flatten(settings)
-            changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
-            if changed:
-                differences = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in changed)
-                raise ValueError(f"{path} holds a run with other settings ({differences}): choose another --out")
+    def __init__(self, objective: Objective, config: TrainConfig, device: torch.device):
+        self.name = objective.name
+        self.device = device
+        self.networks = {name: network.to(device).train() for name, network in objective.networks.items()}
+        self.ema = copy.deepcopy(self.networks[self.name]).requires_grad_(False).eval()
+        for module in self.networks[self.name].modules():
+            if isinstance(module, Blocks):
+                module.activation_checkpointing = config.activation_checkpointing
+        self.called = self.networks
+        if config.parallel == "fsdp2" and torch.distributed.is_initialized():
+            parallel.shard(self.networks[self.name], objective.methods)
+            parallel.shard(self.ema, objective.methods)
+        if config.compile:
+            self.networks[self.name].compile()
+        self.called = {
+            name: network if isinstance(network, parallel.FSDPModule) else parallel.replicate(network, device)
+            for name, network in self.networks.items()
+        }
+        self.optimizers = {
+            name: make_optimizer(network, objective.optimizations[name], device)
+            for name, network in self.networks.items()
+        }
+        self.step = 0
+        """Optimiser steps done, skipped ones included."""
+        self.counts = {"bad_images": 0, "skipped_steps": 0, "rollbacks": 0}
+        """Unreadable images passed over, steps left out, and how often the run went back to a checkpoint."""
 
-    def prepare(self) -> None:
-        """Make the folder, note the settings, and clear what a killed run left half-written."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
-            _remove(leftover)
-        with checkpoint.atomic_file(self.path / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+    def save(self, run: RunFolder, keep: int, is_main: bool) -> None:
+        """Write a checkpoint; every process must call."""
+        averaged = parallel.whole_weights(self.ema)
+        snapshot = Snapshot(
+            {"step": self.step, **self.counts},
+            {name: parallel.whole_weights(network) for name, network in self.networks.items()},
+            {name: parallel.whole_optimizer(network, self.optimizers[name]) for name, network in self.networks.items()},
+        )
+        if is_main:
+            model: Any = self.ema
+            run.save(snapshot, lambda folder: model.save_pretrained(folder / self.name, averaged), keep)
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint's folder."""
-        return max(self.checkpoints.glob("step-*"), default=None)
-
-    def save(self, state: State, keep: int) -> None:
-        """Write a checkpoint whole or not at all, then drop the oldest ones."""
-        with checkpoint.atomic_folder(self.checkpoints / f"step-{state.step:08d}") as folder:
-            state.ema.save_pretrained(folder / "tokenizer")  # type: ignore[operator]
-            checkpoint.save_tensors(state.model.state_dict(), folder / "training.safetensors")
-            with (folder / "optimizer.pt").open("wb") as file:
-                torch.save(state.optimizer.state_dict(), file)
-            (folder / "state.json").write_text(json.dumps({"step": state.step, "bad_images": state.bad_images}))
-        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
-            _remove(old)
-
-    def load(self, state: State, device: torch.device) -> None:
-        """Put the newest checkpoint, if there is one, into `state`."""
-        folder = self.latest()
-        if folder is None:
-            return
-        try:
-            state.model.load_state_dict(load_file(folder / "training.safetensors", device=str(device)))
-            checkpoint.load_weights(folder / "tokenizer", state.ema, device)
-            optimizer = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
-            state.optimizer.load_state_dict(optimizer)
-            saved = json.loads((folder / "state.json").read_text())
-            state.step, state.bad_images = saved["step"], saved["bad_images"]
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise TrainingError(f"{folder} is damaged ({reason}): remove it to resume from an earlier one") from error
-
-    def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; a line cut off by a crash is passed over."""
-        records = []
-        if self.log_file.is_file():
-            for line in self.log_file.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    records.append(json.loads(line))
-        return records
-
-    def truncate_log(self, step: int) -> None:
-        """Forget what was logged after the checkpoint that the run resumes from."""
-        records = [r for r in self.read_log() if r["step"] <= step]
-        with checkpoint.atomic_file(self.log_file) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
+    def load(self, run: RunFolder, folder: Path) -> None:
+        """Take over what an intact checkpoint holds."""
+        snapshot = run.load(folder, self.device)
+        parallel.load_weights(self.ema, load_file(folder / self.name / checkpoint.WEIGHTS))
+        for name, network in self.networks.items():
+            parallel.load_weights(network, snapshot.weights[name])
+            parallel.load_optimizer(network, self.optimizers[name], snapshot.optimizers[name])
+        self.step = snapshot.counters.pop("step")
+        self.counts = snapshot.counters
 
 
 def fit(
-    model: nn.Module,
-    compute_loss: ComputeLoss,
-    dataset: ImageDataset,
+    objective: Objective,
+    dataset: Dataset,
     config: TrainConfig,
     num_workers: int,
     run: RunFolder,
     draw: Callable[[nn.Module], Image.Image] | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
 ) -> nn.Module:
-    """Train `model`, or go on with it where `run` left off, up to `config.steps`.
+    """Train an objective's networks, or go on with them where `run` left off, up to `config.steps`.
 
     Args:
-        model: on the CPU, freshly initialised; has `save_pretrained`.
-        compute_loss: what to minimise on one micro-batch.
-        dataset: yields uint8 images.
+        objective: what to train and to minimise.
+        dataset: items are asked for as (index, epoch), and are dicts of tensors with `skipped` among them.
         config: how.
         num_workers: of the data loader.
         run: where to write.
-        draw: a picture of what the averaged model does, every `config.picture_every` steps.
+        draw: a picture of what the averaged model does, every `config.picture_every` steps. All processes call it.
+        evaluate: numbers by name of the averaged model. All processes call it.
+        evaluate_every: steps between evaluations, and one at the end; 0: none.
 
     Returns:
         The averaged (EMA) model, in evaluation mode.
 
     Raises:
-        TrainingError: the loss or a gradient is not finite, or the checkpoint to resume from is damaged.
+        TrainingError: losses stay non-finite, or every checkpoint to resume from is damaged.
+        Stopped: SIGTERM came; a checkpoint was saved.
         ValueError: the batch does not divide over the processes.
     """
     from accelerate import Accelerator
@@ -300,86 +336,188 @@ def fit(
             f" times micro-batches of {micro}"
         )
     accumulation = share // micro
+    first_micro = accelerator.process_index * accumulation
+    state = State(objective, config, device)
 
-    model = model.to(device).train()
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    state = State(model, ema, make_optimizer(model, config, device))
+    def loader() -> Iterator[dict[str, Tensor]]:
+        """Micro-batches from where `state` stands; after going back, in another order."""
+        batches = StepBatches(
+            num_images=len(dataset),  # type: ignore[arg-type]
+            batch_size=config.batch_size,
+            micro_batch_size=micro,
+            start_step=state.step,
+            num_steps=config.steps - state.step,
+            seed=seed_of(config.seed, state.counts["rollbacks"]),
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        return iter(training_loader(dataset, batches, num_workers))
+
+    def resume() -> Path | None:
+        """Load the newest intact checkpoint, if any, and forget what was logged after it."""
+        folder = newest_everywhere(run, accelerator)
+        if folder:
+            state.load(run, folder)
+        if is_main:
+            run.truncate_logs(state.step)
+        return folder
+
+    def every(steps: int) -> bool:
+        """Whether something that happens so often, and at the end, happens after this step."""
+        return steps > 0 and (state.step % steps == 0 or state.step == config.steps)
+
     if is_main:
         run.prepare()
     accelerator.wait_for_everyone()
-    run.load(state, device)
-    if is_main:
-        run.truncate_log(state.step)
-    wrapped, optimizer = accelerator.prepare(model, state.optimizer)
-    batches = StepBatches(
-        num_images=len(dataset),
-        batch_size=config.batch_size,
-        micro_batch_size=micro,
-        start_step=state.step,
-        num_steps=config.steps - state.step,
-        seed=config.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    loader = iter(training_loader(dataset, batches, num_workers))
+    resume()
+    batches = loader()
     log = Log(run, state.step) if is_main else None
-    progress = tqdm(
-        total=config.steps * config.batch_size,
-        initial=state.step * config.batch_size,
-        unit=" images",
-        desc=run.path.name,
-        smoothing=0.05,
-        disable=not is_main,
-    )
+    progress = progress_bar(config, state.step, run.path.name, is_main)
     meter = Meter(device)
 
-    with contextlib.closing(progress), contextlib.closing(log) if log else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_signal(accelerator))
+        stack.callback(progress.close)
+        stack.callback(lambda: log and log.close())
         while state.step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, config)
+            for name, optimizer in state.optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(state.step, objective.optimizations[name], config.steps)
             for i in range(accumulation):
                 with meter.waiting():
-                    batch = next(loader)
-                images = to_float(batch["image"].to(device, non_blocking=True))
-                torch.manual_seed(seed_of(config.seed, state.step, accelerator.process_index * accumulation + i))
-                is_last = i == accumulation - 1
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped):
-                    loss, terms = compute_loss(wrapped, images)
-                    accelerator.backward(loss / accumulation)
-                meter.add({"loss": loss.detach(), **terms}, batch["skipped"])
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
-            assert isinstance(norm, Tensor)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_ema(ema, model, state.step, config.ema_decay)
+                    batch = next(batches)
+                meter.skipped_images += int(batch.pop("skipped").sum())
+                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                torch.manual_seed(seed_of(config.seed, state.counts["rollbacks"], state.step, first_micro + i))
+                with parallel.synchronized(state.called.values(), i == accumulation - 1):
+                    losses = objective.losses(state.called, batch, state.step)
+                    for loss, terms in each_inside(lambda: accelerator.autocast(), losses):
+                        (loss / accumulation).backward()
+                        meter.add(terms)
+            norms = {
+                name: parallel.clip_gradients(network, objective.optimizations[name].clip_norm)
+                for name, network in state.networks.items()
+            }
+            bad = meter.watch(norms, state.step + 1)
+            for optimizer in state.optimizers.values():
+                parallel.step_unless(optimizer, bad)
+                optimizer.zero_grad()
+            objective.finish_step(bad)
+            update_ema(state.ema, state.networks[state.name], state.step, config.ema_decay)
             state.step += 1
-            meter.watch(norm, state.step)
             progress.update(config.batch_size)
 
-            done = state.step == config.steps
-            save = done or state.step % config.save_every == 0
-            if save or device.type == "cpu" or state.step % config.log_every == 0:
-                bad_step = meter.first_bad_step()
-                if bad_step:
-                    raise TrainingError(not_finite(bad_step, run))
-            if done or state.step % config.log_every == 0:
+            if every(config.save_every) or every(config.log_every) or device.type == "cpu":
+                bad_steps, first_bad = meter.bad_steps()
+                if bad_steps >= config.max_bad_steps:
+                    rollbacks = state.counts["rollbacks"] + 1
+                    folder = newest_everywhere(run, accelerator)
+                    if folder is None or rollbacks > config.max_rollbacks:
+                        raise TrainingError(not_finite(first_bad, rollbacks - 1, folder))
+                    resume()
+                    state.counts["rollbacks"] = rollbacks
+                    tqdm.write(f"{not_finite(first_bad, rollbacks - 1, folder)}: going back to it", file=sys.stderr)
+                    batches = loader()
+                    if log:  # its file was cut
+                        log.close()
+                        log = Log(run, state.step)
+                    meter.reset()
+                    progress.n = state.step * config.batch_size
+                    progress.refresh()
+                    continue
+            if every(config.log_every):
                 record = meter.flush(accelerator, state, config.batch_size)
+                record["learning_rate"] = learning_rate(
+                    state.step - 1, objective.optimizations[state.name], config.steps
+                )
                 if log:
-                    log.write({**record, "learning_rate": learning_rate(state.step - 1, config)})
-                    progress.set_postfix(loss=f"{record['loss']:.4f}")
-            if save and is_main:
-                run.save(state, config.keep_checkpoints)
-            if log and draw and config.picture_every and (done or state.step % config.picture_every == 0):
-                log.picture(draw(ema), state.step)
+                    log.write(record)
+                    progress.set_postfix(loss=f"{record.get('loss', math.nan):.4f}", refresh=False)
+            stopping = stop(state.step)
+            if every(config.save_every) or stopping:
+                state.save(run, config.keep_checkpoints, is_main)
+            if draw and every(config.picture_every):
+                picture = draw(state.ema)
+                if log:
+                    log.picture(picture, state.step)
+            if evaluate and every(evaluate_every):
+                numbers = {"step": state.step, "images": state.step * config.batch_size, **evaluate(state.ema)}
+                if log:
+                    log.evaluation(numbers)
+            if stopping and state.step < config.steps:
+                raise Stopped(f"stopped by SIGTERM after step {state.step}: the same command goes on from there")
     accelerator.wait_for_everyone()
-    return ema
+    return state.ema
 
 
-def not_finite(step: int, run: RunFolder) -> str:
+def each_inside(context: Callable[[], Any], iterator: Iterator[Any]) -> Iterator[Any]:
+    """The items of `iterator`, each computed inside a context that is left before the item is used."""
+    end = object()
+    while True:
+        with context():
+            item = next(iterator, end)
+        if item is end:
+            return
+        yield item
+
+
+def newest_everywhere(run: RunFolder, accelerator: Any) -> Path | None:
+    """The newest intact checkpoint, as the first process finds it."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [run.newest()]
+        except TrainingError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], TrainingError):
+        raise found[0]
+    return found[0]
+
+
+def not_finite(step: int, rollbacks: int, folder: Path | None) -> str:
     """The message of a diverged run."""
-    last = run.latest()
-    good = f"the last good checkpoint is {last}" if last else "no checkpoint was written before it"
-    return f"loss or gradient is not finite at step {step}; {good}. Try a lower --train.learning_rate, or fp32"
+    good = f"the last good checkpoint is {folder}" if folder else "no checkpoint was written before it"
+    times = f" (after going back {rollbacks} times)" * (rollbacks > 0)
+    return f"loss or gradient is not finite from step {step} on{times}; {good}. Try a lower learning rate, or fp32"
+
+
+@contextlib.contextmanager
+def stop_signal(accelerator: Any) -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step that says whether SIGTERM came: on every process alike."""
+    came = threading.Event()
+
+    def stop(step: int) -> bool:
+        if accelerator.num_processes == 1:
+            return came.is_set()
+        if step % STOP_CHECK_STEPS:
+            return False
+        flag = torch.tensor(float(came.is_set()), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def progress_bar(config: TrainConfig, step: int, name: str, is_main: bool) -> tqdm:
+    """Images done, their rate and the time left; in a file seldom, on a terminal often."""
+    return tqdm(
+        total=config.steps * config.batch_size,
+        initial=step * config.batch_size,
+        unit=" images",
+        desc=name,
+        smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+        disable=not is_main,
+    )
 
 
 class Meter:
@@ -387,18 +525,22 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.bad_step = torch.zeros((), dtype=torch.long, device=device)
         self.reset()
 
     def reset(self) -> None:
-        """Start a new interval."""
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.norm = torch.zeros((), device=self.device)
-        self.skipped = 0
+        """Forget everything."""
+        self.in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
+        self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)
+        self.start_interval()
+
+    def start_interval(self) -> None:
+        """Start new means."""
+        self.sums: dict[str, Tensor] = {}  # of finite values, and beside it how many there were
+        self.skipped_steps = torch.zeros((), dtype=torch.long, device=self.device)
+        self.skipped_images = 0
+        self.steps = 0
         self.waited = 0.0
         self.started = time.perf_counter()
-        self.steps = 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -407,98 +549,46 @@ class Meter:
         yield
         self.waited += time.perf_counter() - start
 
-    def add(self, terms: dict[str, Tensor], skipped: Tensor) -> None:
-        """One micro-batch's scalars and its number of unreadable images per place."""
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Scalars by name; what is not finite is left out of the means."""
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.count += 1
-        self.skipped += int(skipped.sum())
+            finite = torch.isfinite(value)
+            new = torch.stack((torch.where(finite, value, 0).float(), finite.float()))
+            self.sums[name] = self.sums[name] + new if name in self.sums else new
 
-    def watch(self, norm: Tensor, step: int) -> None:
-        """Note the gradient's norm, and the first step at which it is not finite (as it is where the loss is not)."""
-        self.norm = norm.detach()
+    def watch(self, norms: dict[str, Tensor], step: int) -> Tensor:
+        """Note a step's gradient norms by network; 1 where one is not finite (as it is where the loss is not), else 0.
+
+        The same on every process without asking: a bad value is bad everywhere after the gradients' all-reduce.
+        """
+        bad = ~torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
+        first, *others = norms
+        self.add({"gradient_norm": norms[first], **{f"{name}/gradient_norm": norms[name] for name in others}})
+        self.first_bad = torch.where(bad & (self.in_a_row == 0), step, self.first_bad)
+        self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
+        self.skipped_steps += bad
         self.steps += 1
-        bad = (self.bad_step == 0) & ~torch.isfinite(self.norm)
-        self.bad_step = torch.where(bad, torch.full_like(self.bad_step, step), self.bad_step)
+        return bad.float()
 
-    def first_bad_step(self) -> int:
-        """The first step whose gradient was not finite, 0 if none; the same on every process without asking, as a bad
-        value is bad everywhere after the gradients' all-reduce. Waits for the device."""
-        return int(self.bad_step)
+    def bad_steps(self) -> tuple[int, int]:
+        """How many steps in a row were bad up to now, and the first of them. Waits for the device."""
+        return int(self.in_a_row), int(self.first_bad)
 
     def flush(self, accelerator: Any, state: State, batch_size: int) -> dict[str, float]:
         """Means over the interval and over processes, and the rate."""
         names = list(self.sums)
-        values = torch.stack([self.sums[name].float() for name in names]) / self.count
-        means = accelerator.reduce(values, reduction="mean").tolist()
-        skipped = accelerator.reduce(torch.tensor(self.skipped, device=self.device), reduction="sum")
-        state.bad_images += int(skipped)
+        sums = accelerator.reduce(torch.stack([self.sums[name] for name in names]), reduction="sum")
+        skipped = accelerator.reduce(torch.tensor(self.skipped_images, device=self.device), reduction="sum")
+        state.counts["bad_images"] += int(skipped)
+        state.counts["skipped_steps"] += int(self.skipped_steps)
         seconds = time.perf_counter() - self.started
         record = {
             "step": state.step,
             "images": state.step * batch_size,
-            **dict(zip(names, means)),
-            "gradient_norm": float(self.norm),
+            **{name: total / count for name, (total, count) in zip(names, sums.tolist()) if count},
             "images_per_second": self.steps * batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "bad_images": state.bad_images,
+            **state.counts,
         }
-        self.reset()
+        self.start_interval()
         return record
-
-
-class Log:
-    """log.jsonl, TensorBoard and pictures/ of a run; written by the main process."""
-
-    def __init__(self, run: RunFolder, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.run = run
-        self.file = run.log_file.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
-
-    def write(self, record: dict[str, float]) -> None:
-        """One interval's numbers."""
-        self.file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "images"):
-                self.tensorboard.add_scalar(name, value, int(record["step"]))
-
-    def picture(self, picture: Image.Image, step: int) -> None:
-        """A contact sheet of reconstructions."""
-        import numpy as np
-
-        folder = self.run.path / "pictures"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step-{step:08d}.png")
-        self.tensorboard.add_image("reconstructions", np.asarray(picture), step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Flush everything."""
-        self.file.close()
-        self.tensorboard.close()
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings -> {"train.steps": ...}."""
-    flat = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as what YAML and JSON hold: nested dicts, lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,80 +1,340 @@
-"""Training a tokenizer: stage 1 (paper, section 4)."""
+"""Training a tokenizer: stage 1, stage 2 with GAN and vf-loss, and the decoder alone (paper, section 4)."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hieratok import checkpoint
-from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
+from hieratok.data.images import ImageDataset, Source, Subset, evaluation_batches, open_source, to_float, to_uint8
+from hieratok.data.latents import LatentStatistics
+from hieratok.evaluation.evaluate import load_perceptual
+from hieratok.evaluation.features import load_network
+from hieratok.evaluation.processes import merge_processes, process
+from hieratok.evaluation.reconstruction import ReconstructionMetrics
+from hieratok.losses.adversarial import (
+    AdversarialConfig,
+    LeCam,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    generator_weight,
+    make_discriminator,
+)
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
+from hieratok.losses.vf import VF_MAX_WEIGHT, VFConfig, VFLoss
 from hieratok.pictures import pyramid_sheet
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
-from hieratok.training.loop import DataConfig, RunFolder, TrainConfig, fit, plain
+from hieratok.training import parallel
+from hieratok.training.loop import DataConfig, Objective, Optimization, TrainConfig, fit
+from hieratok.training.run_folder import RunFolder, plain
 
 PICTURE_IMAGES = 6
+STATISTICS_IMAGES = 10_000
+"""Of the training set, evenly spread: what the latents' mean and deviation are measured on when a run ends. [ours]"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training, of the averaged model on `data.val_path`; nothing of it changes the run.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    every: int = 0
+    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
+    num_images: int = 1_000
+    """Of the held-out images, evenly spread."""
+    features: str = "none"
+    """Feature network of the Frechet distance, as of `hieratok evaluate`; none: PSNR and SSIM alone."""
+    weights: str | None = None
+    """File with the feature network's weights. None: torch's cache."""
+    lpips: tuple[str, ...] = ()
+    """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
+    batch_size: int = 32
+    """Images at a time."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "lpips", tuple(self.lpips))
+        if self.every < 0 or self.num_images < 2 or self.batch_size < 1:
+            raise ValueError(
+                f"eval.every must not be negative, eval.num_images at least 2 and eval.batch_size at least 1, not"
+                f" {self.every}, {self.num_images} and {self.batch_size}"
+            )
 
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """A tokenizer's training run, whole: what a recipe returns, a YAML file holds and a run folder keeps."""
+    """A tokenizer's training run, whole: what a recipe returns, a YAML file holds and a run folder keeps.
 
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+
+    kind: Literal["tokenizer"] = "tokenizer"
+    """What is trained."""
     name: str = "tokenizer"
     """Where it is written unless --out says otherwise: runs/NAME."""
+    start_from: str | None = None
+    """Weights to begin with, of a run, a tokenizer's folder or a hub id (`--from` for short). None: fresh ones."""
+    freeze_encoder: bool = False
+    """Train what comes after z alone, so that latents, and generators that learned them, stay as they are."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised."""
+    """What is minimised: stage 1's part."""
+    gan: AdversarialConfig = field(default_factory=lambda: AdversarialConfig(weight=0.0))
+    """Stage 2's GAN loss."""
+    vf: VFConfig = field(default_factory=VFConfig)
+    """The vision-foundation loss."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """How it is judged meanwhile."""
+
+    def __post_init__(self):
+        if self.freeze_encoder and self.start_from is None:
+            raise ValueError("freeze_encoder keeps the encoder as it is: say which by --from RUN")
+        if self.freeze_encoder and self.vf.weight:
+            raise ValueError("vf.weight trains the encoder, which freeze_encoder forbids: leave out one of them")
+        for name, config in (("gan", self.gan), ("vf", self.vf)):
+            if config.weight and config.adaptive and self.train.parallel == "fsdp2":
+                raise ValueError(f"{name}.adaptive needs whole gradients of the last layer: not with fsdp2")
 
 
-def train_tokenizer(run: TokenizerRun, out: str | Path) -> HieraTok:
+def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = False) -> HieraTok:
     """Train a tokenizer, or go on with the run in `out`; write `out/tokenizer` at the end.
 
+    Args:
+        run: what to train, on what, and how.
+        out: the run's folder.
+        allow_changes: go on with a run in `out` that had other settings.
+
     Returns:
-        The averaged (EMA) tokenizer in evaluation mode.
+        The averaged (EMA) tokenizer in evaluation mode, with its latent statistics.
 
     Raises:
         ValueError, FileNotFoundError: settings, images or weights that do not fit or are missing.
-        TrainingError: the loss is not finite, or the checkpoint to resume from is damaged.
+        TrainingError: losses stay non-finite, or every checkpoint to resume from is damaged.
+        Stopped: SIGTERM came; a checkpoint was saved.
     """
-    folder = RunFolder(out, plain(run))
+    folder = RunFolder(out, plain(run), allow_changes)
     if run.data.path is None:
         raise ValueError("no images: give --data PATH (a folder of images, WebDataset shards, or `bundled`)")
     size, data = run.model.image_size, run.data
     source = open_source(run.data.path)
     dataset = ImageDataset(source, size, data.crop, data.flip, run.train.seed, data.on_bad_image, data.min_area)
-    shown_source = open_source(data.val_path) if data.val_path else source
-    shown = picture_images(ImageDataset(shown_source, size, "center", flip=False, on_bad_image=data.on_bad_image))
-    criterion = ReconstructionLoss(run.loss, len(run.model.scales))
+    held_out = open_source(data.val_path) if data.val_path else None
+    if run.eval.every and held_out is None:
+        raise ValueError("eval.every needs images that are not trained on: set --data.val_path")
+    shown = picture_images(ImageDataset(held_out or source, size, "center", False, 0, data.on_bad_image))
+    objective = TokenizerObjective(run, initial_tokenizer(run, resumes=bool(folder.saved())))
+    evaluate = Evaluation(run.eval, held_out, size) if run.eval.every and held_out else None
 
-    torch.manual_seed(run.train.seed)
-    model = HieraTok(run.model)
-
-    def compute_loss(tokenizer: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        pyramid, posterior = tokenizer(images)
-        return criterion.to(images.device)(pyramid, images, posterior)
-
-    ema = fit(
-        model,
-        compute_loss,
+    tokenizer: Any = fit(
+        objective,
         dataset,
         run.train,
         run.data.num_workers,
         folder,
-        draw=lambda tokenizer: reconstruction_sheet(tokenizer, shown),  # type: ignore[arg-type]
+        draw=lambda ema: reconstruction_sheet(ema, shown),  # type: ignore[arg-type]
+        evaluate=evaluate,
+        evaluate_every=run.eval.every,
     )
-    assert isinstance(ema, HieraTok)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return ema
-    with checkpoint.atomic_folder(Path(out) / "tokenizer") as finished:
-        ema.save_pretrained(finished)
-    return ema
+    measure_latents(tokenizer, Subset(source, STATISTICS_IMAGES), size, data.on_bad_image)
+    weights = parallel.whole_weights(tokenizer)
+    if process()[0] == 0:
+        with checkpoint.atomic_folder(Path(out) / "tokenizer") as finished:
+            tokenizer.save_pretrained(finished, weights)
+    return tokenizer
+
+
+def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
+    """Fresh weights, or those of `run.start_from`, unless a checkpoint's will take their place anyway.
+
+    Raises:
+        ValueError: `start_from` is a tokenizer of another shape.
+        FileNotFoundError: there is none.
+    """
+    torch.manual_seed(run.train.seed)
+    tokenizer = HieraTok(run.model)
+    if run.start_from is None or resumes:
+        return tokenizer
+    before = HieraTok.from_pretrained(run.start_from)
+    shape = [f.name for f in fields(TokenizerConfig) if f.name not in ("drop_path", "init_std")]
+    changed = [name for name in shape if getattr(before.config, name) != getattr(run.model, name)]
+    if changed:
+        differences = ", ".join(
+            f"model.{name} {getattr(before.config, name)!r} -> {getattr(run.model, name)!r}" for name in changed
+        )
+        raise ValueError(f"{run.start_from} is a tokenizer of another shape: {differences}")
+    tokenizer.load_state_dict(before.state_dict())
+    return tokenizer
+
+
+class Critic(nn.Module):
+    """The discriminator, with the running means of its logits that LeCam needs."""
+
+    def __init__(self, config: AdversarialConfig, image_size: int):
+        super().__init__()
+        self.discriminator = make_discriminator(config, image_size)
+        self.lecam = LeCam()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> logits (B, ...)."""
+        return self.discriminator(images)
+
+
+class TokenizerObjective(Objective):
+    """Eq. 3: L_rec, L_perc, L_kl at every scale, L_adv on the finest, and the vf-loss on z.
+
+    Args:
+        run: its weights and schedules.
+        tokenizer: to be trained.
+    """
+
+    methods = ("encode", "decode", "decode_pyramid")
+
+    def __init__(self, run: TokenizerRun, tokenizer: HieraTok):
+        self.run = run
+        self.tokenizer = tokenizer
+        self.criterion = ReconstructionLoss(run.loss, len(run.model.scales))
+        tokenizer.encoder.requires_grad_(not run.freeze_encoder)
+        networks: dict[str, nn.Module] = {"tokenizer": tokenizer}
+        optimizations: dict[str, Optimization] = {"tokenizer": run.train}
+        self.critic = None
+        if run.gan.weight:
+            networks["discriminator"] = self.critic = Critic(run.gan, run.model.image_size)
+            optimizations["discriminator"] = Optimization(
+                learning_rate=run.gan.discriminator_learning_rate,
+                min_learning_rate=run.gan.discriminator_min_learning_rate,
+                warmup_ratio=run.gan.warmup_ratio,
+                betas=run.gan.betas,
+                weight_decay=run.gan.weight_decay,
+                clip_norm=run.train.clip_norm,
+            )
+        if run.vf.weight:  # its projection learns as the tokenizer does
+            networks["vf"] = VFLoss(run.vf, run.model.latent_channels)
+            optimizations["vf"] = run.train
+        self.logit_means: list[Tensor] = []
+        super().__init__(networks, optimizations)
+
+    def losses(
+        self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The tokenizer's loss, then the discriminator's on the same reconstructions."""
+        images = to_float(batch["image"])
+        pyramid, posterior, z = networks["tokenizer"](images)
+        reconstruction, terms = self.criterion.to(images.device)(pyramid, images, posterior)
+        loss = reconstruction
+        if "vf" in networks:
+            vf, vf_terms = networks["vf"](z, images)
+            loss = loss + self.vf_weight(reconstruction, vf) * vf
+            terms |= {"vf": vf.detach(), **vf_terms}
+        if self.critic and (weight := generator_weight(step, self.run.gan)):
+            adversarial = self.adversarial_loss(self.critic, pyramid[-1])
+            if self.run.gan.adaptive:
+                weight = weight * adaptive_weight(reconstruction, adversarial, self.tokenizer.decoder.head.weight)
+            loss = loss + weight * adversarial
+            terms |= {"adversarial": adversarial.detach(), "adversarial_weight": torch.as_tensor(weight).to(loss)}
+        yield loss, {"loss": loss.detach(), **terms}
+        if self.critic:
+            yield self.discriminator_loss(networks["discriminator"], images, pyramid[-1].detach())
+
+    def vf_weight(self, reconstruction: Tensor, vf: Tensor) -> float | Tensor:
+        """The vf-loss's weight, adaptive if so configured."""
+        weight = self.run.vf.weight
+        if not self.run.vf.adaptive:
+            return weight
+        return weight * adaptive_weight(reconstruction, vf, self.tokenizer.encoder.head.weight, VF_MAX_WEIGHT)
+
+    def adversarial_loss(self, critic: Critic, fake: Tensor) -> Tensor:
+        """L_adv, whose gradient reaches the tokenizer and not the discriminator."""
+        critic.requires_grad_(False)
+        loss = generator_loss(self.run.gan.loss, critic(fake.float()))
+        critic.requires_grad_(True)
+        return loss
+
+    def discriminator_loss(self, critic: nn.Module, images: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss; one forward pass for both kinds of image, as DDP wants it."""
+        assert self.critic is not None
+        real_logits, fake_logits = critic(torch.cat((images, fake.float()))).chunk(2)
+        loss = discriminator_loss(self.run.gan.loss, real_logits, fake_logits)
+        means = torch.stack((real_logits.detach().float().mean(), fake_logits.detach().float().mean()))
+        terms = {"discriminator/loss": loss.detach(), "logits/real": means[0], "logits/fake": means[1]}
+        if self.run.gan.lecam_weight:
+            lecam = self.critic.lecam(real_logits, fake_logits)
+            loss = loss + self.run.gan.lecam_weight * lecam
+            terms["discriminator/lecam"] = lecam.detach()
+            self.logit_means.append(means)
+        return loss, terms
+
+    def finish_step(self, bad: Tensor) -> None:
+        """LeCam's running means move once a step, over all its micro-batches."""
+        if self.critic and self.logit_means:
+            means = torch.stack(self.logit_means).mean(dim=0)
+            self.logit_means.clear()
+            self.critic.lecam.update(means[0], means[1], bad)
+
+
+class Evaluation:
+    """What `fit` calls every `eval.every` steps: metrics of reconstructions of held-out images.
+
+    Args:
+        config: which metrics, of how many images.
+        source: the held-out images.
+        size: the tokenizer's, in pixels.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown networks, or weights that are missing.
+    """
+
+    def __init__(self, config: EvalConfig, source: Source, size: int):
+        self.config = config
+        self.source = Subset(source, config.num_images)
+        self.size = size
+        self.network = None if config.features == "none" else load_network(config.features, config.weights, "cpu")
+        self.perceptual = load_perceptual(config.lpips, "cpu")
+
+    def __call__(self, tokenizer: nn.Module) -> dict[str, float]:
+        """Numbers by name, over all processes; every process must call."""
+        assert isinstance(tokenizer, HieraTok)
+        device = tokenizer.latent_mean.device
+        for network in (self.network, *self.perceptual):
+            if network is not None:
+                network.to(device)
+        metrics = ReconstructionMetrics(self.network, self.perceptual)
+        for names, _, originals in evaluation_batches(self.source, self.size, self.config.batch_size, *process()):
+            metrics.update(names, originals, reconstruct_pyramid(tokenizer, originals)[-1])
+        merge_processes(metrics)
+        return metrics.compute()
+
+
+@torch.no_grad()
+def measure_latents(
+    tokenizer: HieraTok, source: Source, size: int, on_bad_image: Literal["error", "skip"] = "error"
+) -> None:
+    """Measure the mean and deviation of every latent channel, over all processes, and put them into the tokenizer."""
+    statistics = LatentStatistics(tokenizer.config.latent_channels)
+    dataset = ImageDataset(source, size, "center", flip=False, on_bad_image=on_bad_image)
+    rank, world = process()
+    indices = range(rank, len(dataset), world)
+    for start in tqdm(range(0, len(indices), 32), desc="latent statistics", unit=" batches", disable=rank > 0):
+        images = torch.stack([dataset[index, 0]["image"] for index in indices[start : start + 32]])
+        posterior = tokenizer.encode(to_float(images.to(tokenizer.latent_mean.device)))
+        statistics.update(posterior.mean, posterior.logvar)
+    merge_processes(statistics)
+    mean, std = statistics.compute()
+    tokenizer.latent_mean.copy_(mean)
+    tokenizer.latent_std.copy_(std)
 
 
 def picture_images(dataset: ImageDataset) -> Tensor:
@@ -91,6 +351,5 @@ def reconstruction_sheet(tokenizer: HieraTok, images: Tensor) -> Image.Image:
 @torch.no_grad()
 def reconstruct_pyramid(tokenizer: HieraTok, images: Tensor) -> list[Tensor]:
     """uint8 (B, 3, H, W) -> every scale's reconstruction from the posterior mean, uint8 (B, 3, H_k, W_k)."""
-    device = next(tokenizer.parameters()).device
-    z = tokenizer.encode(to_float(images.to(device))).mode()
+    z = tokenizer.encode(to_float(images.to(tokenizer.latent_mean.device))).mode()
     return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(z)]

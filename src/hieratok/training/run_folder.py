@@ -1,0 +1,251 @@
+"""A run on disk: its settings, its logs, and checkpoints that are whole or not there."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hieratok import checkpoint
+from hieratok.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+# Settings that change what is written or how fast, never the weights: a run may resume with others.
+HARMLESS = {
+    "name",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.picture_every",
+    "train.activation_checkpointing",
+    "data.num_workers",
+    "eval.every",
+    "eval.num_images",
+    "eval.features",
+    "eval.weights",
+    "eval.lpips",
+    "eval.batch_size",
+}
+
+CHECKSUMS = "checksums.json"
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """What a checkpoint holds besides the averaged model."""
+
+    counters: dict[str, int]
+    """`step` and what else a run counts."""
+    weights: dict[str, dict[str, Tensor]]
+    """Of each network by name."""
+    optimizers: dict[str, dict[str, Any]]
+    """Their optimisers' states."""
+
+
+class RunFolder:
+    """A run on disk: config.yaml, log.jsonl, evaluations.jsonl, tensorboard/, pictures/, checkpoints/step-*/ and at the
+    end the model.
+
+    Args:
+        path: made if need be.
+        settings: the resolved config as plain values.
+        allow_changes: go on with a run that has other settings.
+
+    Raises:
+        ValueError: the folder holds a run with other settings; the message names them.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any], allow_changes: bool = False):
+        self.path = Path(path)
+        self.settings = settings
+        self.checkpoints = self.path / "checkpoints"
+        self.log_file = self.path / "log.jsonl"
+        self.evaluations_file = self.path / "evaluations.jsonl"
+        config_file = self.path / "config.yaml"
+        if config_file.is_file():
+            before = flatten(yaml.safe_load(config_file.read_text()))
+            now = flatten(settings)
+            changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
+            if changed:
+                differences = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in changed)
+                if not allow_changes:
+                    raise ValueError(
+                        f"{path} holds a run with other settings ({differences}): choose another --out, or go on with"
+                        f" the new ones by --allow-changes"
+                    )
+                logger.warning("%s goes on with other settings: %s", path, differences)
+
+    def prepare(self) -> None:
+        """Make the folder, note the settings, and clear what a killed run left half-written."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
+            _remove(leftover)
+        with checkpoint.atomic_file(self.path / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+
+    def saved(self) -> list[Path]:
+        """The checkpoints' folders, newest first."""
+        return sorted(self.checkpoints.glob("step-*"), reverse=True)
+
+    def save(self, snapshot: Snapshot, save_model: Callable[[Path], None], keep: int) -> None:
+        """Write a checkpoint whole or not at all, then drop the oldest ones.
+
+        Args:
+            snapshot: what a resumed run needs.
+            save_model: writes the averaged model into the folder that it is given.
+            keep: how many checkpoints stay.
+        """
+        with checkpoint.atomic_folder(self.checkpoints / f"step-{snapshot.counters['step']:08d}") as folder:
+            save_model(folder)
+            for name, weights in snapshot.weights.items():
+                checkpoint.save_tensors(weights, folder / f"{name}.safetensors")
+            for name, state in snapshot.optimizers.items():
+                with (folder / f"{name}-optimizer.pt").open("wb") as file:
+                    torch.save(state, file)
+            (folder / "counters.json").write_text(json.dumps(snapshot.counters))
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            checksums = {path.relative_to(folder).as_posix(): checkpoint.file_sha256(path) for path in files}
+            (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+        for old in self.saved()[keep:]:
+            _remove(old)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is intact; a damaged one is passed over with a warning. None: none was written.
+
+        Raises:
+            TrainingError: there are checkpoints, and all are damaged.
+        """
+        folders = self.saved()
+        for folder in folders:
+            damage = find_damage(folder)
+            if damage is None:
+                return folder
+            logger.warning("%s is damaged (%s) and passed over", folder, damage)
+        if folders:
+            raise TrainingError(f"every checkpoint in {self.checkpoints} is damaged: remove them to start anew")
+        return None
+
+    def load(self, folder: Path, device: torch.device) -> Snapshot:
+        """What an intact checkpoint holds."""
+        files = sorted(folder.glob("*.safetensors"))
+        optimizers = sorted(folder.glob("*-optimizer.pt"))
+        return Snapshot(
+            json.loads((folder / "counters.json").read_text()),
+            {path.stem: load_file(path, device=str(device)) for path in files},
+            {
+                path.stem.removesuffix("-optimizer"): torch.load(path, map_location="cpu", weights_only=True)
+                for path in optimizers
+            },
+        )
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl; a line cut off by a crash is passed over."""
+        return _read_lines(self.log_file)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """The lines of evaluations.jsonl."""
+        return _read_lines(self.evaluations_file)
+
+    def truncate_logs(self, step: int) -> None:
+        """Forget what was logged after the checkpoint that the run resumes from."""
+        for path in (self.log_file, self.evaluations_file):
+            records = [r for r in _read_lines(path) if r["step"] <= step]
+            with checkpoint.atomic_file(path) as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their SHA-256; None if nothing is."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+        for name, expected in checksums.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if checkpoint.file_sha256(folder / name) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError, AttributeError):
+        return f"{CHECKSUMS} is missing or unreadable"
+    return None
+
+
+class Log:
+    """log.jsonl, TensorBoard and pictures/ of a run; written by the main process."""
+
+    def __init__(self, run: RunFolder, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run = run
+        self.file = run.log_file.open("a", buffering=1)
+        self.evaluations = run.evaluations_file.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, float]) -> None:
+        """One interval's numbers."""
+        self.file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "images"):
+                self.tensorboard.add_scalar(name, value, int(record["step"]))
+
+    def evaluation(self, record: dict[str, float]) -> None:
+        """One evaluation's numbers."""
+        self.evaluations.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "images"):
+                self.tensorboard.add_scalar(f"evaluation/{name}", value, int(record["step"]))
+
+    def picture(self, picture: Image.Image, step: int) -> None:
+        """A contact sheet of what the averaged model does."""
+        import numpy as np
+
+        folder = self.run.path / "pictures"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step-{step:08d}.png")
+        self.tensorboard.add_image("pictures", np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.file.close()
+        self.evaluations.close()
+        self.tensorboard.close()
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> {"train.steps": ...}."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as what YAML and JSON hold: nested dicts, lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
