@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hieratok.checkpoint import read_tensors
 from hieratok.data import open_source
 from hieratok.evaluation import EvaluateSamples, evaluate_samples
 from hieratok.evaluation.features import (
@@ -18,7 +19,6 @@ from hieratok.evaluation.features import (
     Inception,
     exact_float32,
     load_network,
-    read_tensors,
     resize_tf1,
 )
 

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -84,6 +85,28 @@ def sync(path: Path) -> None:
             raise error
     finally:
         os.close(descriptor)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors, .npz or (any other ending) torch's format; no code in the file is run.
+
+    Raises:
+        ValueError: a file that is none of these.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays}
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own set, and torch's messages run over many lines
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): weights are .pth with tensors only, .safetensors or .npz"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} is not a table of tensors by name: save the network's state_dict() alone")
+    return tensors
 
 
 def file_sha256(path: Path) -> str:

@@ -21,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception as tv
 
-from hieratok.checkpoint import file_sha256
+from hieratok.checkpoint import file_sha256, read_tensors
 from hieratok.evaluation.pixels import check_images
 
 INCEPTION_SHA256 = "6726825d"  # how the real file's SHA-256 begins, by torch hub's convention also in its name
@@ -429,27 +428,6 @@ def check_hash_in_name(path: Path) -> None:
     found = re.fullmatch(r".*-([0-9a-f]{8})", path.stem)
     if found and not (actual := file_sha256(path)).startswith(found[1]):
         raise ValueError(f"{path} is damaged or renamed: its SHA-256 begins with {actual[:8]}, not {found[1]}")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from .safetensors, .npz or (any other ending) torch's format; no code in the file is run.
-
-    Raises ValueError for a file that is none of these.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays}
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own set, and torch's messages run over many lines
-        raise ValueError(f"{path} cannot be read as tensors: {type(error).__name__}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} is not a table of tensors by name: save the network's state_dict() alone")
-    return tensors
 
 
 def _load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

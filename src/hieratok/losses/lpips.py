@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from hieratok.checkpoint import file_sha256
+from hieratok.checkpoint import file_sha256, read_tensors
 
 TrunkName = Literal["vgg", "alex", "squeeze", "squeeze-caffe"]
 
@@ -248,29 +246,11 @@ def _lpips_file(spec: Trunk) -> Path:
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from .safetensors, .npz or (any other ending) torch's own format without pickled code."""
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays}
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own set, and torch's messages run over many lines
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}): weights are .pth with tensors only, .safetensors or .npz"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} is not a table of tensors by name: save the network's state_dict() alone")
-    return tensors
-
-
 def _load_trunk(network: nn.Sequential, path: Path, architecture: str) -> nn.Sequential:
     """Fill a trunk on the meta device; every tensor it needs must be there, and nothing else but a classifier."""
     tensors = {
         name.removeprefix("features."): tensor
-        for name, tensor in _read_tensors(path).items()
+        for name, tensor in read_tensors(path).items()
         if not name.startswith("classifier.")
     }
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -288,7 +268,7 @@ def _load_trunk(network: nn.Sequential, path: Path, architecture: str) -> nn.Seq
 
 def _load_heads(path: Path, channels: tuple[int, ...]) -> Tensor:
     """The heads of all layers one after another, (sum of channels,); the file holds (1, C_l, 1, 1) convolutions."""
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     wanted = {f"lin{layer}.model.1.weight": (1, width, 1, 1) for layer, width in enumerate(channels)}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != wanted:

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok.checkpoint import nearest
-from hieratok.losses.lpips import _read_tensors
+from hieratok.checkpoint import nearest, read_tensors
 
 VF_MAX_WEIGHT = 1e8
 """VA-VAE's bound of this loss's adaptive weight, `adversarial.adaptive_weight` at the encoder's last layer."""
@@ -203,7 +202,7 @@ def _load_vit(setting: str, name: str, weights: str | Path | None, random_weight
         if not path.is_file():
             raise FileNotFoundError(f"{path}, given as {setting}_weights, does not exist or is not a file")
         # as tensors and not as timm's `file`, which some versions of timm would unpickle
-        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _read_tensors(path)}}
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_tensors(path)}}
     with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
         torch.default_generator.manual_seed(0)
         try:
