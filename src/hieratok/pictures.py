@@ -16,26 +16,32 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def pyramid_sheet(originals: Tensor, pyramid: list[Tensor], cell: int | None = None) -> Image.Image:
+def pyramid_sheet(originals: Tensor, pyramid: list[Tensor]) -> Image.Image:
     """A row per image: every scale's reconstruction, coarse to fine and enlarged to one size, then the original.
 
     Args:
         originals: uint8 (B, 3, H, W).
         pyramid: uint8 (B, 3, H_k, W_k), coarse to fine.
-        cell: height in pixels of each picture; H unless given.
     """
-    side = cell or originals.shape[-2]
-    columns = [*pyramid, originals]
-    titles = [f"{p.shape[-1]} px" for p in pyramid] + ["original"]
-    width = max(side, side * originals.shape[-1] // originals.shape[-2])
+    return picture_table({**{f"{p.shape[-1]} px": p for p in pyramid}, "original": originals})
+
+
+def picture_table(columns: dict[str, Tensor]) -> Image.Image:
+    """A row per image, a titled column per kind, all enlarged to the size of the largest.
+
+    Args:
+        columns: uint8 (B, 3, H_k, W_k) by title.
+    """
+    side, width = max((p.shape[-2], p.shape[-1]) for p in columns.values())
+    num_rows = len(next(iter(columns.values())))
     header = 16
     sheet = Image.new(
         "RGB",
-        (len(columns) * (width + MARGIN) + MARGIN, header + len(originals) * (side + MARGIN) + MARGIN),
+        (len(columns) * (width + MARGIN) + MARGIN, header + num_rows * (side + MARGIN) + MARGIN),
         BACKGROUND,
     )
     draw = ImageDraw.Draw(sheet)
-    for column, (images, title) in enumerate(zip(columns, titles)):
+    for column, (title, images) in enumerate(columns.items()):
         x = MARGIN + column * (width + MARGIN)
         draw.text((x, 3), title, fill=INK)
         for row, image in enumerate(images):

@@ -15,7 +15,7 @@ from hieratok.checkpoint import atomic_file
 from hieratok.data.images import Source, center_crop, open_source
 from hieratok.pictures import to_pil
 from hieratok.tokenizer.scales import area_pool
-from hieratok.training.run_folder import RunFolder, plain
+from hieratok.training.run_folder import LOG, plain, read_lines
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
 PROTOCOL = (
@@ -48,7 +48,7 @@ def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = N
 
     originals = torch.stack([center_crop(held_out.image(i), run.model.image_size) for i in range(len(held_out))])
     pyramid = reconstruct_pyramid(tokenizer, originals)
-    log = RunFolder(out, plain(run)).read_log()
+    log = read_lines(out / LOG)
     metrics = {
         **compare(originals, pyramid, run.model.patch_size),
         **speed(log),

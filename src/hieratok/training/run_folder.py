@@ -38,6 +38,8 @@ HARMLESS = {
 }
 
 CHECKSUMS = "checksums.json"
+LOG = "log.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclasses.dataclass
@@ -69,8 +71,8 @@ class RunFolder:
         self.path = Path(path)
         self.settings = settings
         self.checkpoints = self.path / "checkpoints"
-        self.log_file = self.path / "log.jsonl"
-        self.evaluations_file = self.path / "evaluations.jsonl"
+        self.log_file = self.path / LOG
+        self.evaluations_file = self.path / EVALUATIONS
         config_file = self.path / "config.yaml"
         if config_file.is_file():
             before = flatten(yaml.safe_load(config_file.read_text()))
@@ -148,18 +150,10 @@ class RunFolder:
             },
         )
 
-    def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; a line cut off by a crash is passed over."""
-        return _read_lines(self.log_file)
-
-    def read_evaluations(self) -> list[dict[str, Any]]:
-        """The lines of evaluations.jsonl."""
-        return _read_lines(self.evaluations_file)
-
     def truncate_logs(self, step: int) -> None:
         """Forget what was logged after the checkpoint that the run resumes from."""
         for path in (self.log_file, self.evaluations_file):
-            records = [r for r in _read_lines(path) if r["step"] <= step]
+            records = [r for r in read_lines(path) if r["step"] <= step]
             with checkpoint.atomic_file(path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
 
@@ -235,7 +229,8 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a line cut off by a crash is passed over."""
     records = []
     if path.is_file():
         for line in path.read_text().splitlines():

@@ -1,0 +1,74 @@
+"""Pictures and curves of docs/results.md, from three finished runs.
+
+    python docs/results.py SINGLE MULTI STAGE2 --data 'imagenette/val-*.tar'
+
+SINGLE, MULTI and STAGE2 are run folders of tiny-single, tiny-multi and tiny-multi-stage2.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from hieratok import HieraTok
+from hieratok.data.images import Subset, center_crop, open_source
+from hieratok.pictures import picture_table
+from hieratok.training.run_folder import LOG, read_lines
+from hieratok.training.tokenizer import reconstruct_pyramid
+
+DOCS = Path(__file__).parent
+NUM_IMAGES = 6
+INK, SECOND = "#1f5fa8", "#c2571a"
+
+
+def main() -> None:
+    """Write imagenette.webp, stage2.webp and stage2-curves.svg."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("single", "multi", "stage2"):
+        parser.add_argument(name)
+    parser.add_argument("--data", required=True)
+    args = parser.parse_args()
+    single, multi, stage2 = (HieraTok.from_pretrained(run) for run in (args.single, args.multi, args.stage2))
+    source = Subset(open_source(args.data), NUM_IMAGES)
+    originals = torch.stack([center_crop(source.image(i), multi.config.image_size) for i in range(len(source))])
+    pyramid = reconstruct_pyramid(multi, originals)
+    columns = {
+        "original": originals,
+        "single scale": reconstruct_pyramid(single, originals)[-1],
+        **{f"multi scale, {x.shape[-1]} px": x for x in reversed(pyramid)},
+    }
+    save(picture_table(columns), DOCS / "imagenette.webp")
+    after = reconstruct_pyramid(stage2, originals)[-1]
+    save(picture_table({"original": originals, "stage 1": pyramid[-1], "stage 2": after}), DOCS / "stage2.webp")
+    draw_curves(Path(args.stage2), DOCS / "stage2-curves.svg")
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """A small file."""
+    picture.save(path, quality=82, method=6)
+
+
+def draw_curves(run: Path, path: Path) -> None:
+    """Losses of a stage-2 run over its steps."""
+    import matplotlib.pyplot as plt
+
+    log = read_lines(run / LOG)
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), constrained_layout=True)
+    perceptual = next(name for name in log[0] if name.startswith(("perceptual", "lpips")) and "/" not in name)
+    panels = [
+        ("reconstruction", [("l1", "L1", INK), (perceptual, "perceptual", SECOND)]),
+        ("discriminator's loss", [("discriminator/loss", "hinge", INK)]),
+        ("mean logits", [("logits/real", "real", INK), ("logits/fake", "reconstructed", SECOND)]),
+    ]
+    for axis, (title, lines) in zip(axes, panels):
+        for name, label, colour in lines:
+            axis.plot([r["step"] for r in log], [r[name] for r in log], label=label, color=colour, linewidth=1)
+        axis.set(title=title, xlabel="step")
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
