@@ -219,7 +219,7 @@ def spectrum_section(result: dict[str, Any]) -> report.Html:
     if "latent_dct" in result:
         order = list(range(1, len(result["latent_dct"])))
         curves = [
-            report.Line(what, order, np.log10(result[f"{key}_dct"][1:]).tolist())
+            report.Line(what, order, np.log10(np.maximum(result[f"{key}_dct"][1:], 1e-6)).tolist())
             for what, key in (("latents", "latent"), ("images", "rgb"))
         ]
         plots.append(
