@@ -148,6 +148,14 @@ def analyze(argv: list[str]) -> None:
     run(load_options(Analyze, ["run"], "hieratok analyze", argv))
 
 
+def latents(argv: list[str]) -> None:
+    """Write the latents of images, for training generators; the same command again goes on."""
+    from hieratok.latents import WriteLatents, write_latents
+    from hieratok.settings import load_options
+
+    write_latents(load_options(WriteLatents, ["run"], "hieratok latents", argv))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart,
     "recipes": recipes,
@@ -156,6 +164,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "cost": cost,
     "evaluate": evaluate,
     "analyze": analyze,
+    "latents": latents,
 }
 
 

@@ -1,5 +1,6 @@
 """`hieratok reconstruct`: photos through a trained tokenizer, every scale as a picture."""
 
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,8 +109,9 @@ def evaluate_tokenizer(options: EvaluateReconstruction) -> dict[str, Any]:
 
 
 def best_device() -> torch.device:
-    """A GPU if there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """A GPU if there is one; of several, under `torchrun`, each process its own."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0))) if accelerator else torch.device("cpu")
 
 
 def file_stems(source: Source) -> list[str]:

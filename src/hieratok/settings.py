@@ -66,7 +66,7 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
 def load_options(
     options_class: type[Options], positionals: Sequence[str], prog: str, arguments: Sequence[str]
 ) -> Options:
-    """One command's options from its command line; `--flag` alone sets a boolean.
+    """One command's options from its command line; `--flag` alone sets a boolean, `--a-flag` is `--a_flag`.
 
     Args:
         options_class: a dataclass, a flag per field.
@@ -79,7 +79,7 @@ def load_options(
     """
     known = {field.name: field for field in fields(options_class)}
     expanded = []
-    for i, argument in enumerate(arguments):
+    for i, argument in enumerate(map(_underscored, arguments)):
         if i < len(positionals) and not argument.startswith("-"):
             expanded.append(f"--{positionals[i]}={argument}")
         elif argument[2:] in known and known[argument[2:]].type is bool and argument.startswith("--"):
@@ -168,6 +168,13 @@ def check_settings(settings: dict[str, Any], source: str) -> None:
             raise ValueError(f"{source}: unknown setting {name!r}{nearest(name, list(defaults))}")
         if value is None and defaults[name] is not None:
             raise ValueError(f"{source}: {name} must not be null")
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument[2:].partition("=")
+    return "--" + flag.replace("-", "_") + equals + value
 
 
 def _expand(argument: str) -> str:

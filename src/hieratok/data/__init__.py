@@ -16,12 +16,15 @@ from hieratok.data.images import (
     to_uint8,
     training_loader,
 )
+from hieratok.data.latents import LatentDataset, LatentStatistics
 
 __all__ = [
     "BadImageError",
     "BundledPhotos",
     "ImageDataset",
     "ImageFiles",
+    "LatentDataset",
+    "LatentStatistics",
     "Source",
     "StepBatches",
     "TarShards",

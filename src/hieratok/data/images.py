@@ -416,7 +416,7 @@ class ImageDataset(Dataset):
             BadImageError: the image cannot be read, or, with "skip", none can.
         """
         index, epoch = item
-        generator = _generator(self.seed, epoch, index)
+        generator = generator_of(self.seed, epoch, index)
         for skipped in range(len(self)):
             place = (index + skipped) % len(self)
             try:
@@ -448,7 +448,7 @@ def _read(source: Source, index: int, crop: Callable[[Tensor], Tensor]) -> Tenso
         raise BadImageError(f"cannot crop {source.name(index)}: {error}") from None
 
 
-def _generator(*parts: int) -> torch.Generator:
+def generator_of(*parts: int) -> torch.Generator:
     """A generator seeded by several numbers; neighbouring numbers give unrelated streams."""
     seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
@@ -525,7 +525,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
                 for number in range(start, start + self.micro_batch_size):
                     if number // self.num_images != epoch:
                         epoch = number // self.num_images
-                        permutation = torch.randperm(self.num_images, generator=_generator(self.seed, epoch))
+                        permutation = torch.randperm(self.num_images, generator=generator_of(self.seed, epoch))
                     batch.append((int(permutation[number % self.num_images]), epoch))
                 yield batch
 

@@ -1,9 +1,141 @@
-"""Latents as data: their statistics."""
+"""Latents as data: their statistics, and a folder of them that training reads instead of images.
 
+A folder holds `manifest.json` and shards of consecutive images, `shard-00000/` and so on, each with
+
+    mean.npy, logvar.npy   float32 (n, 2, d, h, w): raw, of each image and of its mirror image
+    labels.npy             int64 (n,): class index, -1 where there is none
+    names.npy              bytes (n,): as the source calls the images
+    moments.npy            float64 (2, d): sums of z and of its square, for the statistics
+
+float32 and not float16: a folder trains what the images themselves would, and reading is never what limits it.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from hieratok.data.images import generator_of
+
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents holds, and of what."""
+
+    tokenizer: dict[str, Any]
+    """`source` as it was given, `sha256` of its file, `encoder_sha256` (which alone decides what the latents are),
+    and its `config`."""
+    data: dict[str, Any]
+    """`path` as it was given, the `crop`, `names_sha256` of the images' names and labels in order."""
+    images: int
+    """How many, without their mirror images."""
+    shape: tuple[int, int, int]
+    """(d, h, w) of one latent."""
+    shard_images: int
+    """Images in each shard but the last."""
+    mean: tuple[float, ...] | None = None
+    """(d,): of every channel over all images and mirror images; None while the folder is not finished."""
+    std: tuple[float, ...] | None = None
+    """Its standard deviation."""
+
+    def __len__(self) -> int:
+        """Shards."""
+        return math.ceil(self.images / self.shard_images)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Manifest":
+        """Of a folder.
+
+        Raises:
+            FileNotFoundError: it holds no latents.
+            ValueError: a damaged file.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no latents: `hieratok latents RUN --data PATH --out DIR` makes them"
+            )
+        try:
+            values = json.loads(path.read_text())
+            lists = {name: tuple(values[name]) for name in ("shape", "mean", "std") if values[name] is not None}
+            return cls(**{**values, **lists})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged or of another version: write the latents again") from error
+
+    def text(self) -> str:
+        """As it stands in the file."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def shard_folder(folder: str | Path, shard: int) -> Path:
+    """Where a shard lies."""
+    return Path(folder) / f"shard-{shard:05d}"
+
+
+class LatentDataset(Dataset):
+    """Latents for training, read from memory-mapped files; the counterpart of `ImageDataset` with centre crops.
+
+    An item is asked for as (index, epoch), and whether it is mirrored depends on (seed, epoch, index) alone, as there.
+
+    Args:
+        folder: of `hieratok latents`.
+        flip: take the mirror image's latent with probability one half.
+        seed: of that.
+
+    Raises:
+        FileNotFoundError: no latents there.
+        ValueError: unfinished or damaged ones.
+    """
+
+    def __init__(self, folder: str | Path, flip: bool = True, seed: int = 0):
+        self.folder = Path(folder)
+        self.flip = flip
+        self.seed = seed
+        self.manifest = Manifest.read(folder)
+        if self.manifest.mean is None:
+            raise ValueError(f"the latents in {folder} are not finished: run the same `hieratok latents` again")
+        self.labels = np.concatenate([self._load(shard, "labels", None) for shard in range(len(self.manifest))])
+        """(N,) int64."""
+        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        """Args: item: (index, epoch).
+
+        Returns:
+            `mean`, `logvar`: float32 (d, h, w), raw; `label`: class index or -1; `skipped`: 0, as of an image that
+            could be read.
+        """
+        index, epoch = item
+        mirrored = self.flip and bool(torch.rand((), generator=generator_of(self.seed, epoch, index)) < 0.5)
+        shard, row = divmod(index, self.manifest.shard_images)
+        if shard not in self._open:
+            self._open[shard] = (self._load(shard, "mean", "r"), self._load(shard, "logvar", "r"))
+        mean, logvar = (torch.from_numpy(np.array(values[row, int(mirrored)])) for values in self._open[shard])
+        return {"mean": mean, "logvar": logvar, "label": int(self.labels[index]), "skipped": 0}
+
+    def _load(self, shard: int, name: str, mmap_mode: Any) -> np.ndarray:
+        path = shard_folder(self.folder, shard) / f"{name}.npy"
+        first = shard * self.manifest.shard_images
+        count = min(self.manifest.shard_images, self.manifest.images - first)
+        shape = (count,) if name == "labels" else (count, 2, *self.manifest.shape)
+        try:
+            values = np.load(path, mmap_mode, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is missing or damaged: remove its folder and write it again") from error
+        if values.shape != shape:
+            raise ValueError(f"{path} does not fit {MANIFEST}: its shape is {values.shape}, not {shape}")
+        return values
 
 
 class LatentStatistics:

@@ -1,0 +1,214 @@
+"""`hieratok latents`: the latents of a set of images, written once, so that training generators need not encode.
+
+Every shard is written whole or not at all, so the same command goes on where it was stopped; under `torchrun` the
+shards are divided among the processes.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hieratok import checkpoint
+from hieratok.data.images import Source, Subset, evaluation_batches, open_source, to_float
+from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, shard_folder
+from hieratok.evaluation.features import tensors_sha256
+from hieratok.evaluation.processes import process, process_group, wait
+from hieratok.reconstruct import best_device
+from hieratok.tokenizer.model import HieraTok
+from hieratok.training.tokenizer import measure_latents
+
+SHARD_IMAGES = 2_048
+
+
+@dataclass(kw_only=True)
+class WriteLatents:
+    """Write the latents of images and of their mirror images, for training generators.
+
+    Example: hieratok latents runs/photos --data PHOTOS --out latents/photos
+    """
+
+    run: str
+    """The tokenizer: a run's folder, a tokenizer's folder or a hub id."""
+    data: str
+    """Images, as `hieratok train` takes them; each is cut to the tokenizer's size as ADM does."""
+    out: str | None = None
+    """Folder to write to; the same command again goes on."""
+    stats_only: bool = False
+    """Write no latents: measure every channel's mean and deviation over all images and put them into RUN."""
+    batch_size: int = 32
+    """Images at a time, each with its mirror image."""
+    device: str | None = None
+    """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.stats_only and self.out:
+            raise ValueError("--stats-only writes into RUN alone: leave out --out")
+        if not self.stats_only and not self.out:
+            raise ValueError("say where to write by --out DIR, or --stats-only to put statistics into RUN")
+
+
+def write_latents(options: WriteLatents) -> None:
+    """The command `hieratok latents`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such run or images, an unreadable image, latents of something else in `out`.
+    """
+    with process_group():
+        tokenizer = HieraTok.from_pretrained(options.run).to(options.device or best_device())
+        source = open_source(options.data)
+        if options.out is None:
+            store_statistics(tokenizer, source, options.run)
+            return
+        out = Path(options.out)
+        manifest = start(out, describe(tokenizer, source, options))
+        write_shards(tokenizer, source, manifest, out, options.batch_size)
+        wait()
+        if process()[0] == 0:
+            write_manifest(out, with_statistics(manifest, out))
+            d, h, w = manifest.shape
+            print(f"{manifest.images:,} latents, {d} x {h} x {w}, and those of the mirror images: {out}")
+            print(f"next: hieratok train dit-tiny --tokenizer {options.run} --data {out}")
+        wait()
+
+
+def describe(tokenizer: HieraTok, source: Source, options: WriteLatents) -> Manifest:
+    """The manifest of latents that are still to be written."""
+    side = tokenizer.config.image_size
+    names = hashlib.sha256()
+    for i in range(len(source)):
+        names.update(f"{source.name(i)}\0{source.label(i)}\n".encode(errors="surrogateescape"))
+    weights = checkpoint.find(options.run) / checkpoint.WEIGHTS
+    return Manifest(
+        tokenizer={
+            "source": options.run,
+            "sha256": checkpoint.file_sha256(weights),
+            "encoder_sha256": tensors_sha256(tokenizer.encoder),
+            "config": checkpoint.load_config(weights.parent, "hieratok", type(tokenizer.config)),
+        },
+        data={"path": options.data, "crop": f"ADM centre crop to {side}", "names_sha256": names.hexdigest()},
+        images=len(source),
+        shape=(tokenizer.config.latent_channels, *tokenizer.config.grid),
+        shard_images=SHARD_IMAGES,
+    )
+
+
+def start(out: Path, manifest: Manifest) -> Manifest:
+    """Begin a folder, or go on with it if it is of the same tokenizer and images; every process must call.
+
+    Raises:
+        ValueError: it holds latents of something else.
+    """
+    if (out / MANIFEST).is_file():
+        before = Manifest.read(out)
+        if before.tokenizer["encoder_sha256"] != manifest.tokenizer["encoder_sha256"]:
+            raise ValueError(
+                f"{out} holds latents of another tokenizer, {before.tokenizer['source']}: choose another --out"
+            )
+        if (before.data["names_sha256"], before.data["crop"]) != (manifest.data["names_sha256"], manifest.data["crop"]):
+            raise ValueError(f"{out} holds latents of other images, {before.data['path']}: choose another --out")
+        manifest = replace(before, mean=None, std=None)
+    wait()
+    if process()[0] == 0:
+        for leftover in out.glob(".*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_manifest(out, manifest)
+    wait()
+    return manifest
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    """Whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.atomic_file(out / MANIFEST) as temporary:
+        temporary.write_text(manifest.text())
+
+
+class Part(Subset):
+    """Consecutive images of a source."""
+
+    def __init__(self, source: Source, start: int, stop: int):
+        self.source = source
+        self.indices = list(range(start, min(stop, len(source))))
+
+
+def write_shards(tokenizer: HieraTok, source: Source, manifest: Manifest, out: Path, batch_size: int) -> None:
+    """This process's share of the shards, without those that are there."""
+    rank, world = process()
+    mine = [k for k in range(len(manifest))[rank::world] if not shard_folder(out, k).is_dir()]
+    parts = {k: Part(source, k * manifest.shard_images, (k + 1) * manifest.shard_images) for k in mine}
+    with tqdm(total=sum(map(len, parts.values())), unit=" images", desc="latents", disable=rank > 0) as bar:
+        for shard, part in parts.items():
+            statistics = LatentStatistics(manifest.shape[0])
+            means, logvars, labels, names = [], [], [], []
+            for batch_names, mean, logvar, batch_labels in encoded(tokenizer, part, batch_size):
+                statistics.update(mean.flatten(0, 1), logvar.flatten(0, 1))
+                means.append(mean)
+                logvars.append(logvar)
+                labels.append(batch_labels)
+                names += batch_names
+                bar.update(len(mean))
+            with checkpoint.atomic_folder(shard_folder(out, shard)) as folder:
+                np.save(folder / "mean.npy", torch.cat(means).numpy())
+                np.save(folder / "logvar.npy", torch.cat(logvars).numpy())
+                np.save(folder / "labels.npy", torch.cat(labels).numpy())
+                np.save(folder / "names.npy", np.array([name.encode(errors="surrogateescape") for name in names]))
+                np.save(folder / "moments.npy", statistics.sums.numpy())
+
+
+@torch.inference_mode()
+def encoded(tokenizer: HieraTok, source: Source, batch_size: int) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor]]:
+    """Names, means and log-variances (B, 2, d, h, w) of images and their mirror images, and labels (B,); on the CPU.
+
+    Raises:
+        ValueError: latents that are not finite, or an unreadable image.
+    """
+    device = tokenizer.latent_mean.device
+    for names, labels, images in evaluation_batches(source, tokenizer.config.image_size, batch_size):
+        both = torch.stack((images, images.flip(-1)), dim=1)  # (B, 2, 3, H, W)
+        posterior = tokenizer.encode(to_float(both.flatten(0, 1).to(device)))
+        mean, logvar = (x.cpu().unflatten(0, (-1, 2)) for x in (posterior.mean, posterior.logvar))
+        finite = (mean.isfinite() & logvar.isfinite()).flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"{names[int((~finite).nonzero()[0])]}: its latents hold NaN or infinite values")
+        yield names, mean, logvar, labels
+
+
+def with_statistics(manifest: Manifest, out: Path) -> Manifest:
+    """The manifest of finished latents: with the statistics over all shards."""
+    d, h, w = manifest.shape
+    statistics = LatentStatistics(d)
+    for shard in range(len(manifest)):
+        images = min(manifest.shard_images, manifest.images - shard * manifest.shard_images)
+        sums = torch.from_numpy(np.load(shard_folder(out, shard) / "moments.npy"))
+        statistics.merge_state({"count": images * 2 * h * w, "sums": sums})
+    mean, std = statistics.compute()
+    return replace(manifest, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def store_statistics(tokenizer: HieraTok, source: Source, run: str) -> None:
+    """Measure the latents' mean and deviation over all images and put them into the tokenizer's files.
+
+    Raises:
+        ValueError: the tokenizer's folder is not one to write to: on the hub, or a checkpoint.
+    """
+    if not Path(run).is_dir():
+        raise ValueError(f"--stats-only writes into the tokenizer's folder, and {run} is none")
+    folder = checkpoint.find(run)
+    if folder.parent.parent.name == "checkpoints":
+        raise ValueError(f"{run} holds no finished tokenizer yet: its training measures the statistics when it ends")
+    measure_latents(tokenizer, source, tokenizer.config.image_size)
+    if process()[0] == 0:
+        tokenizer.save_pretrained(folder)
+        print(
+            f"mean and deviation of {tokenizer.config.latent_channels} channels over {len(source):,} images: {folder}"
+        )
+    wait()
