@@ -8,7 +8,9 @@ import yaml
 
 from hieratok import HieraTok, recipes
 from hieratok.cost import PAPER, measure
+from hieratok.generation.dit import DiT
 from hieratok.settings import load_run
+from hieratok.training.loop import learning_rate
 from hieratok.training.run_folder import plain
 
 # (table, name, d, scales, KL, down-sampling, attention), straight from the paper
@@ -45,8 +47,12 @@ def test_tables_2_to_4(table, name, d, scales, kl, downsample, attention):
     assert train.steps == round(100 * 1_281_167 / 256)
 
 
-@pytest.mark.parametrize("name", list(recipes.RECIPES))
-def test_every_recipe_builds_and_runs(name):
+TOKENIZERS = [name for name in recipes.RECIPES if recipes.get(name).kind == "tokenizer"]
+GENERATORS = [name for name in recipes.RECIPES if recipes.get(name).kind == "generator"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_tokenizer_builds_and_runs(name):
     """On the meta device: shapes of a whole pass, without the memory or time of 400M parameters."""
     config = recipes.get(name).model
     with torch.device("meta"):
@@ -54,6 +60,34 @@ def test_every_recipe_builds_and_runs(name):
     assert [x.shape[-1] for x in pyramid] == [config.patch_size * s for s in config.scales]
     assert posterior.mean.shape == (2, config.latent_channels, *config.grid)
     assert recipes.summary(name)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_generator_builds_and_runs(name):
+    config = recipes.get(name).model
+    with torch.device("meta"):
+        x, t, y = torch.empty(2, *config.latent_shape), torch.empty(2), torch.empty(2, dtype=torch.long)
+        prediction = DiT(config).eval()(x, t, y)
+    assert prediction.shape == (2, config.out_channels, config.latent_size, config.latent_size)
+    assert recipes.summary(name)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("b", 130), ("l", 458), ("xl", 675)])
+def test_table_6_and_its_training(size, millions):
+    run = recipes.get(f"dit-{size}")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DiT(run.model).parameters())
+    assert parameters == pytest.approx(millions * 1e6, rel=0.01)
+    assert run.model.latent_shape == (16, 16, 16)
+    assert run.model.objective == "ddpm"
+    train = run.train
+    assert (train.steps, train.batch_size, train.betas, train.weight_decay) == (400_000, 256, (0.9, 0.999), 0.0)
+    assert {learning_rate(step, train, train.steps) for step in (0, 1, 1000, 399_999)} == {1e-4}
+
+
+def test_tiny_generator_takes_the_tiny_tokenizers_latents():
+    tokenizer = recipes.get("tiny-multi").model
+    assert recipes.get("dit-tiny").model.latent_shape == (tokenizer.latent_channels, *tokenizer.grid)
 
 
 @pytest.mark.parametrize("name", list(recipes.RECIPES))

@@ -151,8 +151,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"{hub_id}: no such folder here, and the hub gave none ({reason})") from error
 
 
-def load_config(folder: Path, model_type: str, config_class: type) -> dict[str, Any]:
-    """The fields of `config_class` from a model's `config.json`.
+def load_config(folder: Path, model_type: str, config_class: type, others: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of `config_class`, and `others` by name, from a model's `config.json`.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not JSON, another kind of model, or unknown fields.
@@ -166,7 +166,7 @@ def load_config(folder: Path, model_type: str, config_class: type) -> dict[str, 
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.pop("model_type", None) != model_type:
         raise ValueError(f"{path} does not describe a {model_type} model")
-    known = [field.name for field in fields(config_class)]
+    known = [*(field.name for field in fields(config_class)), *others]
     for name in config:
         if name not in known:
             raise ValueError(f"{path}: unknown setting {name!r}{nearest(name, known)}")

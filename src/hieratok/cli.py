@@ -61,19 +61,27 @@ def recipes(argv: list[str]) -> None:
 
 def train(argv: list[str]) -> None:
     """Train a recipe or a YAML file; the same command again resumes."""
-    from hieratok.settings import load_run, make_parser, read_settings
+    from hieratok.settings import kind_of, load_run, make_parser, read_settings
+    from hieratok.training.generator import GeneratorRun, train_generator
     from hieratok.training.tokenizer import train_tokenizer
 
     source = argv[0] if argv and not argv[0].startswith("-") else None
     if {"-h", "--help"} & set(argv):
-        return make_parser(read_settings(source) if source else {}).print_help()
+        settings = read_settings(source) if source else {}
+        return make_parser(kind_of(settings, source or ""), settings).print_help()
     if source is None:
         raise ValueError("what to train comes first: hieratok train RECIPE|FILE.yaml (`hieratok recipes` lists them)")
     run, out, allow_changes = load_run(source, argv[1:])
-    train_tokenizer(run, out, allow_changes)
+    if isinstance(run, GeneratorRun):
+        train_generator(run, out, allow_changes)
+        sample = f"hieratok sample {out} --tokenizer {run.tokenizer or 'RUN'}"
+        following = f"{sample} --sampler {'ddpm' if run.model.objective == 'ddpm' else 'heun'} --out {out / 'samples'}"
+    else:
+        train_tokenizer(run, out, allow_changes)
+        following = f"hieratok reconstruct {out} PHOTO.jpg --out {out / 'reconstructions'}"
     if os.environ.get("RANK", "0") == "0":
-        print(f"tokenizer: {out / 'tokenizer'}\nlog:       {out / 'log.jsonl'} (tensorboard --logdir {out})")
-        print(f"next:      hieratok reconstruct {out} PHOTO.jpg --out {out / 'reconstructions'}")
+        print(f"{run.kind}: {out / run.kind}\nlog:       {out / 'log.jsonl'} (tensorboard --logdir {out})")
+        print(f"next:      {following}")
 
 
 def reconstruct(argv: list[str]) -> None:
@@ -83,12 +91,13 @@ def reconstruct(argv: list[str]) -> None:
     p.add_argument("images", nargs="+", help="image files, folders or globs")
     p.add_argument("--out", required=True, help="folder to write to")
     p.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    p.add_argument("--crop", action="store_true", help="cut images to the tokenizer's size first, as evaluation does")
     args = p.parse_args(argv)
     from hieratok.reconstruct import best_device
     from hieratok.reconstruct import reconstruct as run
     from hieratok.tokenizer.model import HieraTok
 
-    written = run(HieraTok.from_pretrained(args.run), args.images, args.out, args.device or best_device())
+    written = run(HieraTok.from_pretrained(args.run), args.images, args.out, args.device or best_device(), args.crop)
     print(f"{len(written) - 1} pictures and {written[-1]}")
 
 
@@ -102,8 +111,11 @@ def cost(argv: list[str]) -> None:
 
     from hieratok.cost import measure, table
     from hieratok.settings import load_run
+    from hieratok.training.tokenizer import TokenizerRun
 
     run = load_run(args.recipe).run
+    if not isinstance(run, TokenizerRun):
+        raise ValueError(f"{args.recipe} trains a generator; cost is of tokenizers")
     result = measure(run.model)
     print(json.dumps(asdict(result)) if args.json else table(run.name, result))
 

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = N
         ValueError, FileNotFoundError: settings or images that do not fit or are missing.
         TrainingError: training cannot go on.
     """
-    run = run or recipes.get("tiny-multi")
+    run = run or replace(recipes.tiny_multi(), name="tiny-multi")
     if run.data.val_path is None:
         raise ValueError("quickstart needs images that are never trained on: set data.val_path")
     held_out = open_source(run.data.val_path)

@@ -11,6 +11,8 @@ import yaml
 
 from hieratok import recipes
 from hieratok.checkpoint import nearest
+from hieratok.recipes import Run
+from hieratok.training.generator import GeneratorRun
 from hieratok.training.run_folder import flatten, plain
 from hieratok.training.tokenizer import TokenizerRun
 
@@ -20,12 +22,13 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound="DataclassInstance")
 SHORTHANDS = {"--data": "--data.path", "--from": "--start_from"}
 OPTIONS = ["out", "allow_changes"]  # of the command, and no settings of the run
+KINDS: dict[str, type[Run]] = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 
 
 class TrainCommand(NamedTuple):
     """What `hieratok train` was asked for."""
 
-    run: TokenizerRun
+    run: Run
     out: Path
     allow_changes: bool
 
@@ -45,19 +48,20 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
     settings = read_settings(source)
     arguments = [_expand(argument) for argument in arguments]
     check_settings(settings, source)
-    known = list(flatten(plain(TokenizerRun())))
+    run_class = kind_of(settings, source)
+    known = list(flatten(plain(run_class())))
     for name in _flags(arguments):
         if name not in [*known, *OPTIONS]:
             raise ValueError(f"unknown setting --{name}{nearest(name, known)}")
 
     try:
-        make_parser({}).parse_object(settings)  # defaults are not checked, so a file's types are checked apart
-        parser = make_parser(settings)
+        make_parser(run_class).parse_object(settings)  # defaults are not checked, so a file's types are checked apart
+        parser = make_parser(run_class, settings)
         parsed = parser.instantiate(parser.parse_args(arguments))
     except Exception as error:
         raise ValueError(_one_line(error)) from error
     try:
-        run = TokenizerRun(**{field.name: parsed[field.name] for field in fields(TokenizerRun)})
+        run = run_class(**{field.name: parsed[field.name] for field in fields(run_class)})
     except ValueError as error:
         raise ValueError(_one_line(error)) from error
     return TrainCommand(run, Path(parsed.out or f"runs/{run.name}"), parsed.allow_changes)
@@ -115,7 +119,7 @@ def _parser(prog: str, description: str, example: str) -> Any:
     return ArgumentParser(prog=prog, description=description, epilog=example, exit_on_error=False)
 
 
-def make_parser(defaults: dict[str, Any]) -> Any:
+def make_parser(run_class: type[Run] = TokenizerRun, defaults: dict[str, Any] | None = None) -> Any:
     """The command line of `hieratok train`: a flag per field of the run's dataclasses, their docstrings as help."""
     parser = _parser(
         "hieratok train RECIPE|FILE.yaml",
@@ -124,12 +128,12 @@ def make_parser(defaults: dict[str, Any]) -> Any:
     )
     parser.add_argument("--out", type=str | None, default=None, help="Folder of the run (default: runs/NAME).")
     parser.add_argument("--allow_changes", type=bool, default=False, help="Go on with a run that had other settings.")
-    parser.add_class_arguments(TokenizerRun)
-    groups = {name for name, value in vars(TokenizerRun()).items() if is_dataclass(value)}
+    parser.add_class_arguments(run_class)
+    groups = {name for name, value in vars(run_class()).items() if is_dataclass(value)}
     for action in parser._actions:
         if action.dest in groups:
             action.help = argparse.SUPPRESS  # a file for one group, which `load_run` refuses: --data is something else
-    parser.set_defaults(defaults)
+    parser.set_defaults(defaults or {})
     return parser
 
 
@@ -149,14 +153,26 @@ def read_settings(source: str) -> dict[str, Any]:
     return {"name": path.stem, **settings}
 
 
+def kind_of(settings: dict[str, Any], source: str) -> type[Run]:
+    """The class of the run that settings describe: a tokenizer's unless they say otherwise.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    kind = settings.get("kind", "tokenizer")
+    if kind not in KINDS:
+        raise ValueError(f"{source}: kind must be {' or '.join(KINDS)}, not {kind!r}{nearest(str(kind), list(KINDS))}")
+    return KINDS[kind]
+
+
 def check_settings(settings: dict[str, Any], source: str) -> None:
     """Refuse names that no run has, and null where a run needs a value: the parser takes that for "not given".
 
     Raises:
         ValueError: names the setting, and the nearest one where the name is unknown.
     """
-    defaults = flatten(plain(TokenizerRun()))
-    run = vars(TokenizerRun())
+    default = kind_of(settings, source)()
+    defaults, run = flatten(plain(default)), vars(default)
     for name, value in settings.items():
         top = str(name).partition(".")[0]
         if top not in run:

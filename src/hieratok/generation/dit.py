@@ -128,14 +128,48 @@ class DiTConfig:
         return 2 * self.latent_channels if self.learn_sigma else self.latent_channels
 
 
+@dataclass(frozen=True)
+class LatentSpace:
+    """The latents that a generator has learned: whose they are, and how they were normalised.
+
+    Raises:
+        ValueError: a channel without variance, which cannot be normalised.
+    """
+
+    encoder_sha256: str
+    """Of the tokenizer's encoder."""
+    mean: tuple[float, ...]
+    """(d,): of every channel over the training images."""
+    std: tuple[float, ...]
+    """(d,): its standard deviation."""
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for channel, std in enumerate(self.std):
+            if not 0 < std < math.inf:
+                raise ValueError(f"channel {channel} of the latents has deviation {std}: it cannot be normalised")
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Raw latents (B, d, h, w) -> what the generator learns: mean 0 and deviation 1 in every channel."""
+        return (z - z.new_tensor(self.mean).view(-1, 1, 1)) / z.new_tensor(self.std).view(-1, 1, 1)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """The inverse: what the generator makes -> what the tokenizer decodes, (B, d, h, w)."""
+        return z * z.new_tensor(self.std).view(-1, 1, 1) + z.new_tensor(self.mean).view(-1, 1, 1)
+
+
 class DiT(nn.Module):
     """Noisy latent, time and class -> the process's prediction."""
 
     pos_embed: Tensor  # a buffer: saved with the weights, as DiT's, but fixed
+    latents: LatentSpace | None
+    """What it has learned; None: not known, as with weights from elsewhere. Saved in `config.json`."""
 
     def __init__(self, config: DiTConfig | None = None):
         super().__init__()
         self.config = c = config or DiTConfig()
+        self.latents = None
         self.grid = c.latent_size // c.patch_size
         self.x_embedder = PatchEmbed(c.latent_channels, c.width, c.patch_size)
         self.t_embedder = TimestepEmbedder(c.width)
@@ -197,9 +231,14 @@ class DiT(nn.Module):
         x = patches.view(-1, n, n, p, p, self.config.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, n * p, n * p)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder` (made if need be)."""
-        checkpoint.save(folder, self.state_dict(), {"model_type": "hieratok-dit", **asdict(self.config)})
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write `config.json` and `model.safetensors` into `folder` (made if need be).
+
+        `state_dict` is the whole model's where this module holds only a part of it (FSDP).
+        """
+        weights = self.state_dict() if state_dict is None else state_dict
+        latents = {"latents": asdict(self.latents)} if self.latents else {}
+        checkpoint.save(folder, weights, {"model_type": "hieratok-dit", **asdict(self.config), **latents})
 
     @classmethod
     def from_pretrained(
@@ -214,10 +253,13 @@ class DiT(nn.Module):
             ValueError: the files do not fit this class or each other; the message says where.
         """
         folder = checkpoint.find(source, revision, inside="generator")
-        config = DiTConfig(**checkpoint.load_config(folder, "hieratok-dit", DiTConfig))
+        config = checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))
+        latents = config.pop("latents", None)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(DiTConfig(**config))
         checkpoint.load_weights(folder, model, device)
+        if latents is not None:
+            model.latents = LatentSpace(**latents)
         return model.eval()
 
 

@@ -35,6 +35,8 @@ HARMLESS = {
     "eval.weights",
     "eval.lpips",
     "eval.batch_size",
+    "eval.reference",
+    "eval.steps",
 }
 
 CHECKSUMS = "checksums.json"

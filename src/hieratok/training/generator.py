@@ -1,0 +1,329 @@
+"""Training a generator of a tokenizer's latents, from a folder of them or from images (paper, section 4)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.utils import make_grid
+
+from hieratok import checkpoint
+from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
+from hieratok.data.latents import MANIFEST, LatentDataset
+from hieratok.evaluation.distribution import distances
+from hieratok.evaluation.features import load_network, tensors_sha256
+from hieratok.evaluation.images import batches, open_images
+from hieratok.evaluation.processes import merge_processes, process
+from hieratok.evaluation.statistics import FeatureSet, SetStatistics
+from hieratok.generation import diffusion, flow
+from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
+from hieratok.generation.flow import TimeSampling
+from hieratok.generation.sampling import SampleConfig, sample_latents
+from hieratok.pictures import to_pil
+from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.posterior import DiagonalGaussian
+from hieratok.training import parallel
+from hieratok.training.loop import DataConfig, Objective, TrainConfig, fit
+from hieratok.training.run_folder import RunFolder, plain
+
+PICTURE_IMAGES, PICTURE_COLUMNS, PICTURE_STEPS = 16, 8, 50
+
+
+@dataclass(frozen=True)
+class GeneratorEval:
+    """Evaluation during training, of the averaged model's samples; nothing of it changes the run.
+
+    The same noise and labels every time, without guidance, by ddim or euler.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    every: int = 0
+    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
+    num_images: int = 5_000
+    """Samples."""
+    reference: str | None = None
+    """Real images, or an .npz of their statistics, as of `hieratok evaluate samples`."""
+    features: str = "inception"
+    """Feature network of the Frechet distance, as of `hieratok evaluate`."""
+    weights: str | None = None
+    """File with the feature network's weights. None: torch's cache."""
+    steps: int = 50
+    """Of the sampler: few, as curves are compared with each other and not with tables."""
+    batch_size: int = 64
+    """Images at a time."""
+
+    def __post_init__(self):
+        if self.every < 0 or self.num_images < 2 or self.batch_size < 1 or not 1 <= self.steps <= diffusion.STEPS:
+            raise ValueError(
+                f"eval.every must not be negative, eval.num_images at least 2, eval.batch_size at least 1 and"
+                f" eval.steps from 1 to {diffusion.STEPS}, not {self.every}, {self.num_images}, {self.batch_size} and"
+                f" {self.steps}"
+            )
+
+
+@dataclass(frozen=True)
+class GeneratorRun:
+    """A generator's training run, whole. Defaults: the paper's DiT-XL on f16d16.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+
+    kind: Literal["generator"] = "generator"
+    """What is trained."""
+    name: str = "generator"
+    """Where it is written unless --out says otherwise: runs/NAME."""
+    tokenizer: str | None = None
+    """Whose latents: a run, a tokenizer's folder or a hub id. None: pictures and evaluation are left out, and --data
+    must be a folder of latents."""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """The generator."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(crop="center"))
+    """Latents: `path` is a folder of `hieratok latents`. Or images, which are then encoded anew at every step."""
+    time_sampling: TimeSampling = "uniform"
+    """Times that objective flow trains at: uniform, or more often in the middle (logit-normal)."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=400_000,
+            learning_rate=1e-4,
+            min_learning_rate=1e-4,  # constant, as DiT's
+            warmup_ratio=0.0,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+        )
+    )
+    """How."""
+    eval: GeneratorEval = field(default_factory=GeneratorEval)
+    """How it is judged meanwhile."""
+
+    def __post_init__(self):
+        if self.time_sampling != "uniform" and self.model.objective != "flow":
+            raise ValueError(f"time_sampling {self.time_sampling} is for model.objective flow")
+        if self.eval.every and self.tokenizer is None:
+            raise ValueError("eval.every judges decoded samples: say by which tokenizer, --tokenizer RUN")
+        if self.eval.every and self.eval.reference is None:
+            raise ValueError("eval.every compares samples with real images: set --eval.reference PATH")
+
+
+def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = False) -> DiT:
+    """Train a generator, or go on with the run in `out`; write `out/generator` at the end.
+
+    Args:
+        run: what to train, on what, and how.
+        out: the run's folder.
+        allow_changes: go on with a run in `out` that had other settings.
+
+    Returns:
+        The averaged (EMA) generator in evaluation mode; it knows its latents.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, latents, images or weights that do not fit or are missing.
+        TrainingError: losses stay non-finite, or every checkpoint to resume from is damaged.
+        Stopped: SIGTERM came; a checkpoint was saved.
+    """
+    folder = RunFolder(out, plain(run), allow_changes)
+    tokenizer = HieraTok.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
+    dataset, latents = open_latents(run, tokenizer)
+    torch.manual_seed(run.train.seed)
+    generator = DiT(run.model)
+    generator.latents = latents
+    evaluate = GeneratorEvaluation(run, tokenizer) if run.eval.every and tokenizer else None
+
+    trained: Any = fit(
+        GeneratorObjective(run, generator, tokenizer),
+        dataset,
+        run.train,
+        run.data.num_workers,
+        folder,
+        draw=(lambda ema: sample_sheet(ema, tokenizer)) if tokenizer else None,  # type: ignore[arg-type]
+        evaluate=evaluate,
+        evaluate_every=run.eval.every,
+    )
+    weights = parallel.whole_weights(trained)
+    if process()[0] == 0:
+        with checkpoint.atomic_folder(Path(out) / "generator") as finished:
+            trained.save_pretrained(finished, weights)
+    return trained
+
+
+def open_latents(run: GeneratorRun, tokenizer: HieraTok | None) -> tuple[Dataset, LatentSpace]:
+    """The training data, of latents or of images, and what is to be learned of it.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none, or it does not fit the tokenizer or the model.
+    """
+    path, data = run.data.path, run.data
+    if path is None:
+        raise ValueError("no latents: give --data DIR, a folder of `hieratok latents`, or images and --tokenizer RUN")
+    if (Path(path) / MANIFEST).is_file():
+        if data.crop != "center":
+            raise ValueError(f"{path} holds latents of centre crops: data.crop must be center, not {data.crop}")
+        dataset = LatentDataset(path, data.flip, run.train.seed)
+        manifest = dataset.manifest
+        assert manifest.mean is not None
+        assert manifest.std is not None
+        latents = LatentSpace(manifest.tokenizer["encoder_sha256"], manifest.mean, manifest.std)
+        if tokenizer and tensors_sha256(tokenizer.encoder) != latents.encoder_sha256:
+            raise ValueError(
+                f"{path} holds latents of another tokenizer, {manifest.tokenizer['source']}, and not of {run.tokenizer}"
+            )
+        check_model(run.model, path, manifest.shape, dataset.labels.tolist())
+        return dataset, latents
+    source = open_source(path)
+    if tokenizer is None:
+        raise ValueError(f"{path} holds images and no latents: say which tokenizer encodes them, --tokenizer RUN")
+    if not (tokenizer.latent_std.isfinite().all() and tokenizer.latent_mean.isfinite().all()):
+        raise ValueError(
+            f"the latent statistics of {run.tokenizer} were not measured:"
+            f" hieratok latents {run.tokenizer} --data {path} --stats-only"
+        )
+    mean, std = tuple(tokenizer.latent_mean.tolist()), tuple(tokenizer.latent_std.tolist())
+    shape = (tokenizer.config.latent_channels, *tokenizer.config.grid)
+    check_model(run.model, path, shape, [source.label(i) for i in range(len(source))])
+    size = tokenizer.config.image_size
+    images = ImageDataset(source, size, data.crop, data.flip, run.train.seed, data.on_bad_image, data.min_area)
+    return images, LatentSpace(tensors_sha256(tokenizer.encoder), mean, std)
+
+
+def check_model(model: DiTConfig, path: str, shape: tuple[int, ...], labels: Sequence[int]) -> None:
+    """Whether the model takes such latents and knows just their classes; images all without a class are one.
+
+    Raises:
+        ValueError: says what the model must be.
+    """
+    if min(labels) < 0 <= max(labels):
+        raise ValueError(f"{path}: some images have a class and others none; sub-folders are classes")
+    wanted = {"latent_channels": shape[0], "latent_size": shape[1], "num_classes": max(1, max(labels) + 1)}
+    flags = [f"--model.{name} {value}" for name, value in wanted.items() if getattr(model, name) != value]
+    if flags:
+        d, h, w = shape
+        raise ValueError(
+            f"{path} gives latents {d} x {h} x {w} of {wanted['num_classes']} classes, which the model is not made for:"
+            f" add {' '.join(flags)}"
+        )
+
+
+class GeneratorObjective(Objective):
+    """The DDPM or flow loss on normalised samples of z, which is taken before multi-scale down-sampling.
+
+    Args:
+        run: its objective and times.
+        generator: to be trained, with the latents it is to learn.
+        tokenizer: encodes, where the data are images.
+    """
+
+    def __init__(self, run: GeneratorRun, generator: DiT, tokenizer: HieraTok | None = None):
+        assert generator.latents is not None
+        self.run = run
+        self.space = generator.latents
+        self.tokenizer = tokenizer
+        super().__init__({"generator": generator}, {"generator": run.train})
+
+    def losses(
+        self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The generator's loss alone."""
+        z = self.latents(batch)
+        y = batch["label"].clamp(min=0)  # -1, no classes: all images are of one
+        if self.run.model.objective == "ddpm":
+            loss, terms = diffusion.loss(networks["generator"], z, y)
+        else:
+            loss, terms = flow.loss(networks["generator"], z, y, time_sampling=self.run.time_sampling)
+        yield loss, {"loss": loss.detach(), **terms}
+
+    @torch.no_grad()
+    def latents(self, batch: dict[str, Tensor]) -> Tensor:
+        """A batch of latents' moments, or of images -> normalised samples of z (B, d, h, w), in float32."""
+        if "image" not in batch:
+            return self.space.normalize(DiagonalGaussian(batch["mean"], batch["logvar"]).sample())
+        assert self.tokenizer is not None
+        images = to_float(batch["image"])
+        with torch.autocast(images.device.type, enabled=False):  # as `hieratok latents` encodes
+            return self.space.normalize(self.tokenizer.to(images.device).encode(images).sample())
+
+
+class GeneratorEvaluation:
+    """What `fit` calls every `eval.every` steps: the Frechet distance of samples from real images.
+
+    Args:
+        run: what to sample, how many, and the reference.
+        tokenizer: decodes.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown networks, or weights or references that are missing or do not fit.
+    """
+
+    def __init__(self, run: GeneratorRun, tokenizer: HieraTok):
+        config = run.eval
+        assert config.reference is not None
+        self.config = config
+        self.tokenizer = tokenizer
+        self.sampling = quick_sampling(run.model, config.num_images, config.steps, config.batch_size, labels="random")
+        self.network = load_network(config.features, config.weights, "cpu")
+        self.source, self.statistics = None, None
+        if config.reference.endswith(".npz"):
+            self.statistics = SetStatistics.load(config.reference, self.network)
+        else:
+            self.source = open_images(config.reference)
+
+    def __call__(self, generator: nn.Module) -> dict[str, float]:
+        """Numbers by name, over all processes; every process must call."""
+        assert isinstance(generator, DiT)
+        self.network.to(next(generator.parameters()).device)
+        rank, world = process()
+        samples = FeatureSet(self.network, keep=0 if self.network.class_weights is None else None)
+        # Every process samples equally often, as a divided model (FSDP2) needs; what is too much is thrown away.
+        rounds = math.ceil(self.config.num_images / world)
+        mine = [rank + world * i for i in range(rounds)]
+        for indices, images in decoded_samples(generator, self.tokenizer, self.sampling, mine):
+            kept = [i for i, index in enumerate(indices) if index < self.config.num_images]
+            if kept:
+                samples.update(images[kept], [str(indices[i]) for i in kept])
+        merge_processes(samples)
+        return distances(samples.compute(), self.reference(), self.network)
+
+    def reference(self) -> SetStatistics:
+        """Of the real images, measured when first asked for."""
+        if self.statistics is None:
+            assert self.source is not None
+            features = FeatureSet(self.network)
+            size, (rank, world) = self.tokenizer.config.image_size, process()
+            for names, images in batches(self.source, size, self.config.batch_size, None, rank, world):
+                features.update(images, names)
+            merge_processes(features)
+            self.statistics = features.compute()
+        return self.statistics
+
+
+def quick_sampling(
+    model: DiTConfig, num: int, steps: int, batch_size: int, labels: Literal["balanced", "random"]
+) -> SampleConfig:
+    """Few steps of a deterministic sampler, without guidance: always the same noise and labels."""
+    sampler = "ddim" if model.objective == "ddpm" else "euler"
+    return SampleConfig(sampler, steps, num=num, batch_size=batch_size, labels=labels)
+
+
+def decoded_samples(
+    generator: DiT, tokenizer: HieraTok, config: SampleConfig, indices: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Batches of samples' indices, and of the finest images, uint8 (B, 3, H, W) on the CPU."""
+    assert generator.latents is not None
+    tokenizer = tokenizer.to(next(generator.parameters()).device)
+    for batch in sample_latents(generator, config, indices):
+        with torch.inference_mode():
+            images = tokenizer.decode(generator.latents.denormalize(batch.latents))
+        yield batch.indices, to_uint8(images).cpu()
+
+
+def sample_sheet(generator: DiT, tokenizer: HieraTok) -> Image.Image:
+    """A few samples of the first classes, the same noise every time."""
+    config = quick_sampling(generator.config, PICTURE_IMAGES, PICTURE_STEPS, PICTURE_IMAGES, labels="balanced")
+    _, images = next(decoded_samples(generator, tokenizer, config))
+    return to_pil(make_grid(images, nrow=PICTURE_COLUMNS, pad_value=255))
