@@ -362,7 +362,7 @@ def pixels(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize("given", ["folder", "glob", "files"])
 def test_reconstruct_writes_every_scale(trained, photos, hieratok, given):
     images = {"folder": [photos], "glob": [photos / "[0-4].png"], "files": sorted(photos.iterdir())}[given]
-    status, printed, _ = hieratok("reconstruct", trained, *images, "--out", "out/here")
+    status, printed, _ = hieratok("reconstruct", trained, *images, "--crop", "--out", "out/here")
     assert status == 0
     assert printed == "15 pictures and out/here/contact-sheet.png\n"
     out = Path("out/here")

@@ -356,9 +356,9 @@ def test_bad_configs(changes, message):
         small_config(**changes)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 30, 32)])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 0, 32)])
 def test_bad_images(shape):
-    with pytest.raises(ValueError, match=r"encode takes|multiples of the patch size 4"):
+    with pytest.raises(ValueError, match="encode takes"):
         small_model().encode(torch.zeros(shape))
 
 

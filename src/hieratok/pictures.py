@@ -1,11 +1,14 @@
 """Pictures made of images: contact sheets of pyramids. Used by training, `reconstruct` and the report."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 MARGIN = 4
+MAX_CELL = 256
 BACKGROUND = (255, 255, 255)
 INK = (60, 60, 60)
 
@@ -16,7 +19,7 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def pyramid_sheet(originals: Tensor, pyramid: list[Tensor]) -> Image.Image:
+def pyramid_sheet(originals: Tensor, pyramid: Sequence[Tensor]) -> Image.Image:
     """A row per image: every scale's reconstruction, coarse to fine and enlarged to one size, then the original.
 
     Args:
@@ -26,31 +29,37 @@ def pyramid_sheet(originals: Tensor, pyramid: list[Tensor]) -> Image.Image:
     return picture_table({**{f"{p.shape[-1]} px": p for p in pyramid}, "original": originals})
 
 
-def picture_table(columns: dict[str, Tensor]) -> Image.Image:
-    """A row per image, a titled column per kind, all enlarged to the size of the largest.
+def picture_table(columns: Mapping[str, Tensor | Sequence[Tensor]]) -> Image.Image:
+    """A row per image, a titled column per kind, all in cells of one size: that of the largest, 256 px at most.
 
     Args:
-        columns: uint8 (B, 3, H_k, W_k) by title.
+        columns: uint8 (3, H, W) each, by title.
     """
-    side, width = max((p.shape[-2], p.shape[-1]) for p in columns.values())
-    num_rows = len(next(iter(columns.values())))
+    pictures = [list(images) for images in columns.values()]
+    height, width = (min(MAX_CELL, max(image.shape[dim] for row in pictures for image in row)) for dim in (-2, -1))
     header = 16
     sheet = Image.new(
         "RGB",
-        (len(columns) * (width + MARGIN) + MARGIN, header + num_rows * (side + MARGIN) + MARGIN),
+        (len(columns) * (width + MARGIN) + MARGIN, header + len(pictures[0]) * (height + MARGIN) + MARGIN),
         BACKGROUND,
     )
     draw = ImageDraw.Draw(sheet)
-    for column, (title, images) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(zip(columns, pictures, strict=True)):
         x = MARGIN + column * (width + MARGIN)
         draw.text((x, 3), title, fill=INK)
         for row, image in enumerate(images):
-            picture = to_pil(fit(image, side))
-            sheet.paste(picture, (x, header + row * (side + MARGIN)))
+            picture = to_pil(fit(image, height, width))
+            left, top = (width - picture.width) // 2, (height - picture.height) // 2
+            sheet.paste(picture, (x + left, header + row * (height + MARGIN) + top))
     return sheet
 
 
-def fit(image: Tensor, side: int) -> Tensor:
-    """uint8 (3, h, w) -> uint8 (3, side, ...), by repeating pixels: a coarse scale is shown as coarse as it is."""
+def fit(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (3, h, w) -> uint8, as large as goes into height x width with its proportions kept: enlarged by repeating
+    pixels, so that a coarse scale is shown as coarse as it is, or reduced by area."""
     h, w = image.shape[-2:]
-    return F.interpolate(image[None], (side, side * w // h), mode="nearest")[0]
+    factor = min(height / h, width / w)
+    size = (max(1, round(h * factor)), max(1, round(w * factor)))
+    if factor >= 1:
+        return F.interpolate(image[None], size, mode="nearest")[0]
+    return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)

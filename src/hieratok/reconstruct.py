@@ -15,8 +15,9 @@ from hieratok import checkpoint
 from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.evaluate import EvaluateReconstruction, evaluate_reconstruction
 from hieratok.evaluation.processes import process, process_group
-from hieratok.pictures import pyramid_sheet, to_pil
+from hieratok.pictures import MAX_CELL, fit, picture_table, to_pil
 from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.tiling import reconstruct_tiled
 from hieratok.training.tokenizer import reconstruct_pyramid
 
 SHEET_ROWS = 50  # a contact sheet of more would be too tall to look at
@@ -24,15 +25,20 @@ SHEET_ROWS = 50  # a contact sheet of more would be too tall to look at
 
 @torch.inference_mode()
 def reconstruct(
-    tokenizer: HieraTok, images: list[str], out: str | Path, device: str | torch.device = "cpu"
+    tokenizer: HieraTok,
+    images: list[str],
+    out: str | Path,
+    device: str | torch.device = "cpu",
+    crop: bool = False,
 ) -> list[Path]:
     """Write `NAME-16px.png`, ... (every scale, from the posterior mean) for each image, and `contact-sheet.png`.
 
     Args:
         tokenizer: on any device.
-        images: files, folders, globs or shards; each image is ADM-cropped to the tokenizer's size.
+        images: files, folders, globs or shards, of any size.
         out: made if need be.
         device: where to compute.
+        crop: cut each image to the tokenizer's size first, as evaluation does (ADM's crop).
 
     Returns:
         The files written, the contact sheet last (its first 50 images).
@@ -45,18 +51,40 @@ def reconstruct(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer.to(device).eval()
-    written, rows, pyramids = [], [], []
+    side = tokenizer.config.image_size
+    finest, patch = tokenizer.config.scales[-1], tokenizer.config.patch_size
+    titles = [f"{patch * s} px" if s < finest else "finest" for s in tokenizer.config.scales]
+    columns: dict[str, list[Tensor]] = {title: [] for title in [*titles, "original"]}
+    written = []
     for i, stem in enumerate(tqdm(stems, unit=" images", desc="reconstruct")):
-        image = center_crop(source.image(i), tokenizer.config.image_size)
-        pyramid = [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
-        for scale in pyramid:
-            written.append(save_png(to_pil(scale), out / f"{stem}-{scale.shape[-1]}px.png"))
-        if len(rows) < SHEET_ROWS:
-            rows.append(image)
-            pyramids.append(pyramid)
-    columns = [torch.stack(column) for column in zip(*pyramids)]
-    written.append(save_png(pyramid_sheet(torch.stack(rows), columns), out / "contact-sheet.png"))
+        image = center_crop(source.image(i), side) if crop else source.image(i)
+        pyramid = reconstruct_any(tokenizer, image)
+        for s, scale in zip(tokenizer.config.scales, pyramid, strict=True):
+            written.append(save_png(to_pil(scale), out / f"{stem}-{patch * s}px.png"))
+        if i < SHEET_ROWS:
+            for column, picture in zip(columns.values(), [*pyramid, image]):
+                column.append(fit(picture, min(MAX_CELL, picture.shape[-2]), min(MAX_CELL, picture.shape[-1])))
+    written.append(save_png(picture_table(columns), out / "contact-sheet.png"))
     return written
+
+
+def reconstruct_any(tokenizer: HieraTok, image: Tensor) -> list[Tensor]:
+    """Every scale's reconstruction of an image of any size: whole up to the training size, else in tiles.
+
+    Args:
+        tokenizer: positions are interpolated for sizes below that of its training.
+        image: uint8 (3, H, W).
+
+    Returns:
+        uint8 (3, H_k, W_k), coarse to fine; the finest has the image's size.
+    """
+    config = tokenizer.config
+    if max(image.shape[-2:]) <= config.image_size:
+        return [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
+    with tqdm(unit=" tiles", desc="tiles", leave=False, disable=image[0].numel() < 10 * config.image_size**2) as bar:
+        return reconstruct_tiled(
+            lambda tiles: reconstruct_pyramid(tokenizer, tiles), image, config, progress=bar.update
+        )
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok import checkpoint
@@ -141,35 +142,57 @@ class HieraTok(nn.Module):
         """The latent's distribution.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1]; H and W multiples of the patch size.
+            images: (B, 3, H, W) in [-1, 1], of any size. Sides that are no multiples of the patch size are padded on
+                the right and at the bottom by repeating the last column and row; positions are interpolated. [ours]
 
         Returns:
-            Mean and log-variance over (B, d, H/f, W/f); `.mode()` or `.sample()` gives z.
+            Mean and log-variance over (B, d, ceil(H/f), ceil(W/f)); `.mode()` or `.sample()` gives z, `.image_size` is
+            (H, W).
 
         Raises:
-            ValueError: another shape, or sides that are no multiples of the patch size.
+            ValueError: another shape.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise ValueError(f"encode takes images of shape (B, 3, H, W), not {tuple(images.shape)}")
-        f = self.config.patch_size
-        if images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"image sides {tuple(images.shape[2:])} must be multiples of the patch size {f}")
-        return DiagonalGaussian(*self.encoder(images))
+        f, (H, W) = self.config.patch_size, images.shape[2:]
+        if H % f or W % f:
+            images = F.pad(images, (0, -W % f, 0, -H % f), mode="replicate")
+        return DiagonalGaussian(*self.encoder(images), image_size=(H, W))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z (B, d, h, w) -> the finest image (B, 3, f h, f w), about [-1, 1] (not clamped)."""
-        return self.decode_pyramid(z)[-1]
+    def decode(self, z: Tensor, scale: int = -1, image_size: tuple[int, int] | None = None) -> Tensor:
+        """z (B, d, h, w) -> one scale's image, the finest (B, 3, f h, f w) unless said otherwise, about [-1, 1] (not
+        clamped).
 
-    def decode_pyramid(self, z: Tensor) -> list[Tensor]:
+        Args:
+            z: latents.
+            scale: k, counted from 0, coarse to fine; -1 is the finest. In causal and independent mode finer scales are
+                not computed.
+            image_size: (H, W) of what was encoded: the padding is cut off.
+
+        Raises:
+            ValueError: z has another shape, or there is no such scale.
+        """
+        scales = self.scales_of(z)
+        if not -len(scales) <= scale < len(scales):
+            raise ValueError(f"this tokenizer has scales 0 to {len(scales) - 1}, not {scale}")
+        k = scale % len(scales)
+        last = len(scales) - 1 if self.config.attention == "full" else k
+        image = self.decoder(self.downsample(z, scales), scales, last)[k]
+        return self._crop(image, scales.grids[-1], image_size)
+
+    def decode_pyramid(self, z: Tensor, image_size: tuple[int, int] | None = None) -> list[Tensor]:
         """z (B, d, h, w) -> an image per scale, (B, 3, f h_k, f w_k), coarse to fine, about [-1, 1] (not clamped).
+
+        With `image_size`, (H, W) of what was encoded, the padding is cut off, in proportion at coarse scales.
 
         Raises:
             ValueError: z has another number of dimensions or channels.
         """
         scales = self.scales_of(z)
-        return self.decoder(self.downsample(z, scales), scales)
+        pyramid = self.decoder(self.downsample(z, scales), scales)
+        return [self._crop(image, scales.grids[-1], image_size) for image in pyramid]
 
-    def decode_progressive(self, z: Tensor) -> Iterator[Tensor]:
+    def decode_progressive(self, z: Tensor, image_size: tuple[int, int] | None = None) -> Iterator[Tensor]:
         """The images of `decode_pyramid`, each yielded as soon as it is known.
 
         In causal mode scale k's pixels depend on scales <= k alone, so a preview costs only its own prefix; keys and
@@ -177,9 +200,20 @@ class HieraTok(nn.Module):
         """
         scales = self.scales_of(z)
         if self.config.attention == "full":
-            yield from self.decode_pyramid(z)
+            yield from self.decode_pyramid(z, image_size)
         else:
-            yield from self.decoder.progressive(self.downsample(z, scales), scales)
+            for image in self.decoder.progressive(self.downsample(z, scales), scales):
+                yield self._crop(image, scales.grids[-1], image_size)
+
+    def _crop(self, image: Tensor, grid: tuple[int, int], image_size: tuple[int, int] | None) -> Tensor:
+        """Cut a scale's image to the part that stands for an original of `image_size`, padded to `grid` patches."""
+        if image_size is None:
+            return image
+        f = self.config.patch_size
+        (h, w), (H, W) = grid, image_size
+        if not (0 < H <= f * h and 0 < W <= f * w):
+            raise ValueError(f"image_size {image_size} does not fit latents of {h} x {w} patches of {f} px")
+        return image[..., : math.ceil(image.shape[-2] * H / (f * h)), : math.ceil(image.shape[-1] * W / (f * w))]
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian, Tensor]:
         """Training's pass: images (B, 3, H, W) -> pyramid of reconstructions of a sampled z, its posterior, and z."""

@@ -10,9 +10,11 @@ class DiagonalGaussian:
     Args:
         mean: (B, d, h, w).
         logvar: (B, d, h, w), logarithm of the variance; clamped to [-30, 20], as in latent diffusion.
+        image_size: (H, W) of the images before they were padded to whole patches: `decode` cuts back to it.
     """
 
-    def __init__(self, mean: Tensor, logvar: Tensor):
+    def __init__(self, mean: Tensor, logvar: Tensor, image_size: tuple[int, int] | None = None):
+        self.image_size = image_size
         at_least_float32 = torch.promote_types(mean.dtype, torch.float32)  # under bf16 autocast too
         self.mean = mean.to(at_least_float32)
         self.logvar = logvar.to(at_least_float32).clamp(-30.0, 20.0)

@@ -88,9 +88,14 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, 3 * patch_size**2)
 
-    def forward(self, token_maps: list[Tensor], scales: Scales) -> list[Tensor]:
-        """Token maps (B, C, h_k, w_k), coarse to fine -> images (B, 3, f h_k, f w_k), coarse to fine."""
-        x = torch.cat(self.embed(token_maps, scales), dim=1)  # (B, N, C), eq. 5
+    def forward(self, token_maps: list[Tensor], scales: Scales, last: int = -1) -> list[Tensor]:
+        """Token maps (B, C, h_k, w_k), coarse to fine -> images (B, 3, f h_k, f w_k), coarse to fine.
+
+        Scales finer than `last` are left out, which changes the others in full attention alone.
+        """
+        last %= len(scales)
+        x = torch.cat(self.embed(token_maps, scales)[: last + 1], dim=1)  # (B, N, C), eq. 5
+        scales = scales.prefix(last)
         attend = scale_attention(scales, self.attention, x.device)
         x = self.blocks(x, attend)
         patches = self.head(self.norm(x))  # (B, N, 3 f^2)

@@ -351,5 +351,5 @@ def reconstruction_sheet(tokenizer: HieraTok, images: Tensor) -> Image.Image:
 @torch.no_grad()
 def reconstruct_pyramid(tokenizer: HieraTok, images: Tensor) -> list[Tensor]:
     """uint8 (B, 3, H, W) -> every scale's reconstruction from the posterior mean, uint8 (B, 3, H_k, W_k)."""
-    z = tokenizer.encode(to_float(images.to(tokenizer.latent_mean.device))).mode()
-    return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(z)]
+    posterior = tokenizer.encode(to_float(images.to(tokenizer.latent_mean.device)))
+    return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(posterior.mode(), posterior.image_size)]
