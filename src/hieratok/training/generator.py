@@ -241,12 +241,15 @@ class GeneratorObjective(Objective):
     @torch.no_grad()
     def latents(self, batch: dict[str, Tensor]) -> Tensor:
         """A batch of latents' moments, or of images -> normalised samples of z (B, d, h, w), in float32."""
-        if "image" not in batch:
-            return self.space.normalize(DiagonalGaussian(batch["mean"], batch["logvar"]).sample())
-        assert self.tokenizer is not None
-        images = to_float(batch["image"])
-        with torch.autocast(images.device.type, enabled=False):  # as `hieratok latents` encodes
-            return self.space.normalize(self.tokenizer.to(images.device).encode(images).sample())
+        if "image" in batch:
+            assert self.tokenizer is not None
+            images = to_float(batch["image"])
+            with torch.autocast(images.device.type, enabled=False):  # as `hieratok latents` encodes
+                posterior = self.tokenizer.to(images.device).encode(images)
+            mean, logvar = posterior.mean.contiguous(), posterior.logvar  # noise is drawn in the order of memory
+        else:
+            mean, logvar = batch["mean"], batch["logvar"]
+        return self.space.normalize(DiagonalGaussian(mean, logvar).sample())
 
 
 class GeneratorEvaluation:
