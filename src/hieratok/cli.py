@@ -168,6 +168,23 @@ def latents(argv: list[str]) -> None:
     write_latents(load_options(WriteLatents, ["run"], "hieratok latents", argv))
 
 
+def study(argv: list[str]) -> None:
+    """Run a table or figure of the paper at a size that fits, beside the paper's numbers; the same command goes on."""
+    from hieratok.settings import load_options
+    from hieratok.study import RunStudy, run_study
+
+    run_study(load_options(RunStudy, ["study"], "hieratok study", argv))
+
+
+def sample(argv: list[str]) -> None:
+    """Draw images from a generator, at one scale or at all; the same command again draws what is missing."""
+    from hieratok.sample import Sample
+    from hieratok.sample import sample as run
+    from hieratok.settings import load_options
+
+    run(load_options(Sample, ["run"], "hieratok sample", argv))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart,
     "recipes": recipes,
@@ -177,6 +194,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "analyze": analyze,
     "latents": latents,
+    "sample": sample,
+    "study": study,
 }
 
 
@@ -216,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         COMMANDS[name](rest)
     except KeyboardInterrupt:
-        resumes = name in ("train", "quickstart")
+        resumes = name in ("train", "quickstart", "study")
         return fail("interrupted" + ": the same command goes on from the last checkpoint" * resumes, 130)
     except Stopped as error:
         return fail(str(error), 143)  # as a process ended by SIGTERM, so that no script takes the run for finished
