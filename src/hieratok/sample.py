@@ -1,0 +1,227 @@
+"""`hieratok sample`: images from a generator, decoded at one scale or at every one (paper, appendix D).
+
+Image i depends on the seed, i and the settings alone, so processes share the images, and the same command draws those
+that are missing. Several processes: `torchrun --nproc-per-node 8 -m -- hieratok sample ...` (without the `--`
+torchrun may take `--num` for an option of its own).
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from hieratok import checkpoint
+from hieratok.data.images import to_uint8
+from hieratok.data.pixels import decode_image
+from hieratok.evaluation.features import tensors_sha256
+from hieratok.evaluation.processes import process, process_group, wait
+from hieratok.generation.dit import DiT
+from hieratok.generation.sampling import SampleConfig, check_fits, class_labels, sample_latents
+from hieratok.pictures import to_pil
+from hieratok.reconstruct import best_device, save_png
+from hieratok.tokenizer.model import HieraTok
+
+METADATA = "metadata.json"
+SHEET_IMAGES, SHEET_COLUMNS = 64, 8
+SHEET_ROWS = 16  # of a sheet with every scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SampleConfig):
+    """Draw images from a generator; the same command again draws what is missing.
+
+    Example: hieratok sample runs/dit-b --tokenizer runs/f16d16-multi --out samples --num 64 --cfg 4.2 --scales all
+    """
+
+    run: str
+    """The generator: a run's folder, a generator's folder or a hub id."""
+    tokenizer: str
+    """The tokenizer whose latents it learned: the same."""
+    out: str
+    """Folder to write to: 256px/000000.png and so on, samples.npz for ADM's evaluation suite, contact-sheet.png."""
+    scales: Literal["finest", "all"] = "finest"
+    """Decode the finest scale, or every one, each into a folder of its own: 16px, 32px, ..."""
+    preview: bool = False
+    """Every scale, and of each batch the coarse ones on the disk before the finest is computed."""
+    device: str | None = None
+    """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
+
+
+def sample(options: Sample) -> None:
+    """The command `hieratok sample`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such models, ones that do not fit each other or the settings, or images of
+            other settings in `out`.
+    """
+    with process_group():
+        device = options.device or best_device()
+        generator = DiT.from_pretrained(options.run, device=device)
+        tokenizer = HieraTok.from_pretrained(options.tokenizer, device=device)
+        check_models(generator, tokenizer, options)
+        out = Path(options.out)
+        sides = written_sides(tokenizer, options)
+        missing = start(out, options, sides)
+        draw(generator, tokenizer, options, sides, missing)
+        wait()
+        if process()[0] == 0:
+            labels = class_labels(options.labels, range(options.num), generator.config.num_classes, options.seed)
+            write_npz(out / "samples.npz", out, sides[-1], labels)
+            save_png(contact_sheet(out, sides, options.num), out / "contact-sheet.png")
+            print(f"{options.num:,} images: {out / folder_name(sides[-1])}\npictures: {out / 'contact-sheet.png'}")
+            print(f"next:     hieratok evaluate samples {out / 'samples.npz'} --reference PATH")
+        wait()
+
+
+def check_models(generator: DiT, tokenizer: HieraTok, options: Sample) -> None:
+    """Whether the generator's latents are the tokenizer's, and can be drawn as asked.
+
+    Raises:
+        ValueError: says in one line why not.
+    """
+    shape = (tokenizer.config.latent_channels, *tokenizer.config.grid)
+    if generator.config.latent_shape != shape:
+        made, taken = (" x ".join(map(str, s)) for s in (generator.config.latent_shape, shape))
+        raise ValueError(f"{options.run} makes latents {made}, but {options.tokenizer} takes {taken}")
+    if generator.latents is None:
+        raise ValueError(f"{options.run} does not say whose latents it makes: its config.json has no `latents`")
+    if generator.latents.encoder_sha256 != tensors_sha256(tokenizer.encoder):
+        raise ValueError(f"{options.run} was trained on latents of another tokenizer than {options.tokenizer}")
+    check_fits(options, generator.config)
+
+
+def written_sides(tokenizer: HieraTok, options: Sample) -> list[int]:
+    """The sides in pixels of the scales that are written, coarse to fine."""
+    sides = [tokenizer.config.patch_size * s for s in tokenizer.config.scales]
+    return sides if options.preview or options.scales == "all" else sides[-1:]
+
+
+def folder_name(side: int) -> str:
+    """Of a scale's images."""
+    return f"{side}px"
+
+
+def image_path(out: Path, side: int, index: int) -> Path:
+    """Of one image at one scale."""
+    return out / folder_name(side) / f"{index:06d}.png"
+
+
+def start(out: Path, options: Sample, sides: list[int]) -> list[int]:
+    """Begin a folder, or go on with it, and say which images are missing; every process must call.
+
+    Raises:
+        ValueError: it holds images of other settings, which are named. More images than before are welcome.
+    """
+    now = describe(options, sides)
+    if (out / METADATA).is_file():
+        before = read_settings(out)
+        differing = [
+            f"{name} {before.get(name)!r} -> {value!r}"
+            for name, value in now["settings"].items()
+            if before.get(name) != value and not (name == "num" and before.get(name, 0) < value)
+        ]
+        if differing:
+            raise ValueError(f"{out} holds images of other settings ({', '.join(differing)}): choose another --out")
+    paths = {i: [image_path(out, side, i) for side in sides] for i in range(options.num)}
+    missing = [i for i, files in paths.items() if not all(file.is_file() for file in files)]
+    wait()  # until all processes have looked
+    if process()[0] == 0:
+        for side in sides:
+            (out / folder_name(side)).mkdir(parents=True, exist_ok=True)
+        for leftover in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
+            leftover.unlink()
+        with checkpoint.atomic_file(out / METADATA) as temporary:
+            temporary.write_text(json.dumps(now, indent=2) + "\n")
+    wait()
+    return missing
+
+
+def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
+    """`metadata.json`: under `settings` all that the images depend on, and beside it how they came about."""
+    values = dataclasses.asdict(options)
+    sampling = {f.name: values[f.name] for f in dataclasses.fields(SampleConfig) if f.name != "batch_size"}
+    hashes = {
+        name: checkpoint.file_sha256(checkpoint.find(source, inside=name) / checkpoint.WEIGHTS)
+        for name, source in (("generator", options.run), ("tokenizer", options.tokenizer))
+    }
+    settings = {**sampling, "sides": sides, **{f"{name}_sha256": sha256 for name, sha256 in hashes.items()}}
+    others = {"run": options.run, "tokenizer": options.tokenizer, "batch_size": options.batch_size}
+    versions = {f"{name}_version": importlib.metadata.version(name) for name in ("hieratok", "torch")}
+    return json.loads(json.dumps({"settings": settings, **others, **versions}))  # lists for tuples, as in the file
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """What `out` was drawn with."""
+    try:
+        return dict(json.loads((out / METADATA).read_text())["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out / METADATA} is damaged: choose another --out") from error
+
+
+@torch.inference_mode()
+def draw(generator: DiT, tokenizer: HieraTok, options: Sample, sides: list[int], missing: list[int]) -> None:
+    """Write this process's share of the missing images."""
+    assert generator.latents is not None
+    rank, world = process()
+    mine = missing[rank::world]
+    with tqdm(total=len(mine), unit=" images", desc="sample", disable=rank > 0) as bar:
+        for batch in sample_latents(generator, options, mine):
+            z = generator.latents.denormalize(batch.latents)
+            for side, images in zip(sides, decoded(tokenizer, z, options)):
+                for index, image in zip(batch.indices, to_uint8(images).cpu()):
+                    save_png(to_pil(image), image_path(Path(options.out), side, index))
+            bar.update(len(batch.indices))
+
+
+def decoded(tokenizer: HieraTok, z: Tensor, options: Sample) -> Iterator[Tensor]:
+    """z (B, d, h, w) -> images (B, 3, H_k, W_k) of the scales that are written, coarse to fine."""
+    if options.preview:
+        yield from tokenizer.decode_progressive(z)
+    elif options.scales == "all":
+        yield from tokenizer.decode_pyramid(z)
+    else:
+        yield tokenizer.decode(z)
+
+
+def read_image(out: Path, side: int, index: int) -> Tensor:
+    """uint8 (3, H, W)."""
+    path = image_path(out, side, index)
+    return decode_image(path.read_bytes(), str(path))
+
+
+def write_npz(path: Path, out: Path, side: int, labels: Tensor) -> None:
+    """The layout of ADM's evaluation suite: `arr_0` uint8 (N, H, W, 3), `arr_1` int64 (N,) classes.
+
+    Written image by image: 50,000 of 256 px are 10 GB.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
+    with checkpoint.atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+            for index in range(len(labels)):
+                file.write(read_image(out, side, index).permute(1, 2, 0).contiguous().numpy().tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
+
+
+def contact_sheet(out: Path, sides: list[int], num: int) -> Image.Image:
+    """The first images side by side; with several scales a row an image, coarse to fine, enlarged to one size."""
+    if len(sides) == 1:
+        images = [read_image(out, sides[0], i) for i in range(min(num, SHEET_IMAGES))]
+        return to_pil(make_grid(images, nrow=SHEET_COLUMNS, pad_value=255))
+    rows = range(min(num, SHEET_ROWS))
+    images = [read_image(out, side, i)[None] for i in rows for side in sides]
+    images = [F.interpolate(image, (sides[-1], sides[-1]), mode="nearest") for image in images]
+    return to_pil(make_grid(torch.cat(images), nrow=len(sides), pad_value=255))
