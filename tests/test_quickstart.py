@@ -60,7 +60,7 @@ def run(photos) -> TokenizerRun:
 def finished(run, tmp_path_factory) -> Path:
     """The folder of a finished quickstart."""
     out = tmp_path_factory.mktemp("runs") / "first look"
-    quickstart(out, run)
+    quickstart(out, run, generator_steps=4)
     return out
 
 
@@ -103,6 +103,7 @@ def test_metrics_are_what_numpy_finds(finished, photos):
     assert metrics["seconds"] > 0
     assert metrics["images_per_second"] == pytest.approx(STEPS * BATCH / metrics["seconds"])
     assert metrics["settings"]["model"]["scales"] == [1, 2, 4]
+    assert metrics["generator"]["images_seen"] == 4 * metrics["generator"]["settings"]["train"]["batch_size"]
 
 
 def test_the_page_shows_everything_and_needs_nothing(finished):
@@ -120,7 +121,8 @@ def test_the_page_shows_everything_and_needs_nothing(finished):
         assert f"{number:.2f}" in reader.cells
     # of each photo: three scales, the original, the patch means (one pixel each); then the viewer's empty picture
     sizes = [(a["width"], a["height"]) for a in reader.tags("img") if a.get("src")]
-    assert sizes == [("8", "8"), ("16", "16"), ("32", "32"), ("32", "32"), ("4", "4")] * 2
+    samples = [("8", "8"), ("16", "16"), ("32", "32")] * 6
+    assert sizes == [("8", "8"), ("16", "16"), ("32", "32"), ("32", "32"), ("4", "4")] * 2 + samples
     assert len(reader.tags("svg")) == 2
 
 
@@ -129,7 +131,7 @@ def test_a_finished_run_is_not_trained_again(finished, run, capsys):
     before, log = weights.read_bytes(), (finished / "log.jsonl").read_text()
     metrics = json.loads((finished / "metrics.json").read_text())
     (finished / "index.html").unlink()
-    assert quickstart(finished, run) == metrics
+    assert quickstart(finished, run, generator_steps=4) == metrics
     assert weights.read_bytes() == before
     assert (finished / "log.jsonl").read_text() == log
     assert (finished / "index.html").is_file()

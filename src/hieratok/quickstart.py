@@ -1,4 +1,5 @@
-"""The first look: train a small tokenizer on the bundled photos, reconstruct crops it never saw, write a page of it."""
+"""The first look: train a small tokenizer on the bundled photos, reconstruct crops it never saw, train a small
+generator on its latents, sample it at every scale, write a page of it."""
 
 import json
 import math
@@ -13,25 +14,35 @@ from torch import Tensor
 
 from hieratok import recipes, report
 from hieratok.checkpoint import atomic_file
-from hieratok.data.images import Source, center_crop, open_source
+from hieratok.data.images import Source, center_crop, open_source, to_uint8
+from hieratok.generation.dit import DiT
+from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.pictures import to_pil
+from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.scales import area_pool
+from hieratok.training.generator import GeneratorRun, train_generator
 from hieratok.training.run_folder import LOG, plain, read_lines
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
 PROTOCOL = (
     "10 log10(255^2 / mean squared error) on uint8, one mean over all held-out centre crops; from the posterior mean"
 )
+SAMPLING = SampleConfig("euler", steps=50, num=6, batch_size=6, labels="balanced")
 
 
-def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = None) -> dict[str, Any]:
-    """Train, reconstruct held-out crops at every scale, write `out/index.html` and `out/metrics.json`.
+def quickstart(
+    out: Path = Path("runs/quickstart"), run: TokenizerRun | None = None, generator_steps: int = 600
+) -> dict[str, Any]:
+    """Train both models, reconstruct held-out crops and draw samples at every scale, write `out/index.html` and
+    `out/metrics.json`.
 
-    A finished run in `out` is not trained again, an unfinished one goes on.
+    Finished runs in `out` are not trained again, unfinished ones go on.
 
     Args:
-        out: the run's folder.
-        run: what to train; the recipe `tiny-multi` unless given. Its `data.val_path` says which images are held out.
+        out: the tokenizer's run; the generator's is `out/dit`.
+        run: the tokenizer to train; the recipe `tiny-multi` unless given. Its `data.val_path` says which images are
+            held out.
+        generator_steps: how long to train the generator.
 
     Returns:
         What is in `metrics.json`.
@@ -47,6 +58,12 @@ def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = N
     print(f"Training {run.name} for {run.train.steps:,} steps of {run.train.batch_size} images on {hardware()}")
     tokenizer = train_tokenizer(run, out)
 
+    generator_run = generator_of(run, out, generator_steps)
+    print(
+        f"Training a generator of its latents for {generator_steps:,} steps of {generator_run.train.batch_size} images"
+    )
+    generator = train_generator(generator_run, out / "dit")
+
     originals = torch.stack([center_crop(held_out.image(i), run.model.image_size) for i in range(len(held_out))])
     pyramid = reconstruct_pyramid(tokenizer, originals)
     log = read_lines(out / LOG)
@@ -58,16 +75,54 @@ def quickstart(out: Path = Path("runs/quickstart"), run: TokenizerRun | None = N
         "torch": torch.__version__,
         "protocol": PROTOCOL,
         "settings": plain(run),
+        "generator": {
+            **speed(read_lines(out / "dit" / LOG)),
+            "parameters": sum(p.numel() for p in generator.parameters()),
+            "settings": plain(generator_run),
+        },
     }
     with atomic_file(out / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
-    report.write_page(out / "index.html", make_page(out, run, metrics, log, held_out, originals, pyramid))
+    samples = sample_pyramid(generator, tokenizer)
+    report.write_page(out / "index.html", make_page(out, run, metrics, log, held_out, originals, pyramid, samples))
     print(
         f"PSNR of {len(originals)} held-out crops: {metrics['psnr']:.2f} dB;"
         f" of their patch-mean images: {metrics['psnr_patch_mean']:.2f} dB"
     )
     print(f"Pictures, curves and what to do next: {out / 'index.html'}")
     return metrics
+
+
+def generator_of(run: TokenizerRun, out: Path, steps: int) -> GeneratorRun:
+    """A small DiT on the latents of the images that the tokenizer learned from, all of one class."""
+    tiny = recipes.get("dit-tiny")
+    assert isinstance(tiny, GeneratorRun)
+    channels, side = run.model.latent_channels, run.model.scales[-1]
+    return replace(
+        tiny,
+        name="dit",
+        tokenizer=str(out),
+        model=replace(tiny.model, latent_channels=channels, latent_size=side, num_classes=1),
+        data=run.data,
+        train=replace(
+            tiny.train,
+            steps=steps,
+            batch_size=32,
+            learning_rate=1e-3,
+            min_learning_rate=1e-3,
+            ema_decay=0.99,
+            save_every=100,
+            picture_every=0,
+        ),
+    )
+
+
+@torch.inference_mode()
+def sample_pyramid(generator: DiT, tokenizer: HieraTok) -> list[Tensor]:
+    """A few samples at every scale, coarse to fine: uint8 (B, 3, H_k, W_k). Always the same ones."""
+    assert generator.latents is not None
+    (batch,) = sample_latents(generator, SAMPLING)
+    return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(generator.latents.denormalize(batch.latents))]
 
 
 def shrink(images: Tensor, height: int, width: int) -> Tensor:
@@ -139,6 +194,7 @@ def make_page(
     held_out: Source,
     originals: Tensor,
     pyramid: list[Tensor],
+    samples: list[Tensor],
 ) -> report.Html:
     """`index.html`."""
     sizes = [x.shape[-1] for x in pyramid]
@@ -162,6 +218,7 @@ def make_page(
             report.key_figures(key),
             report.section("Reconstructions", pictures(run, held_out, originals, pyramid)),
             report.section("Fidelity", psnr_table(run, metrics)),
+            report.section("Samples", sample_pictures(samples, metrics)),
             report.section("Training", report.columns(*loss_curves(log, sizes)), settings_table(run, metrics)),
             report.section("Where to go from here", *next_steps(out)),
         ],
@@ -187,6 +244,20 @@ def pictures(run: TokenizerRun, held_out: Source, originals: Tensor, pyramid: li
         f"Held-out crops of {run.data.val_path}{origin}, decoded at every scale from the posterior mean, beside the"
         f" original and the patch-mean image (each {f} x {f} patch replaced by its mean colour). Below each name: PSNR"
         f" of the {pyramid[-1].shape[-1]} px picture. Select a picture to enlarge it; arrow keys go on to the next.",
+    )
+
+
+def sample_pictures(samples: list[Tensor], metrics: dict[str, Any]) -> report.Html:
+    """The generator's samples, each at every scale."""
+    generator = metrics["generator"]
+    rows = [report.Row(f"sample {i}", [to_pil(scale[i]) for scale in samples]) for i in range(len(samples[0]))]
+    return report.picture_grid(
+        [f"{scale.shape[-1]} px" for scale in samples],
+        rows,
+        f"One latent map each, drawn by a DiT of {generator['parameters'] / 1e6:.2f}M parameters"
+        f" ({SAMPLING.sampler}, {SAMPLING.steps} steps, no guidance) and decoded at every scale. It was trained for"
+        f" {generator['seconds'] / 60:.1f} minutes on {generator['images_seen']:,} crops: enough to see the way, not"
+        f" for good pictures.",
     )
 
 
@@ -251,6 +322,8 @@ def next_steps(out: Path) -> list[report.Html]:
 hieratok reconstruct {folder} PHOTO.jpg --out DIR
 # train on a folder of photos
 hieratok train tiny-multi --data PHOTOS --out runs/photos
+# samples of the generator at every scale, as PNG
+hieratok sample {folder}/dit --tokenizer {folder} --sampler euler --steps 50 --scales all --out samples
 # all recipes, the paper's among them; parameters and FLOPs of the paper's tokenizer
 hieratok recipes
 hieratok cost f16d16-multi
