@@ -38,9 +38,9 @@ from hieratok.analysis.density import (
 )
 from hieratok.analysis.intervals import summarize
 from hieratok.analysis.meanings import screen_table
-from hieratok.analysis.page import Embedding, commutation_pictures, make_page
 from hieratok.analysis.robustness import noise_psnr, seeded_noise
 from hieratok.analysis.spectrum import BLOCK, MIN_SIDE, dct_profile, high_frequency_share, power_slope
+from hieratok.analyze_page import Embedding, commutation_pictures, make_page
 from hieratok.checkpoint import CONFIG, atomic_file
 from hieratok.data.images import Source, open_source, to_float, to_uint8
 from hieratok.evaluation.images import batches

@@ -13,31 +13,45 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import yaml
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok import cost, studies
+from hieratok.analysis.convergence import speed_up
 from hieratok.analysis.density import MIN_POINTS
-from hieratok.analysis.intervals import CONFIDENCE
-from hieratok.analysis.page import make_page as analysis_page
+from hieratok.analysis.intervals import CONFIDENCE, summarize
 from hieratok.analyze import Analyze, analyze_tokenizer, load_tokenizer
 from hieratok.analyze import write as write_analysis
+from hieratok.analyze_page import make_page as analysis_page
 from hieratok.checkpoint import atomic_file
 from hieratok.data.images import open_source
-from hieratok.evaluation.evaluate import EvaluateReconstruction
+from hieratok.evaluation.evaluate import EvaluateReconstruction, EvaluateSamples, evaluate_samples
+from hieratok.evaluation.pixels import psnr
+from hieratok.evaluation.reconstruction import area_resize
+from hieratok.generation import diffusion, flow
+from hieratok.generation.dit import DiT
+from hieratok.latents import WriteLatents, write_latents
 from hieratok.losses.reconstruction import ReconstructionLoss
 from hieratok.quickstart import hardware, speed
 from hieratok.reconstruct import best_device, evaluate_tokenizer
+from hieratok.sample import Sample, folder_name, read_image, sample, written_sides
 from hieratok.settings import load_run
 from hieratok.studies import METRICS, Metric, Row, Size, SizeName, Study
 from hieratok.tokenizer.model import HieraTok
-from hieratok.training.run_folder import HARMLESS, LOG, flatten, plain, read_lines
+from hieratok.training.generator import GeneratorEval, GeneratorRun, train_generator
+from hieratok.training.run_folder import EVALUATIONS, HARMLESS, LOG, flatten, plain, read_lines
 from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
 
+AnyRun = TypeVar("AnyRun", TokenizerRun, GeneratorRun)
 DONE = "trained.json"
 """In a finished run's folder: on what, how long and on how many images it was trained."""
+CONSISTENCY_SAMPLES = 256
+"""At most, for appendix D."""
 
 
 @dataclass(kw_only=True)
@@ -88,7 +102,7 @@ class RunStudy:
 class Planned(NamedTuple):
     """A run and where it lies."""
 
-    run: TokenizerRun
+    run: TokenizerRun | GeneratorRun
     folder: Path
 
     @property
@@ -161,6 +175,10 @@ def prepare(options: RunStudy) -> Setup:
         ValueError, FileNotFoundError: no such study, row or base, or no images.
     """
     study = studies.get(options.study)
+    if options.features == "none" and set(study.needs) <= {"generation", "curves"}:
+        raise ValueError(
+            f"{options.study} compares samples by a distance: give --features NAME, and its weights by --weights FILE"
+        )
     name = options.size or ("paper" if study.needs == ("cost",) else "tiny")
     size = studies.SIZES[name]
     if options.row is not None and options.row > len(study.rows):
@@ -174,7 +192,7 @@ def prepare(options: RunStudy) -> Setup:
             f"--base {options.base}: rows are variants of a tokenizer of several scales, which this is not"
         )
     data = replace(base.data, path=options.data or base.data.path, val_path=options.val or base.data.val_path)
-    if study.needs != ("cost",):
+    if study.needs != ("cost",) and not options.plan:
         if data.path is None:
             raise ValueError(f"size {name} has no images of its own: give --data PATH to train on and --val PATH")
         if data.val_path is None or (options.data and not options.val):
@@ -183,7 +201,7 @@ def prepare(options: RunStudy) -> Setup:
     return Setup(options, study, name, size, base, Path(options.out or f"studies/{name}"))
 
 
-def with_steps(run: TokenizerRun, steps: int | None) -> TokenizerRun:
+def with_steps(run: AnyRun, steps: int | None) -> AnyRun:
     """The same run with so many steps, and checkpoints no rarer than its end."""
     if steps is None:
         return run
@@ -225,11 +243,62 @@ def tokenizer_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
 
 def place(setup: Setup, run: TokenizerRun) -> Planned:
     """Where a run lies: under a hash of all settings that change its weights, and of its images' names and classes."""
-    settings = {name: value for name, value in flatten(plain(run)).items() if name not in HARMLESS}
+    settings = settings_of(run)
     if run.start_from is not None:
         settings["start_from"] = Path(run.start_from).name  # a hash itself
     settings["images"] = images_sha256(run.data.path) if run.data.path else None
     return Planned(run, setup.out / "runs" / digest(settings))
+
+
+def settings_of(run: TokenizerRun | GeneratorRun) -> dict[str, Any]:
+    """The settings that change a run's weights, flat."""
+    return {name: value for name, value in flatten(plain(run)).items() if name not in HARMLESS}
+
+
+def wants_generator(setup: Setup) -> bool:
+    """Whether rows need a generator, and its samples can be judged if they must be."""
+    needs = set(setup.study.needs)
+    return "samples" in needs or (setup.options.features != "none" and bool(needs & {"generation", "guided", "curves"}))
+
+
+def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Planned:
+    """A row's generator, on the tokenizer's latents of its training images; judged ten times while it trains."""
+    assert isinstance(tokenizer.run, TokenizerRun)
+    shape, images = tokenizer.run.model, tokenizer.run.data.path
+    run = with_steps(setup.size.generators[row.generator](), setup.options.steps)
+    classes = num_classes(images) if images else run.model.num_classes
+    model = replace(run.model, latent_channels=shape.latent_channels, latent_size=shape.scales[-1], num_classes=classes)
+    judged = GeneratorEval()
+    if setup.options.features != "none" and reference(setup):  # a plan may do without images
+        judged = GeneratorEval(
+            every=max(1, run.train.steps // 10),
+            num_images=setup.size.curve_samples,
+            reference=reference(setup),
+            features=setup.options.features,
+            weights=setup.options.weights,
+            steps=min(setup.size.sampler_steps, GeneratorEval.steps),
+        )
+    run = replace(
+        run,
+        tokenizer=str(tokenizer.folder),
+        model=model,
+        data=replace(run.data, path=str(tokenizer.folder / "latents"), num_workers=tokenizer.run.data.num_workers),
+        train=replace(run.train, seed=run.train.seed + seed),
+        eval=judged,
+    )
+    settings = settings_of(run) | {"tokenizer": tokenizer.folder.name, "data.path": "latents"}
+    return Planned(run, setup.out / "runs" / digest(settings | {"judged": plain(judged)}))  # figure 4 needs its curve
+
+
+def planned_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
+    """All that a row trains, in order."""
+    runs = tokenizer_runs(setup, row, seed)
+    return [*runs, generator_run(setup, row, runs[-1], seed)] if wants_generator(setup) else runs
+
+
+def reference(setup: Setup) -> str | None:
+    """What samples are compared with."""
+    return setup.options.reference or setup.base.data.val_path
 
 
 @functools.cache
@@ -242,6 +311,13 @@ def images_sha256(path: str) -> str:
     return names.hexdigest()
 
 
+@functools.cache
+def num_classes(path: str) -> int:
+    """How many classes images have; images without are of one."""
+    source = open_source(path)
+    return max(1, max(source.label(i) for i in range(len(source))) + 1)
+
+
 def digest(settings: dict[str, Any]) -> str:
     """A short name for settings: the first 12 digits of the SHA-256 of their JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -251,7 +327,13 @@ def train(planned: Planned) -> None:
     """Train a run, or go on with it; nothing if it is finished. Every process must call."""
     if planned.finished:
         return
-    train_tokenizer(planned.run, planned.folder)
+    if isinstance(planned.run, GeneratorRun):
+        assert planned.run.tokenizer is not None
+        trained = yaml.safe_load((Path(planned.run.tokenizer) / "config.yaml").read_text())
+        write_latents(WriteLatents(run=planned.run.tokenizer, data=trained["data"]["path"], out=planned.run.data.path))
+        train_generator(planned.run, planned.folder)
+    else:
+        train_tokenizer(planned.run, planned.folder)
     facts = {**speed(read_lines(planned.folder / LOG)), "hardware": hardware(), "torch": torch.__version__}
     write_json(planned.folder / DONE, facts)
 
@@ -261,34 +343,38 @@ def train(planned: Planned) -> None:
 
 def plan(setup: Setup) -> str:
     """What would be trained, what is there, and how long the rest takes, as text."""
-    runs = {one.folder: one for i, row in setup.rows for seed in range(setup.options.seeds)
-            for one in tokenizer_runs(setup, row, seed)} if setup.study.needs != ("cost",) else {}  # fmt: skip
-    users: dict[Path, list[str]] = {}
+    title = f"{setup.study.title}, size {setup.size_name}, in {setup.out}"
+    if setup.study.needs == ("cost",):
+        return f"{title}\n  nothing to train"
+    runs: dict[Path, Planned] = {}
+    users: dict[Path, list[int]] = {}
     for i, row in setup.rows:
-        for one in tokenizer_runs(setup, row, 0):
-            users.setdefault(one.folder, []).append(f"row {i + 1}")
+        for seed in range(setup.options.seeds):
+            for one in planned_runs(setup, row, seed):
+                runs[one.folder] = one
+                users.setdefault(one.folder, []).append(i + 1)
     left = {folder: images_left(one) for folder, one in runs.items()}
-    rate, source = throughput(list(runs.values())) if any(left.values()) else (None, "")
-    lines, total = [f"{setup.study.title}, size {setup.size_name}, in {setup.out}"], 0.0
+    rates, source = throughput(list(runs.values())) if any(left.values()) else ({}, "")
+    hours = {folder: images / rates[folder] / 3600 for folder, images in left.items() if images}
+    lines = [title]
     for folder, one in runs.items():
-        state = "finished" if one.finished else f"{left[folder]:,} images to train" + " on" * (done_steps(one) > 0)
-        time = ""
-        if left[folder] and rate:
-            hours = left[folder] / rate(one) / 3600
-            total += hours
-            time = f", {hours_text(hours)}"
-        seed = f", seed {one.run.train.seed}" if setup.options.seeds > 1 else ""
-        lines.append(f"  {folder}  {', '.join(users.get(folder, ['']))}{seed}: {state}{time}")
-    if not runs:
-        return "\n".join([*lines, "  nothing to train"])
-    unit = "GPU" if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
-    lines.append(f"training left: {hours_text(total)} on one {unit}" + f", {source}" * bool(source))
-    return "\n".join([*lines, "evaluation comes on top"])
+        steps = one.run.train.steps
+        state = "finished" if one.finished else f"{one.run.train.steps - done_steps(one):,} of {steps:,} steps to train"
+        estimate = f", {hours_text(hours[folder])}" if folder in hours else ""
+        rows = ", ".join(map(str, dict.fromkeys(users[folder])))
+        lines.append(f"  {folder}  {one.run.kind}, seed {one.run.train.seed}, rows {rows}: {state}{estimate}")
+    if hours:
+        unit = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        total = hours_text(sum(hours.values()))
+        lines.append(f"training left: {total} on one {unit} ({source}); measuring comes on top")
+    return "\n".join(lines)
 
 
 def hours_text(hours: float) -> str:
     """A duration, readable at any size."""
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes" if hours > 0.02 else (
+        f"{3600 * hours:.0f} seconds"
+    )  # fmt: skip
 
 
 def done_steps(planned: Planned) -> int:
@@ -303,40 +389,73 @@ def images_left(planned: Planned) -> int:
     return 0 if planned.finished else (train.steps - done_steps(planned)) * train.batch_size
 
 
-def throughput(runs: Sequence[Planned]) -> tuple[Callable[[Planned], float], str]:
-    """Images per second of any of the runs, and where that is known from.
+def throughput(runs: Sequence[Planned]) -> tuple[dict[Path, float], str]:
+    """Images per second of each run, and where that is known from.
 
-    From the logs of the study's runs, so far as they have trained; else from a short measurement of the first. Either
-    way runs are told apart by the GFLOPs of their tokenizers.
+    From the logs of the study's runs of the same kind, so far as they have trained; else from a short measurement of
+    one. Either way runs of one kind are told apart by the GFLOPs of their models.
     """
-    work = {one.folder: cost.measure(one.run.model).gflops for one in runs}
-    logged = [speed(log)["images_per_second"] * work[one.folder]
-              for one in runs if (log := read_lines(one.folder / LOG))]  # fmt: skip
-    if logged:
-        rate, source = sum(logged) / len(logged), f"by the logs of {len(logged)} runs"
-    else:
-        rate, source = measure_throughput(runs[0].run) * work[runs[0].folder], "by a short measurement without data"
-    return lambda one: rate / work[one.folder], source
+    rates, sources = {}, []
+    for kind in dict.fromkeys(one.run.kind for one in runs):
+        work = {one: gflops(one.run) for one in runs if one.run.kind == kind}
+        logs = {one: log for one in work if (log := read_lines(one.folder / LOG))}
+        if logs:
+            done = [speed(log)["images_per_second"] * work[one] for one, log in logs.items()]
+            rate = sum(done) / len(done)
+            sources.append(f"{kind}s by the logs of {len(logs)} of these runs")
+        else:
+            first = next(iter(work))
+            rate = measure_throughput(first.run) * work[first]
+            sources.append(f"{kind}s by a short measurement on noise, without data loading")
+        rates |= {one.folder: rate / amount for one, amount in work.items()}
+    return rates, ", ".join(sources)
 
 
-def measure_throughput(run: TokenizerRun) -> float:
+def gflops(run: TokenizerRun | GeneratorRun) -> float:
+    """Of one forward pass of one image, or latent."""
+    if isinstance(run, TokenizerRun):
+        return cost.measure(run.model).gflops
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        DiT(run.model).eval()(torch.empty(1, *run.model.latent_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() / 1e9
+
+
+def measure_throughput(run: TokenizerRun | GeneratorRun) -> float:
     """Images per second of forward and backward passes on noise, here and now; the first pass does not count."""
     device = best_device()
-    size = min(run.train.micro_batch_size or run.train.batch_size, 8 if device.type == "cpu" else 32)
-    tokenizer = HieraTok(run.model).to(device)
-    loss_config = replace(run.loss, random_trunk=True)  # costs the same, and needs no weights
-    criterion = ReconstructionLoss(loss_config, len(run.model.scales)).to(device)
-    images = torch.rand(size, 3, run.model.image_size, run.model.image_size, device=device) * 2 - 1
-    seconds = []
-    for _ in range(3):
+    most = run.train.micro_batch_size or run.train.batch_size
+    size = min(most, 16 if device.type == "cuda" else max(1, round(8 / gflops(run))))
+    one_pass = training_pass(run, size, device)
+    for timed in (False, True):
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
-            pyramid, posterior, _ = tokenizer(images)
-            loss, _ = criterion(pyramid, images, posterior)
+            loss = one_pass()
         loss.backward()
         float(loss.detach())  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return size / min(seconds[1:])
+        seconds = time.perf_counter() - start
+        if timed:
+            return size / seconds
+    raise AssertionError
+
+
+def training_pass(run: TokenizerRun | GeneratorRun, size: int, device: torch.device) -> Callable[[], Tensor]:
+    """A forward pass and its loss, on noise."""
+    if isinstance(run, GeneratorRun):
+        generator = DiT(run.model).to(device)
+        z = torch.randn(size, *run.model.latent_shape, device=device)
+        labels = torch.zeros(size, dtype=torch.long, device=device)
+        loss_of = diffusion.loss if run.model.objective == "ddpm" else flow.loss
+        return lambda: loss_of(generator, z, labels)[0]
+    tokenizer = HieraTok(run.model).to(device)
+    config = replace(run.loss, random_trunk=True)  # costs the same, and needs no weights
+    criterion = ReconstructionLoss(config, len(run.model.scales)).to(device)
+    images = torch.rand(size, 3, run.model.image_size, run.model.image_size, device=device) * 2 - 1
+
+    def one_pass() -> Tensor:
+        pyramid, posterior, _ = tokenizer(images)
+        return criterion(pyramid, images, posterior)[0]
+
+    return one_pass
 
 
 # --- Measurements -----------------------------------------------------------------------------------------------------
@@ -348,23 +467,42 @@ def run_row(setup: Setup, row: Row, seed: int) -> dict[str, Any]:
     Returns:
         {"runs": facts of each run, "measured": {need: {name: number}}, "warnings": [...]}.
     """
-    planned = tokenizer_runs(setup, row, seed)
+    planned = planned_runs(setup, row, seed)
     measured: dict[str, dict[str, Any]] = {}
     if "cost" in setup.study.needs:
-        numbers = asdict(cost.measure(planned[-1].run.model))
+        numbers = asdict(cost.measure(tokenizer_of(planned).run.model))  # type: ignore[arg-type]
         measured["cost"] = numbers | {"parameters": numbers["parameters"] / 1e6}
     if setup.study.needs == ("cost",):
         return {"runs": [], "measured": measured, "warnings": []}
     for one in planned:
         train(one)
-    tokenizer = planned[-1]
+    tokenizer = tokenizer_of(planned)
     if "reconstruction" in setup.study.needs:
         measured["reconstruction"] = reconstruction(setup, tokenizer)
     for need in ("density", "commutation"):
         if need in setup.study.needs:
             measured[need] = latent_analysis(setup, tokenizer, setup.size.draws if need == "density" else 0)
+    if wants_generator(setup):
+        generator = planned[-1]
+        if "generation" in setup.study.needs:
+            measured["generation"] = generation(setup, tokenizer, generator)
+        if "guided" in setup.study.needs:
+            measured["guided"] = generation(setup, tokenizer, generator, studies.GUIDANCE)
+        if "samples" in setup.study.needs:
+            measured["samples"] = consistency(setup, tokenizer, generator)
+        if "curves" in setup.study.needs:
+            points = read_lines(generator.folder / EVALUATIONS)
+            measured["curves"] = {
+                "points": points,
+                **{k: v for k, v in points[-1].items() if k not in ("step", "images")},
+            }
     warnings = [warning for numbers in measured.values() for warning in numbers.get("warnings", [])]
     return {"runs": [facts(one) for one in planned], "measured": measured, "warnings": warnings}
+
+
+def tokenizer_of(planned: Sequence[Planned]) -> Planned:
+    """The last tokenizer of a row's runs."""
+    return [one for one in planned if isinstance(one.run, TokenizerRun)][-1]
 
 
 def facts(planned: Planned) -> dict[str, Any]:
@@ -397,6 +535,56 @@ def reconstruction(setup: Setup, tokenizer: Planned) -> dict[str, Any]:
         evaluate_tokenizer(EvaluateReconstruction(run=str(tokenizer.folder), data=setup.val, out=str(out), **chosen))
 
     return cached(tokenizer.folder, "reconstruction", chosen | {"images": images_sha256(setup.val)}, measure)
+
+
+def draw_samples(setup: Setup, tokenizer: Planned, generator: Planned, num: int, cfg: float, scales: Any) -> Path:
+    """Samples' folder in the generator's; what is missing is drawn."""
+    name = f"samples-{scales}" + f"-cfg{cfg:g}" * (cfg != 1)
+    sampler = {"sampler": setup.size.sampler, "steps": setup.size.sampler_steps}
+    out = generator.folder / "measured" / f"{name}-{digest(sampler | {'num': num})}"
+    if not (out / "samples.npz").is_file():
+        sample(
+            Sample(
+                run=str(generator.folder), tokenizer=str(tokenizer.folder), out=str(out), num=num, cfg=cfg,
+                scales=scales, **sampler,
+            )
+        )  # fmt: skip
+    return out
+
+
+def generation(setup: Setup, tokenizer: Planned, generator: Planned, cfg: float = 1.0) -> dict[str, Any]:
+    """Samples against real images."""
+    assert isinstance(tokenizer.run, TokenizerRun)
+    real = reference(setup)
+    assert real is not None
+    chosen = {"features": setup.options.features, "weights": setup.options.weights}
+    size, num = tokenizer.run.model.image_size, setup.size.samples
+
+    def measure(out: Path) -> None:
+        samples = draw_samples(setup, tokenizer, generator, num, cfg, "finest")
+        evaluate_samples(
+            EvaluateSamples(path=str(samples / "samples.npz"), reference=real, size=size, out=str(out), **chosen)
+        )
+
+    facts = {"cfg": cfg, "num": num, "steps": setup.size.sampler_steps, "reference": real}
+    facts["images"] = None if real.endswith(".npz") else images_sha256(real)
+    return cached(generator.folder, "generation", chosen | facts, measure)
+
+
+def consistency(setup: Setup, tokenizer: Planned, generator: Planned) -> dict[str, Any]:
+    """Samples at every scale: PSNR of each scale's picture against the finest one, area-resized to it (appendix D)."""
+    model = HieraTok.from_pretrained(tokenizer.folder)
+    num = min(setup.size.samples, CONSISTENCY_SAMPLES)
+    out = draw_samples(setup, tokenizer, generator, num, 1.0, "all")
+    *coarse, finest = written_sides(
+        model, Sample(run=str(generator.folder), tokenizer=str(tokenizer.folder), out=str(out), scales="all")
+    )
+    result: dict[str, Any] = {"n": num, "folder": str(out)}
+    full = torch.stack([read_image(out, finest, i) for i in range(num)])
+    for side in coarse:
+        own = torch.stack([read_image(out, side, i) for i in range(num)])
+        result |= summarize(f"psnr/{folder_name(side)}", psnr(area_resize(full, (side, side)), own))
+    return result
 
 
 def latent_analysis(setup: Setup, tokenizer: Planned, draws: int) -> dict[str, Any]:
@@ -498,9 +686,24 @@ def assemble(setup: Setup, measured: dict[tuple[int, int], dict[str, Any]]) -> d
             for i, row in enumerate(rows)
         ],
         "comparisons": comparisons,
+        "speed_up": curves(setup, measured),
         "warnings": warnings,
         "torch": torch.__version__,
     }
+
+
+def curves(setup: Setup, measured: dict[tuple[int, int], dict[str, Any]]) -> dict[str, Any] | None:
+    """Figure 4: the distances during training of the first row's generators and of the second's, and the speed-up."""
+    if "curves" not in setup.study.needs:
+        return None
+    seeds = range(setup.options.seeds)
+    points = [[measured[i, seed]["measured"]["curves"]["points"] for seed in seeds] for i in (0, 1)]
+    name = next(n for n in points[0][0][0] if n == "fid" or n.startswith("fd-"))
+    steps = [point["step"] for point in points[0][0]]
+    base, other = ([[point[name] for point in one] for one in row] for row in points)
+    labels = [row.name for row in setup.study.rows[:2]]
+    levels = [level._asdict() for level in speed_up(steps, base, other)]
+    return {"measured": name, "steps": steps, "curves": dict(zip(labels, (base, other))), "levels": levels}
 
 
 def comparison(

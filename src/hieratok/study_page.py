@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from hieratok import report
+from hieratok.analysis.meanings import MEANINGS
+from hieratok.analyze_page import Embedding, embedding_plots
 from hieratok.checkpoint import atomic_file
-from hieratok.studies import METRICS, Metric
+from hieratok.studies import METRICS, PAPER_SPEED_UP, Metric
+
+SHOWN = 8  # samples in appendix D's pictures
 
 VERDICTS = ("agrees", "opposite", "not resolved")
 READING = (
@@ -27,6 +34,7 @@ NOT_MEASURED = {
     "gFID": "not measured: needs --features inception and the network's weights",
     "IS": "not measured: needs --features inception and the network's weights",
     "gFID with CFG": "not measured: needs --features inception and the network's weights",
+    "gFID at the last step": "not measured: needs --features inception and the network's weights",
 }
 
 
@@ -60,15 +68,14 @@ class Section:
     pictures: Sequence[report.Html] = ()
 
 
-def write(stem: Path, result: dict[str, Any], sections: Sequence[Section] = ()) -> None:
+def write(stem: Path, result: dict[str, Any]) -> None:
     """Write STEM.json, STEM.md and STEM.html, each whole or not at all.
 
     Args:
         stem: OUT/STUDY.
         result: of `study.assemble`.
-        sections: what the study shows beside the paper's metrics.
     """
-    everything = [*metric_sections(result), *sections, runs_section(result)]
+    everything = [*metric_sections(result), *shown_sections(result), runs_section(result)]
     summary = " ".join(note for note in result["notes"] if note)
     stem.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(stem.with_suffix(".json")) as temporary:
@@ -140,12 +147,13 @@ def metric_table(result: dict[str, Any], comparison: dict[str, Any]) -> Table:
     name, key = comparison["metric"], comparison["measured"]
     metric = METRICS[name]
     has_effects = any("verdict" in line for line in comparison["rows"])
-    ours = "ours" if comparison["is_metric"] and "-" not in (key or "") else f"ours: {key}" if key else "ours"
-    header = [*result["columns"], "paper", ours, "difference"]
+    head = "ours" if key is None or (comparison["is_metric"] and key == metric.key) else f"ours: {key}"
+    header = [*result["columns"], "paper", head, "difference"]
     header += ["against", "paper's effect", "our effect", "direction"] if has_effects else []
     rows = []
     for row, line in zip(result["rows"], comparison["rows"]):
-        cells = [*row["label"], number(line["paper"]), estimate(line["ours"]), signed(line["difference"])]
+        ours = estimate(line["ours"]) if line["ours"] else "not measured" if row["seeds"] else "not run"
+        cells = [*row["label"], number(line["paper"]), ours, signed(line["difference"])]
         if has_effects and "verdict" in line:
             base = ", ".join(result["rows"][row["against"]]["label"])
             effects = [effect(line["paper_effect"], metric), estimate(line["effect"], is_effect=True)]
@@ -162,8 +170,8 @@ def metric_table(result: dict[str, Any], comparison: dict[str, Any]) -> Table:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits."""
-    return "–" if value is None else f"{value:.4g}"
+    """Five significant digits."""
+    return "–" if value is None else f"{value:.5g}"
 
 
 def signed(value: float | None) -> str:
@@ -184,6 +192,130 @@ def estimate(value: dict[str, Any] | None, is_effect: bool = False) -> str:
         return "–"
     mean = signed(value["mean"]) if is_effect else number(value["mean"])
     return mean if value["low"] is None else f"{mean} [{number(value['low'])}, {number(value['high'])}]"
+
+
+# --- What a study shows beside the paper's metrics --------------------------------------------------------------------
+
+
+def shown_sections(result: dict[str, Any]) -> list[Section]:
+    """Figures 4 and 5, appendices B and D, so far as their numbers are there."""
+    first = {}  # each row's first seed
+    for row in result["rows"]:
+        for need, numbers in row["seeds"][0]["measured"].items() if row["seeds"] else ():
+            first.setdefault(need, {})[", ".join(row["label"])] = numbers
+    sections = []
+    if result.get("speed_up"):
+        sections.append(speed_section(result))
+    if "density" in first:
+        sections.append(density_section(first["density"]))
+    if "commutation" in first:
+        sections.append(commutation_section(first["commutation"]))
+    if "samples" in first:
+        sections += [samples_section(name, numbers) for name, numbers in first["samples"].items()]
+    return sections
+
+
+def speed_section(result: dict[str, Any]) -> Section:
+    """Figure 4."""
+    found = result["speed_up"]
+    curves = [
+        report.Line(f"{name}, seed {seed}" if result["seeds"] > 1 else name, found["steps"], values)
+        for name, seeds in found["curves"].items()
+        for seed, values in enumerate(seeds)
+    ]
+    rows = [
+        [number(level["level"]), number(level["baseline_step"]), reached(level["step"]),
+         "at least " * level["at_least"] + reached(level["ratio"]),
+         f"{reached(level['low'])} to {reached(level['high'])}"]
+        for level in found["levels"]
+    ]  # fmt: skip
+    base, other = found["curves"]
+    table = Table(
+        [found["measured"], f"{base}: step", f"{other}: step", "speed-up", "95% interval"],
+        rows,
+        f"First step at which each curve, made monotone, reaches what {base} reaches after half, three quarters and all"
+        f" of its steps; the paper's speed-up is {PAPER_SPEED_UP}. The interval is a bootstrap over"
+        + (" seeds." if result["seeds"] > 1 else " the deviations from the monotone curves: one seed says no more."),
+    )
+    plot = report.line_plot(curves[: len(report.SERIES)], "steps", found["measured"], "Lower is better.", log_y=True)
+    return Section("How much sooner", tables=[table], pictures=[plot])
+
+
+def reached(value: float | None) -> str:
+    """A number, or that there is none."""
+    return "not reached" if value is None else f"{value:.3g}"
+
+
+def density_section(rows: dict[str, dict[str, Any]]) -> Section:
+    """Table 5's floor, and figure 5."""
+    names = ("density_cv", "gini", "normalized_entropy")
+    cells = [
+        [row, *(f"{numbers[name]:.4f} (floor {numbers[f'floor_{name}']:.4f})" for name in names), f"{numbers['n']:,}"]
+        for row, numbers in rows.items()
+    ]
+    table = Table(
+        ["row", "density CV", "Gini", "entropy", "images"],
+        cells,
+        "The first seed's latents, and the Gaussian floor: as many vectors of N(0, I). All three depend on how many"
+        " images there are; the paper has 10,000.",
+    )
+    pictures = []
+    for row, numbers in rows.items():
+        with np.load(Path(numbers["folder"]) / "embedding.npz", allow_pickle=False) as arrays:
+            plots = embedding_plots(Embedding(arrays["points"], arrays["density"], arrays["labels"]))
+        pictures += [report.text(row), report.columns(*plots)]
+    return Section("Latents in the plane", tables=[table], pictures=pictures)
+
+
+def commutation_section(rows: dict[str, dict[str, Any]]) -> Section:
+    """Appendix B: errors of every scale, a column a row of the study."""
+    stems = ("commutation_error", "commutation_target_mse", "pyramid_error", "pyramid_target_mse")
+    keys = [key for numbers in rows.values() for key in numbers if key.partition("/")[0] in stems]
+    cells = []
+    for key in sorted(dict.fromkeys(keys), key=lambda key: stems.index(key.partition("/")[0])):
+        stem, _, scale = key.partition("/")
+        cells.append([MEANINGS[stem].label, scale, *(with_interval(numbers, key) for numbers in rows.values())])
+    table = Table(
+        ["number", "scale", *rows],
+        cells,
+        "Means over held-out images with their 95% intervals, first seed. Commutation decodes the shrunk latent map by"
+        " itself; a pyramid's scales are those of one decoding, as the multi-scale tokenizer trains them.",
+    )
+    pages = [f"{row}, with pictures: {numbers['folder']}/index.html" for row, numbers in rows.items()]
+    return Section("Errors of every scale", pages, [table])
+
+
+def samples_section(row: str, numbers: dict[str, Any]) -> Section:
+    """Appendix D: how well the scales of one sample agree."""
+    keys = [key for key in numbers if key.startswith("psnr/")]
+    sides = [key.removeprefix("psnr/") for key in keys]
+    table = Table(
+        ["scale", "PSNR (dB)"],
+        [[side, with_interval(numbers, key)] for side, key in zip(sides, keys)],
+        f"Each scale's picture against the finest one, resized to it by area: mean over {numbers['n']} samples with its"
+        " 95% interval, first seed.",
+    )
+    folder = Path(numbers["folder"])
+    finest = max((path.name for path in folder.glob("*px")), key=lambda name: int(name.removesuffix("px")))
+    columns = [*sides, finest]
+    rows = []
+    for path in sorted((folder / finest).glob("*.png"))[:SHOWN]:
+        pictures = []
+        for side in columns:
+            with Image.open(folder / side / path.name) as picture:
+                pictures.append(picture.convert("RGB"))
+        rows.append(report.Row(f"sample {int(path.stem)}", pictures))
+    grid = report.picture_grid(columns, rows, f"Samples, every scale of one decoding; all are in {folder}.")
+    return Section(f"Scales of one sample: {row}", tables=[table], pictures=[grid])
+
+
+def with_interval(numbers: dict[str, Any], key: str) -> str:
+    """A mean and the ends of its interval, from `analysis.intervals.summarize`."""
+    if key not in numbers:
+        return "–"
+    stem, _, detail = key.partition("/")
+    low, high = (numbers[f"{stem}_{end}/{detail}"] for end in ("low", "high"))
+    return number(numbers[key]) + ("" if low is None else f" [{low:.3g}, {high:.3g}]")
 
 
 # --- How it was run ---------------------------------------------------------------------------------------------------
