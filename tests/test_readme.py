@@ -41,21 +41,34 @@ def test_python(workplace, capsys):
     assert capsys.readouterr().out.splitlines() == [f"(1, 3, {side}, {side})" for side in (16, 32, 64, 128)]
 
 
+def commands(block: str) -> list[list[str]]:
+    """Lines of a block as words, without comments."""
+    return [words for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+
+
 def test_commands(workplace, capsys):
-    _, commands = blocks("sh")
-    for line in commands.splitlines():
-        words = shlex.split(line, comments=True)
-        words = ["2" if word == "2000" else word for word in words]
+    for words in commands(blocks("sh")[1]):
+        words = [{"2000": "2", "50": "2"}.get(word, word) for word in words]
         target = words.pop() if ">" in words else None
         words = [word for word in words if word != ">"]
         assert words[0] == "hieratok"
         status = main(words[1:])
         printed = capsys.readouterr()
-        assert status == 0, f"{line}: {printed.err}"
+        assert status == 0, f"{words}: {printed.err}"
         if target:
             Path(target).write_text(printed.out)
     assert (workplace / "runs" / "photos" / "tokenizer" / "model.safetensors").is_file()
     assert (workplace / "reconstructions" / "contact-sheet.png").is_file()
+    assert (workplace / "samples" / "16px" / "000000.png").is_file()
+
+
+def test_commands_that_need_a_cluster_are_understood():
+    lines = commands(blocks("sh")[2])
+    assert len(lines) == 2
+    for program, command, *arguments in lines:
+        assert (program, command) == ("hieratok", "train")
+        run = load_run(arguments[0], arguments[1:]).run
+        assert run.start_from == "runs/f16d16-multi"
 
 
 def test_make_targets_exist():
