@@ -451,3 +451,28 @@ def test_hub_failure_is_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"someone/model: no such folder here, and the hub gave none"):
         HieraTok.from_pretrained("someone/model")
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["full", "independent", "causal"])
+def test_training_pass_is_one_graph_and_is_compiled_once(attention):
+    """No graph break, and no recompilation across batches of one shape; the numbers are those of the plain pass."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model = small_model(attention=attention).train()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(3):
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        torch.manual_seed(seed)
+        pyramid, posterior, z = compiled(images)
+        torch.manual_seed(seed)
+        expected, expected_posterior, expected_z = model(images)
+        assert torch.equal(posterior.mean, expected_posterior.mean)
+        torch.testing.assert_close(z, expected_z)
+        for a, b in zip(pyramid, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1

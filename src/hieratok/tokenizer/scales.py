@@ -1,7 +1,6 @@
 """The pyramid's bookkeeping: which grids there are and where their tokens lie in the sequence. No parameters."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ class Scales:
     def __len__(self) -> int:
         return len(self.grids)
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each scale."""
         return tuple(h * w for h, w in self.grids)
