@@ -10,12 +10,15 @@ from typing import Literal
 
 from hieratok import recipes
 from hieratok.checkpoint import nearest
+from hieratok.generation.sampling import Sampler
 from hieratok.recipes import single, with_kl, with_latent_channels, with_mixing, with_scales
+from hieratok.training.generator import GeneratorRun
 from hieratok.training.tokenizer import TokenizerRun
 
 Build = Callable[[TokenizerRun], TokenizerRun]
 Need = Literal["reconstruction", "generation", "guided", "curves", "density", "commutation", "samples", "cost"]
 SizeName = Literal["tiny", "small", "paper"]
+GeneratorName = Literal["scaled up", "xl", "l", "b"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ METRICS = {
     "SSIM": Metric("reconstruction", "ssim", "higher"),
     "gFID": Metric("generation", "fid", "lower", "fd-"),
     "IS": Metric("generation", "is", "higher", "class-score-"),
+    "gFID at the last step": Metric("curves", "fid", "lower", "fd-"),
     "gFID with CFG": Metric("guided", "fid", "lower", "fd-"),
     "density CV": Metric("density", "density_cv", "lower"),
     "Gini": Metric("density", "gini", "lower"),
@@ -62,8 +66,8 @@ class Row:
     """By the names of `METRICS`."""
     against: int | None = None
     """Index of the row that effects are measured against; None for such a row itself."""
-    generator: Literal["xl", "l", "b"] = "xl"
-    """The paper's DiT on these latents."""
+    generator: GeneratorName = "xl"
+    """The paper's DiT on these latents; scaled up: XL, 5M steps instead of 400k."""
     stage2: bool = False
     """Train on with the scaled-up line's second stage."""
 
@@ -126,6 +130,9 @@ def numbers(names: tuple[str, ...], *values: float) -> dict[str, float]:
 
 # --- The paper's tables and figures -----------------------------------------------------------------------------------
 
+GUIDANCE = 1.5
+"""Weight of "gFID with CFG". [ours]"""
+
 SYSTEMS = ("rFID", "gFID", "gFID with CFG")
 QUALITY = ("rFID", "PSNR", "LPIPS", "SSIM", "gFID", "IS")
 DENSITY = ("density CV", "Gini", "entropy", "gFID")
@@ -159,10 +166,11 @@ TABLE1 = Study(
         _system("TiTok-S", "ViT", 1.71, None, 1.97),
         _system("MAETok + LightningDiT", "ViT", 0.48, None, 1.73),
         _system("GigaTok", "ViT", 0.79, None, 1.98),
-        Row(("HieraTok + DiT", "ViT"), multi, numbers(SYSTEMS, 0.45, 3.53, 1.82), stage2=True),
+        Row(("HieraTok + DiT", "ViT"), multi, numbers(SYSTEMS, 0.45, 3.53, 1.82), None, "scaled up", True),
     ),
     ("reconstruction", "generation", "guided"),
-    "Only the last row is trained here; the others are what the paper reports of other systems.",
+    "Only the last row is trained here; the others are what the paper reports of other systems. The paper does not say"
+    f" with which weight its samples are guided: here with {GUIDANCE}, as DiT's.",
 )
 
 TABLE2 = Study(
@@ -277,8 +285,11 @@ TABLE7 = Study(
 FIGURE4 = Study(
     "Figure 4: how fast a generator learns",
     ("tokenizer",),
-    ("gFID",),
-    (Row(("single",), single, {"gFID": 16.4}), Row(("multi",), multi, {"gFID": 13.3}, 0)),
+    ("gFID at the last step",),
+    (
+        Row(("single",), single, {"gFID at the last step": 16.4}),
+        Row(("multi",), multi, {"gFID at the last step": 13.3}, 0),
+    ),
     ("curves",),
     "The paper: the multi-scale tokenizer's generator is as good as the single-scale one's 1.38 times sooner.",
 )
@@ -347,6 +358,16 @@ class Size:
     """The f16d16 multi-scale tokenizer of this size."""
     stage2: Callable[[], TokenizerRun]
     """Its second stage (table 1)."""
+    generators: dict[GeneratorName, Callable[[], GeneratorRun]]
+    """What stands for the paper's generators; latents and classes are filled in."""
+    sampler: Sampler
+    """Of gFID."""
+    sampler_steps: int
+    """Of it."""
+    samples: int
+    """Images that gFID is measured on."""
+    curve_samples: int
+    """Images for each point of figure 4's curves."""
     draws: int
     """Sets of points that densities are averaged over."""
     note: str
@@ -359,25 +380,72 @@ def tiny_base() -> TokenizerRun:
     return replace(run, train=replace(run.train, steps=400, save_every=100, picture_every=0))
 
 
+def tiny_generator(depth: int) -> GeneratorRun:
+    """dit-tiny with fewer blocks and few steps."""
+    run = recipes.dit_tiny()
+    train = replace(run.train, steps=100, batch_size=32, log_every=10, save_every=50, picture_every=0)
+    return replace(run, model=replace(run.model, depth=depth), train=train)
+
+
+def small_generator(depth: int) -> GeneratorRun:
+    """dit-s with fewer blocks and steps: minutes on one GPU."""
+    run = recipes.dit_s()
+    return replace(run, model=replace(run.model, depth=depth), train=replace(run.train, steps=20_000, batch_size=128))
+
+
+def scaled_up_generator() -> GeneratorRun:
+    """dit-xl, trained as long as the paper's table 1."""
+    run = recipes.dit_xl()
+    return replace(run, train=replace(run.train, steps=5_000_000))
+
+
 SIZES: dict[SizeName, Size] = {
     "tiny": Size(
         tiny_base,
         recipes.tiny_multi_stage2,
+        {
+            "scaled up": lambda: tiny_generator(6),
+            "xl": lambda: tiny_generator(6),
+            "l": lambda: tiny_generator(4),
+            "b": lambda: tiny_generator(2),
+        },
+        "euler",
+        10,
+        samples=64,
+        curve_samples=32,
         draws=2,
         note="Size tiny: 128 px and f16, so an 8 x 8 grid instead of 16 x 16 (scale lists halved, what falls below one"
         " token left out), a transformer of 1.5M parameters, no perceptual loss, seconds of training on ten photos"
-        " unless other images are given. It shows that everything runs; its numbers say nothing about the paper's.",
+        " unless other images are given;"
+        " DiT-XL, L and B stand for 6, 4 and 2 blocks of width 128, by flow matching."
+        " It shows that everything runs; its numbers say nothing about the paper's.",
     ),
     "small": Size(
         recipes.small_multi,
         recipes.small_multi_stage2,
+        {
+            "scaled up": lambda: small_generator(12),
+            "xl": lambda: small_generator(12),
+            "l": lambda: small_generator(8),
+            "b": lambda: small_generator(4),
+        },
+        "euler",
+        50,
+        samples=5_000,
+        curve_samples=2_000,
         draws=10,
         note="Size small: 128 px and f8, so the paper's 16 x 16 grid and 341 tokens, with a smaller transformer and"
-        " shorter training. f16 in the labels stands for f8.",
+        " shorter training. f16 in the labels stands for f8; DiT-XL, L and B stand for 12, 8 and 4 blocks"
+        " of width 384, by flow matching.",
     ),
     "paper": Size(
         recipes.f16d16_multi,
         recipes.f16d16_multi_stage2,
+        {"scaled up": scaled_up_generator, "xl": recipes.dit_xl, "l": recipes.dit_l, "b": recipes.dit_b},
+        "ddpm",
+        250,
+        samples=50_000,
+        curve_samples=5_000,
         draws=10,
         note="Size paper: the paper's settings. Its learning rates are lost in the text, so those are this project's.",
     ),

@@ -81,7 +81,7 @@ def speed_up(
                 _ratio(first, second) if reached else None,
                 low or None,
                 high or None,
-                at_least=reached and second == x[0],
+                at_least=reached and second == float(x[0]),
             )
         )
     return result
