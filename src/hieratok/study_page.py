@@ -333,7 +333,11 @@ def runs_section(result: dict[str, Any]) -> Section:
                     f"{minutes:.1f}", f"{rate:,.0f}", run["hardware"],
                 ])  # fmt: skip
     header = ["row", "trains", "seed", "run", "images seen", "minutes", "images/s", "hardware"]
-    tables = [Table(header, rows, "The config.yaml in a run's folder has every setting. Rows may share a run.")] if rows else []
+    tables = (
+        [Table(header, rows, "The config.yaml in a run's folder has every setting. Rows may share a run.")]
+        if rows
+        else []
+    )
     if rows:
         tables.append(base_table(result["base"]))
     return Section(
