@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -287,6 +289,25 @@ def test_processes_share_the_samples_and_sample_equally_often(tokenizer, latents
         calls.append(len(count))
     assert calls[0] == calls[1] == 2
     assert (names[0], names[2]) == (["0", "2", "4"], ["1", "3"])
+
+
+@pytest.mark.slow
+def test_a_divided_model_is_shown_and_judged(tokenizer, latents, photos, tmp_path):  # noqa: F811
+    """FSDP2 in two processes, which sample in the middle of training: the losses of one process."""
+    judged = GeneratorEval(every=2, num_images=3, reference=str(photos), features=FEATURES, steps=2)
+    run = replace(small_run(tokenizer, latents, steps=4, picture_every=1, micro_batch_size=2), eval=judged)
+    train_generator(run, tmp_path / "one")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(plain(replace(run, train=replace(run.train, parallel="fsdp2")))))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29633"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    command = [*torchrun, "-m", "hieratok", "train", str(config), "--out", str(tmp_path / "two")]
+    subprocess.run(command, check=True, env=environment, timeout=500)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = ((tmp_path / name / "evaluations.jsonl").read_text().splitlines() for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):  # of three 16 px images, and pixels may differ by a level
+        assert json.loads(a)["fd-means"] == pytest.approx(json.loads(b)["fd-means"], rel=0.01)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

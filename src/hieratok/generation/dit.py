@@ -229,7 +229,7 @@ class DiT(nn.Module):
         """(B, N, p^2 c) -> (B, c, h, w)."""
         p, n = self.config.patch_size, self.grid
         x = patches.view(-1, n, n, p, p, self.config.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, n * p, n * p)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, n * p, n * p).contiguous()
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write `config.json` and `model.safetensors` into `folder` (made if need be).

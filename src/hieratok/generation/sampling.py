@@ -97,7 +97,7 @@ class Samples(NamedTuple):
     """(B, d, h, w), as the generator was trained on them: normalised if those were."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode, which spoils what FSDP2 keeps between calls
 def sample_latents(model: DiT, config: SampleConfig, indices: Sequence[int] | None = None) -> Iterator[Samples]:
     """Latents of the images `indices`, batch by batch; decoding them is the caller's business.
 

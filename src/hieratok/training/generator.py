@@ -320,7 +320,7 @@ def decoded_samples(
     assert generator.latents is not None
     tokenizer = tokenizer.to(next(generator.parameters()).device)
     for batch in sample_latents(generator, config, indices):
-        with torch.inference_mode():
+        with torch.no_grad():
             images = tokenizer.decode(generator.latents.denormalize(batch.latents))
         yield batch.indices, to_uint8(images).cpu()
 

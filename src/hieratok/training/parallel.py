@@ -38,7 +38,7 @@ def shard(module: nn.Module, methods: Iterable[str] = ()) -> None:
     for blocks in [m for m in module.modules() if isinstance(m, Blocks)]:
         for block in blocks:
             fully_shard(block)
-    fully_shard(module)
+    fully_shard(module, reshard_after_forward=True)  # the averaged model sees no backward pass that would do it
     for method in methods:
         register_fsdp_forward_method(module, method)
 
