@@ -270,7 +270,7 @@ def assert_same_losses(one: list[dict[str, float]], two: list[dict[str, float]])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_equal_two_micro_batches(photos, stage1, tmp_path, strategy):  # noqa: F811
     """Real torchrun with gloo, stage 2, stopped half-way and resumed in other hands: the same losses to 1e-5."""
-    run = stage2_run(photos, stage1, steps=6, log_every=1, micro_batch_size=2, picture_every=0, save_every=3)
+    run = stage2_run(photos, stage1, steps=6, log_every=1, micro_batch_size=2, picture_every=2, save_every=3)
     train_tokenizer(run, tmp_path / "one")
     run = replace(run, train=replace(run.train, parallel=strategy))
     run_two(write_run(run, tmp_path / "run.yaml"), tmp_path / "two", port=29621 + (strategy == "ddp"))
