@@ -34,7 +34,7 @@ from hieratok.study_runs import (
     Planned,
     RunStudy,
     Setup,
-    check_images,
+    check,
     digest,
     images_sha256,
     plan,
@@ -66,7 +66,7 @@ def run_study(options: RunStudy) -> dict[str, Any] | None:
     if options.plan:
         print(plan(setup))
         return None
-    check_images(setup)
+    check(setup)
     measured = {}
     for i, row in setup.rows:
         for seed in range(options.seeds):

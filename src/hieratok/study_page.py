@@ -235,7 +235,11 @@ def speed_section(result: dict[str, Any]) -> Section:
         rows,
         f"First step at which each curve, made monotone, reaches what {base} reaches after half, three quarters and all"
         f" of its steps; the paper's speed-up is {PAPER_SPEED_UP}. The interval is a bootstrap over"
-        + (" seeds." if result["seeds"] > 1 else " the deviations from the monotone curves: one seed says no more."),
+        + (
+            " seeds."
+            if result["seeds"] > 1
+            else " the points' deviations from a smooth curve, which says nothing about other seeds."
+        ),
     )
     plot = report.line_plot(curves[: len(report.SERIES)], "steps", found["measured"], "Lower is better.", log_y=True)
     return Section("How much sooner", tables=[table], pictures=[plot])
@@ -333,13 +337,8 @@ def runs_section(result: dict[str, Any]) -> Section:
                     f"{minutes:.1f}", f"{rate:,.0f}", run["hardware"],
                 ])  # fmt: skip
     header = ["row", "trains", "seed", "run", "images seen", "minutes", "images/s", "hardware"]
-    tables = (
-        [Table(header, rows, "The config.yaml in a run's folder has every setting. Rows may share a run.")]
-        if rows
-        else []
-    )
-    if rows:
-        tables.append(base_table(result["base"]))
+    caption = "The config.yaml in a run's folder has every setting. Rows may share a run."
+    tables = [Table(header, rows, caption), base_table(result["base"])] if rows else []
     return Section(
         "How this was run",
         [f"Command: {command(result['options'])}", *(f"Warning: {warning}." for warning in result["warnings"])],

@@ -18,6 +18,8 @@ from hieratok import cost, studies
 from hieratok.analysis.density import MIN_POINTS
 from hieratok.checkpoint import atomic_file
 from hieratok.data.images import open_source
+from hieratok.evaluation.evaluate import load_perceptual
+from hieratok.evaluation.features import load_network
 from hieratok.generation import diffusion, flow
 from hieratok.generation.dit import DiT
 from hieratok.latents import WriteLatents, write_latents
@@ -157,12 +159,16 @@ def with_steps(run: AnyRun, steps: int | None) -> AnyRun:
     return replace(run, train=replace(run.train, steps=steps, save_every=min(run.train.save_every, steps)))
 
 
-def check_images(setup: Setup) -> None:
-    """Before the long part.
+def check(setup: Setup) -> None:
+    """What would else be found out after hours of training.
 
     Raises:
-        ValueError: too few held-out images for what the study measures.
+        ValueError, FileNotFoundError: no such feature network or its weights, or too few held-out images for what the
+            study measures.
     """
+    if setup.options.features != "none":
+        load_network(setup.options.features, setup.options.weights, "cpu")
+    load_perceptual(setup.options.lpips, "cpu")
     if "density" in setup.study.needs:
         found = len(open_source(setup.val))
         if found < MIN_POINTS:

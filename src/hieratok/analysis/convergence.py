@@ -42,10 +42,10 @@ def speed_up(
     """The speed-up at several levels, with intervals.
 
     The bootstrap draws whole curves where there are several seeds, and with one seed the deviations of its points from
-    the monotone curve, which knows nothing of how other seeds would differ.
+    a smooth curve, which knows nothing of how other seeds would differ.
 
     Args:
-        steps: at which both were evaluated, ascending, at least two.
+        steps: at which both were evaluated, ascending, at least three.
         baseline: positive values, (seeds, steps).
         other: the same of what may be faster.
         seed: of the bootstrap.
@@ -54,8 +54,8 @@ def speed_up(
         ValueError: too few or unordered steps, or values that do not fit them or are not positive.
     """
     x = np.log(np.asarray(steps, dtype=np.float64))
-    if len(x) < 2 or not (np.diff(x) > 0).all():
-        raise ValueError("a speed-up needs curves of at least two steps, ascending")
+    if len(x) < 3 or not (np.diff(x) > 0).all():
+        raise ValueError("a speed-up needs curves of at least three steps, ascending")
     curves = []
     for values in (baseline, other):
         array = np.asarray(values, dtype=np.float64)
@@ -63,41 +63,42 @@ def speed_up(
             raise ValueError(f"curves must be positive numbers, one for each of the {len(x)} steps and each seed")
         curves.append(np.log(array))
     rng = np.random.default_rng(seed)
-    resampled = [[resample(curve, rng) for curve in curves] for _ in range(REPLICATES)]
+    fitted = [monotone(curve.mean(0)) for curve in curves]
+    resampled = [[monotone(resample(x, curve, rng)) for curve in curves] for _ in range(REPLICATES)]
     result = []
     for share in SHARES:
         at = int(np.searchsorted(steps, share * steps[-1]))
-        level, first, second = reach(x, curves[0].mean(0), curves[1].mean(0), at)
+        first, second = reach(x, fitted[0], fitted[1], at)
         # A replicate that is not reached counts as slower than any that is.
-        drawn = sorted(_ratio(*reach(x, a, b, at)[1:]) for a, b in resampled)
+        drawn = sorted(_ratio(*reach(x, a, b, at)) for a, b in resampled)
         tail = (1 - CONFIDENCE) / 2
         low, high = drawn[math.floor(tail * REPLICATES)], drawn[math.ceil((1 - tail) * REPLICATES) - 1]
-        reached = second is not None
         result.append(
             SpeedUp(
-                math.exp(level),
-                math.exp(first or 0.0),
-                math.exp(second) if reached else None,
-                _ratio(first, second) if reached else None,
+                math.exp(fitted[0][at]),
+                math.exp(first),
+                None if second is None else math.exp(second),
+                None if second is None else _ratio(first, second),
                 low or None,
                 high or None,
-                at_least=reached and second == float(x[0]),
+                at_least=second == float(x[0]),
             )
         )
     return result
 
 
-def reach(x: np.ndarray, baseline: np.ndarray, other: np.ndarray, at: int) -> tuple[float, float | None, float | None]:
-    """The baseline's monotone level at index `at`, and the first log step at which each curve is there; all logs."""
-    a, b = monotone(baseline), monotone(other)
-    return float(a[at]), first_step(x, a, a[at]), first_step(x, b, a[at])
+def reach(x: np.ndarray, baseline: np.ndarray, other: np.ndarray, at: int) -> tuple[float, float | None]:
+    """First log step at which each of two falling curves over x is at the baseline's level at index `at`."""
+    first = first_step(x, baseline, baseline[at])
+    assert first is not None
+    return first, first_step(x, other, baseline[at])
 
 
 def monotone(values: np.ndarray) -> np.ndarray:
     """The falling curve nearest to `values`, (steps,)."""
-    from sklearn.isotonic import isotonic_regression
+    from scipy.optimize import isotonic_regression
 
-    return isotonic_regression(values, increasing=False)
+    return isotonic_regression(values, increasing=False).x
 
 
 def first_step(x: np.ndarray, falling: np.ndarray, level: float) -> float | None:
@@ -112,14 +113,20 @@ def first_step(x: np.ndarray, falling: np.ndarray, level: float) -> float | None
     return float(x[i - 1] + min(share, 1.0) * (x[i] - x[i - 1]))
 
 
-def resample(curves: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One bootstrap replicate of the mean of log curves (seeds, steps)."""
+def resample(x: np.ndarray, curves: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One bootstrap replicate of the mean of log curves (seeds, steps) over x.
+
+    Of one seed: a parabola in log-log, or with fewer than five steps a line, and its deviations drawn anew, enlarged
+    for what the fit has taken.
+    """
     seeds, steps = curves.shape
     if seeds > 1:
         return curves[rng.integers(seeds, size=seeds)].mean(0)
-    fitted = monotone(curves[0])
-    return fitted + (curves[0] - fitted)[rng.integers(steps, size=steps)]
+    degree = 2 if steps >= 5 else 1
+    smooth = np.polynomial.Polynomial.fit(x, curves[0], degree)(x)
+    deviations = (curves[0] - smooth) * math.sqrt(steps / (steps - degree - 1))
+    return smooth + deviations[rng.integers(steps, size=steps)]
 
 
-def _ratio(first: float | None, second: float | None) -> float:
-    return 0.0 if first is None or second is None else math.exp(first - second)
+def _ratio(first: float, second: float | None) -> float:
+    return 0.0 if second is None else math.exp(first - second)
