@@ -543,6 +543,7 @@ def test_table7_counts_and_trains_nothing(tmp_path):
         (["table3", "--base", "tiny-single"], "variants of a tokenizer"),
         (["table3", "--sede", "3"], "did you mean 'seeds'?"),
         (["figure4"], "give --features NAME"),
+        (["figure4", "--features", "squeezenet", "--steps", "2"], "at least 3 steps"),
         (["table5"], "needs at least 92 held-out images, and bundled:val has 20"),
         (["table3", "--features", "squeezenet", "--weights", "missing.pth"], "missing.pth"),
         ([], "needs STUDY"),

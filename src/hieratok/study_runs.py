@@ -130,6 +130,8 @@ def prepare(options: RunStudy) -> Setup:
         raise ValueError(
             f"{options.study} compares samples by a distance: give --features NAME, and its weights by --weights FILE"
         )
+    if "curves" in study.needs and options.steps is not None and options.steps < 3:
+        raise ValueError(f"--steps {options.steps}: a curve needs at least 3 steps")
     name = options.size or ("paper" if study.needs == ("cost",) else "tiny")
     size = studies.SIZES[name]
     if options.row is not None and options.row > len(study.rows):
