@@ -241,7 +241,7 @@ def kill_and_resume(start: list[str], out: Path, untils: list[int], environment_
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_ten_times(photos, stage1, tmp_path, processes):  # noqa: F811
     """At random moments, with loader processes; then the same as never interrupted."""
-    run = stage2_run(photos, stage1, steps=500, save_every=7, log_every=1, picture_every=0)
+    run = stage2_run(photos, stage1, steps=800, save_every=7, log_every=1, picture_every=0)
     run = replace(run, data=replace(run.data, num_workers=1))
     config = write_run(run, tmp_path / "run.yaml")
     commands = [
