@@ -327,7 +327,7 @@ def test_latents_that_are_not_finite_name_the_image(run, photos, tmp_path, comma
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "AutoencoderOobleck"}, "of diffusers' models AutoencoderKL and AutoencoderDC can be analysed"),
+        ({"_class_name": "AutoencoderOobleck"}, "of diffusers' models AutoencoderKL and AutoencoderDC can be used"),
         ({"_class_name": "AutoencoderKL"}, "cannot be loaded as AutoencoderKL"),
         ({"model_type": "bert"}, "does not describe a hieratok model"),
     ],

@@ -41,15 +41,15 @@ from hieratok.analysis.meanings import screen_table
 from hieratok.analysis.robustness import noise_psnr, seeded_noise
 from hieratok.analysis.spectrum import BLOCK, MIN_SIDE, dct_profile, high_frequency_share, power_slope
 from hieratok.analyze_page import Embedding, commutation_pictures, make_page
-from hieratok.checkpoint import CONFIG, atomic_file
+from hieratok.checkpoint import atomic_file
 from hieratok.data.images import Source, open_source, to_float, to_uint8
 from hieratok.evaluation.images import batches
 from hieratok.reconstruct import best_device
 from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.pretrained import diffusers_class, load_diffusers
 from hieratok.tokenizer.scales import area_pool
 
 SHOWN = 4  # images in the page's pictures
-DIFFUSERS = ("AutoencoderKL", "AutoencoderDC")
 KDE = "Gaussian kernel, Scott's bandwidth, at the points themselves"
 TSNE = f"2-D, perplexity {PERPLEXITY}, {ITERATIONS} iterations, PCA start"
 
@@ -283,35 +283,14 @@ def load_tokenizer(source: str, device: str | None) -> tuple[Codec, int | None, 
         FileNotFoundError, ValueError: nothing there, or files that do not fit.
     """
     there = device or best_device()
-    config = Path(source) / CONFIG
-    kind = _class_name(config) if config.is_file() else None
+    kind = diffusers_class(source)
     if kind is not None:
-        if kind not in DIFFUSERS:
-            raise ValueError(
-                f"{config} describes a {kind}; of diffusers' models {' and '.join(DIFFUSERS)} can be analysed"
-            )
-        try:
-            import diffusers
-
-            model = getattr(diffusers, kind).from_pretrained(source, use_safetensors=True)
-        except ImportError as error:
-            raise ValueError(f"{source} holds a {kind}, which needs diffusers: pip install diffusers") from error
-        except OSError as error:
-            raise ValueError(f"{source} cannot be loaded as {kind}: {error}") from error
-        return codec_of(model.to(there).eval()), getattr(model.config, "sample_size", None), None
+        model = load_diffusers(source, kind)
+        return codec_of(model.to(there)), getattr(model.config, "sample_size", None), None
     model = HieraTok.from_pretrained(source, device=there)
     mean, std = model.latent_mean.double().cpu(), model.latent_std.double().cpu()
     measured = bool(mean.isfinite().all() and std.isfinite().all())
     return codec_of(model), model.config.image_size, (mean, std) if measured else None
-
-
-def _class_name(config: Path) -> str | None:
-    """diffusers' class in a config.json, if it has one."""
-    try:
-        settings = json.loads(config.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config} is not valid JSON: {error}") from error
-    return settings.get("_class_name") if isinstance(settings, dict) else None
 
 
 def analyze_tokenizer(

@@ -205,11 +205,14 @@ class HieraTokPipeline(DiffusionPipeline):
         ValueError: models that do not fit each other, or a scheduler that does not fit the generator.
     """
 
+    transformer: HieraTokDiT
+    vae: Any
+    scheduler: Any
     model_cpu_offload_seq = "transformer->vae"
 
     def __init__(self, transformer: HieraTokDiT, vae: Any, scheduler: Any):
         super().__init__()
-        made, taken = transformer.config.latent_channels, vae.config.latent_channels
+        made, taken = transformer.dit.config.latent_channels, vae.config.latent_channels
         if made != taken:
             raise ValueError(f"the generator makes latents of {made} channels, but the autoencoder takes {taken}")
         check_scheduler(scheduler, transformer.dit.config)
@@ -289,19 +292,21 @@ class HieraTokPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
         """Standard normals (B, d, h, w), float32 -> normalised latents, by the scheduler."""
-        config, scheduler = self.transformer.dit.config, self.scheduler
+        config = self.transformer.dit.config
+        scheduler: Any = self.scheduler
 
-        def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        def in_float32(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return self.transformer(x.to(self.transformer.dtype), t, y, return_dict=False)[0].float()
 
-        predict = guided(predict, guidance_scale, null_label=config.num_classes)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # equal steps to the very end, as our samplers'
+        predict = guided(in_float32, guidance_scale, null_label=config.num_classes)
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):  # equal steps to the very end, as our samplers'
             scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=z.device)
         else:
             scheduler.set_timesteps(steps, device=z.device)
         random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         z = z * scheduler.init_noise_sigma if config.objective == "ddpm" else z
-        for timestep in self.progress_bar(scheduler.timesteps):
+        progress_bar: Any = self.progress_bar
+        for timestep in progress_bar(scheduler.timesteps):
             if config.objective == "ddpm":
                 t = timestep.expand(len(z))
                 output = predict(scheduler.scale_model_input(z, timestep), t, y)

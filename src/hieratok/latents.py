@@ -22,6 +22,7 @@ from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.processes import process, process_group, wait
 from hieratok.reconstruct import best_device
 from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
 from hieratok.training.tokenizer import measure_latents
 
 SHARD_IMAGES = 2_048
@@ -35,13 +36,16 @@ class WriteLatents:
     """
 
     run: str
-    """The tokenizer: a run's folder, a tokenizer's folder or a hub id."""
+    """The tokenizer: a run's folder, a tokenizer's folder or a hub id; or a folder of diffusers' AutoencoderKL or
+    AutoencoderDC."""
     data: str
     """Images, as `hieratok train` takes them; each is cut to the tokenizer's size as ADM does."""
     out: str | None = None
     """Folder to write to; the same command again goes on."""
     stats_only: bool = False
     """Write no latents: measure every channel's mean and deviation over all images and put them into RUN."""
+    size: int | None = None
+    """Side that images are cut to, in pixels, for an autoencoder of diffusers. Default: the tokenizer's own."""
     batch_size: int = 32
     """Images at a time, each with its mirror image."""
     device: str | None = None
@@ -63,7 +67,7 @@ def write_latents(options: WriteLatents) -> None:
         FileNotFoundError, ValueError: no such run or images, an unreadable image, latents of something else in `out`.
     """
     with process_group():
-        tokenizer = HieraTok.from_pretrained(options.run).to(options.device or best_device())
+        tokenizer = load_tokenizer(options.run, options.device or best_device(), image_size=options.size)
         source = open_source(options.data)
         if options.out is None:
             store_statistics(tokenizer, source, options.run)
@@ -80,19 +84,19 @@ def write_latents(options: WriteLatents) -> None:
         wait()
 
 
-def describe(tokenizer: HieraTok, source: Source, options: WriteLatents) -> Manifest:
+def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Manifest:
     """The manifest of latents that are still to be written."""
     side = tokenizer.config.image_size
     names = hashlib.sha256()
     for i in range(len(source)):
         names.update(f"{source.name(i)}\0{source.label(i)}\n".encode(errors="surrogateescape"))
-    weights = checkpoint.find(options.run) / checkpoint.WEIGHTS
+    sha256, config = describe_tokenizer(options.run)
     return Manifest(
         tokenizer={
             "source": options.run,
-            "sha256": checkpoint.file_sha256(weights),
+            "sha256": sha256,
             "encoder_sha256": tensors_sha256(tokenizer.encoder),
-            "config": checkpoint.load_config(weights.parent, "hieratok", type(tokenizer.config)),
+            "config": config,
         },
         data={"path": options.data, "crop": f"ADM centre crop to {side}", "names_sha256": names.hexdigest()},
         images=len(source),
@@ -140,7 +144,7 @@ class Part(Subset):
         self.indices = list(range(start, min(stop, len(source))))
 
 
-def write_shards(tokenizer: HieraTok, source: Source, manifest: Manifest, out: Path, batch_size: int) -> None:
+def write_shards(tokenizer: Tokenizer, source: Source, manifest: Manifest, out: Path, batch_size: int) -> None:
     """This process's share of the shards, without those that are there."""
     rank, world = process()
     mine = [k for k in range(len(manifest))[rank::world] if not shard_folder(out, k).is_dir()]
@@ -165,7 +169,9 @@ def write_shards(tokenizer: HieraTok, source: Source, manifest: Manifest, out: P
 
 
 @torch.inference_mode()
-def encoded(tokenizer: HieraTok, source: Source, batch_size: int) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor]]:
+def encoded(
+    tokenizer: Tokenizer, source: Source, batch_size: int
+) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor]]:
     """Names, means and log-variances (B, 2, d, h, w) of images and their mirror images, and labels (B,); on the CPU.
 
     Raises:
@@ -194,12 +200,16 @@ def with_statistics(manifest: Manifest, out: Path) -> Manifest:
     return replace(manifest, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
-def store_statistics(tokenizer: HieraTok, source: Source, run: str) -> None:
+def store_statistics(tokenizer: Tokenizer, source: Source, run: str) -> None:
     """Measure the latents' mean and deviation over all images and put them into the tokenizer's files.
 
     Raises:
-        ValueError: the tokenizer's folder is not one to write to: on the hub, or a checkpoint.
+        ValueError: the tokenizer's folder is not one to write to: on the hub, a checkpoint, or of diffusers.
     """
+    if not isinstance(tokenizer, HieraTok):
+        raise ValueError(
+            f"--stats-only is for tokenizers of ours: latents of {run} keep statistics of their own, --out DIR"
+        )
     if not Path(run).is_dir():
         raise ValueError(f"--stats-only writes into the tokenizer's folder, and {run} is none")
     folder = checkpoint.find(run)

@@ -31,7 +31,7 @@ from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, check_fits, class_labels, sample_latents
 from hieratok.pictures import to_pil
 from hieratok.reconstruct import best_device, save_png
-from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
 
 METADATA = "metadata.json"
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
@@ -48,7 +48,7 @@ class Sample(SampleConfig):
     run: str
     """The generator: a run's folder, a generator's folder or a hub id."""
     tokenizer: str
-    """The tokenizer whose latents it learned: the same."""
+    """The tokenizer whose latents it learned: the same; or a folder of diffusers' AutoencoderKL or AutoencoderDC."""
     out: str
     """Folder to write to: 256px/000000.png and so on, samples.npz for ADM's evaluation suite, contact-sheet.png."""
     scales: Literal["finest", "all"] = "finest"
@@ -69,7 +69,7 @@ def sample(options: Sample) -> None:
     with process_group():
         device = options.device or best_device()
         generator = DiT.from_pretrained(options.run, device=device)
-        tokenizer = HieraTok.from_pretrained(options.tokenizer, device=device)
+        tokenizer = load_tokenizer(options.tokenizer, device, latent_size=generator.config.latent_size)
         check_models(generator, tokenizer, options)
         out = Path(options.out)
         sides = written_sides(tokenizer, options)
@@ -85,7 +85,7 @@ def sample(options: Sample) -> None:
         wait()
 
 
-def check_models(generator: DiT, tokenizer: HieraTok, options: Sample) -> None:
+def check_models(generator: DiT, tokenizer: Tokenizer, options: Sample) -> None:
     """Whether the generator's latents are the tokenizer's, and can be drawn as asked.
 
     Raises:
@@ -102,7 +102,7 @@ def check_models(generator: DiT, tokenizer: HieraTok, options: Sample) -> None:
     check_fits(options, generator.config)
 
 
-def written_sides(tokenizer: HieraTok, options: Sample) -> list[int]:
+def written_sides(tokenizer: Tokenizer, options: Sample) -> list[int]:
     """The sides in pixels of the scales that are written, coarse to fine."""
     sides = [tokenizer.config.patch_size * s for s in tokenizer.config.scales]
     return sides if options.preview or options.scales == "all" else sides[-1:]
@@ -152,11 +152,9 @@ def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
     """`metadata.json`: under `settings` all that the images depend on, and beside it how they came about."""
     values = dataclasses.asdict(options)
     sampling = {f.name: values[f.name] for f in dataclasses.fields(SampleConfig) if f.name != "batch_size"}
-    hashes = {
-        name: checkpoint.file_sha256(checkpoint.find(source, inside=name) / checkpoint.WEIGHTS)
-        for name, source in (("generator", options.run), ("tokenizer", options.tokenizer))
-    }
-    settings = {**sampling, "sides": sides, **{f"{name}_sha256": sha256 for name, sha256 in hashes.items()}}
+    generator = checkpoint.file_sha256(checkpoint.find(options.run, inside="generator") / checkpoint.WEIGHTS)
+    hashes = {"generator_sha256": generator, "tokenizer_sha256": describe_tokenizer(options.tokenizer)[0]}
+    settings = {**sampling, "sides": sides, **hashes}
     others = {"run": options.run, "tokenizer": options.tokenizer, "batch_size": options.batch_size}
     versions = {f"{name}_version": importlib.metadata.version(name) for name in ("hieratok", "torch")}
     return json.loads(json.dumps({"settings": settings, **others, **versions}))  # lists for tuples, as in the file
@@ -171,7 +169,7 @@ def read_settings(out: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def draw(generator: DiT, tokenizer: HieraTok, options: Sample, sides: list[int], missing: list[int]) -> None:
+def draw(generator: DiT, tokenizer: Tokenizer, options: Sample, sides: list[int], missing: list[int]) -> None:
     """Write this process's share of the missing images."""
     assert generator.latents is not None
     rank, world = process()
@@ -185,7 +183,7 @@ def draw(generator: DiT, tokenizer: HieraTok, options: Sample, sides: list[int],
             bar.update(len(batch.indices))
 
 
-def decoded(tokenizer: HieraTok, z: Tensor, options: Sample) -> Iterator[Tensor]:
+def decoded(tokenizer: Tokenizer, z: Tensor, options: Sample) -> Iterator[Tensor]:
     """z (B, d, h, w) -> images (B, 3, H_k, W_k) of the scales that are written, coarse to fine."""
     if options.preview:
         yield from tokenizer.decode_progressive(z)

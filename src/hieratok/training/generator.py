@@ -25,8 +25,8 @@ from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.generation.flow import TimeSampling
 from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.pictures import to_pil
-from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.posterior import DiagonalGaussian
+from hieratok.tokenizer.pretrained import DiffusersTokenizer, Tokenizer, load_tokenizer
 from hieratok.training import parallel
 from hieratok.training.loop import DataConfig, Objective, TrainConfig, fit
 from hieratok.training.run_folder import RunFolder, plain
@@ -81,8 +81,8 @@ class GeneratorRun:
     name: str = "generator"
     """Where it is written unless --out says otherwise: runs/NAME."""
     tokenizer: str | None = None
-    """Whose latents: a run, a tokenizer's folder or a hub id. None: pictures and evaluation are left out, and --data
-    must be a folder of latents."""
+    """Whose latents: a run, a tokenizer's folder or a hub id, or a folder of diffusers' AutoencoderKL or AutoencoderDC,
+    then with latents as --data. None: pictures and evaluation are left out, and --data must be a folder of latents."""
     model: DiTConfig = field(default_factory=DiTConfig)
     """The generator."""
     data: DataConfig = field(default_factory=lambda: DataConfig(crop="center"))
@@ -129,7 +129,9 @@ def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = Fa
         Stopped: SIGTERM came; a checkpoint was saved.
     """
     folder = RunFolder(out, plain(run), allow_changes)
-    tokenizer = HieraTok.from_pretrained(run.tokenizer).requires_grad_(False) if run.tokenizer else None
+    tokenizer = None
+    if run.tokenizer:
+        tokenizer = load_tokenizer(run.tokenizer, latent_size=run.model.latent_size).requires_grad_(False)
     dataset, latents = open_latents(run, tokenizer)
     torch.manual_seed(run.train.seed)
     generator = DiT(run.model)
@@ -153,7 +155,7 @@ def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = Fa
     return trained
 
 
-def open_latents(run: GeneratorRun, tokenizer: HieraTok | None) -> tuple[Dataset, LatentSpace]:
+def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Dataset, LatentSpace]:
     """The training data, of latents or of images, and what is to be learned of it.
 
     Raises:
@@ -179,6 +181,11 @@ def open_latents(run: GeneratorRun, tokenizer: HieraTok | None) -> tuple[Dataset
     source = open_source(path)
     if tokenizer is None:
         raise ValueError(f"{path} holds images and no latents: say which tokenizer encodes them, --tokenizer RUN")
+    if isinstance(tokenizer, DiffusersTokenizer):
+        raise ValueError(
+            f"generators learn {run.tokenizer} from a folder of its latents:"
+            f" hieratok latents {run.tokenizer} --data {path} --out DIR"
+        )
     if not (tokenizer.latent_std.isfinite().all() and tokenizer.latent_mean.isfinite().all()):
         raise ValueError(
             f"the latent statistics of {run.tokenizer} were not measured:"
@@ -219,7 +226,7 @@ class GeneratorObjective(Objective):
         tokenizer: encodes, where the data are images.
     """
 
-    def __init__(self, run: GeneratorRun, generator: DiT, tokenizer: HieraTok | None = None):
+    def __init__(self, run: GeneratorRun, generator: DiT, tokenizer: Tokenizer | None = None):
         assert generator.latents is not None
         self.run = run
         self.space = generator.latents
@@ -263,7 +270,7 @@ class GeneratorEvaluation:
         ValueError, FileNotFoundError: unknown networks, or weights or references that are missing or do not fit.
     """
 
-    def __init__(self, run: GeneratorRun, tokenizer: HieraTok):
+    def __init__(self, run: GeneratorRun, tokenizer: Tokenizer):
         config = run.eval
         assert config.reference is not None
         self.config = config
@@ -314,7 +321,7 @@ def quick_sampling(
 
 
 def decoded_samples(
-    generator: DiT, tokenizer: HieraTok, config: SampleConfig, indices: Sequence[int] | None = None
+    generator: DiT, tokenizer: Tokenizer, config: SampleConfig, indices: Sequence[int] | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of samples' indices, and of the finest images, uint8 (B, 3, H, W) on the CPU."""
     assert generator.latents is not None
@@ -325,7 +332,7 @@ def decoded_samples(
         yield batch.indices, to_uint8(images).cpu()
 
 
-def sample_sheet(generator: DiT, tokenizer: HieraTok) -> Image.Image:
+def sample_sheet(generator: DiT, tokenizer: Tokenizer) -> Image.Image:
     """A few samples of the first classes, the same noise every time."""
     config = quick_sampling(generator.config, PICTURE_IMAGES, PICTURE_STEPS, PICTURE_IMAGES, labels="balanced")
     _, images = next(decoded_samples(generator, tokenizer, config))
