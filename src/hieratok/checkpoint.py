@@ -183,7 +183,7 @@ def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "c
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        weights = load_file(path, device=str(device))
+        weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -285,7 +285,7 @@ class State:
 
     def load(self, run: RunFolder, folder: Path) -> None:
         """Take over what an intact checkpoint holds."""
-        snapshot = run.load(folder, self.device)
+        snapshot = run.load(folder)
         parallel.load_weights(self.ema, load_file(folder / self.name / checkpoint.WEIGHTS))
         for name, network in self.networks.items():
             parallel.load_weights(network, snapshot.weights[name])

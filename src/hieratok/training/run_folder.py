@@ -139,13 +139,13 @@ class RunFolder:
             raise TrainingError(f"every checkpoint in {self.checkpoints} is damaged: remove them to start anew")
         return None
 
-    def load(self, folder: Path, device: torch.device) -> Snapshot:
-        """What an intact checkpoint holds."""
+    def load(self, folder: Path) -> Snapshot:
+        """What an intact checkpoint holds, on the CPU."""
         files = sorted(folder.glob("*.safetensors"))
         optimizers = sorted(folder.glob("*-optimizer.pt"))
         return Snapshot(
             json.loads((folder / "counters.json").read_text()),
-            {path.stem: load_file(path, device=str(device)) for path in files},
+            {path.stem: load_file(path) for path in files},
             {
                 path.stem.removesuffix("-optimizer"): torch.load(path, map_location="cpu", weights_only=True)
                 for path in optimizers
