@@ -1,8 +1,9 @@
-"""Pictures and curves of docs/results.md, from three finished runs.
+"""Pictures and curves of docs/results.md, from finished runs.
 
-    python docs/results.py SINGLE MULTI STAGE2 --data 'imagenette/val-*.tar'
+    python docs/results.py SINGLE MULTI STAGE2 DIT_SINGLE DIT_MULTI --data 'imagenette/val-*.tar'
 
-SINGLE, MULTI and STAGE2 are run folders of tiny-single, tiny-multi and tiny-multi-stage2.
+SINGLE, MULTI and STAGE2 are run folders of tiny-single, tiny-multi and tiny-multi-stage2; DIT_SINGLE and DIT_MULTI of
+dit-tiny on the latents of the first two.
 """
 
 import argparse
@@ -13,7 +14,10 @@ from PIL import Image
 
 from hieratok import HieraTok
 from hieratok.data.images import Subset, center_crop, open_source
+from hieratok.generation.dit import DiT
+from hieratok.generation.sampling import SampleConfig
 from hieratok.pictures import picture_table
+from hieratok.training.generator import decoded_samples
 from hieratok.training.run_folder import LOG, read_lines
 from hieratok.training.tokenizer import reconstruct_pyramid
 
@@ -23,9 +27,9 @@ INK, SECOND = "#1f5fa8", "#c2571a"
 
 
 def main() -> None:
-    """Write imagenette.webp, stage2.webp and stage2-curves.svg."""
+    """Write imagenette.webp, stage2.webp, stage2-curves.webp and samples.webp."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("single", "multi", "stage2"):
+    for name in ("single", "multi", "stage2", "dit_single", "dit_multi"):
         parser.add_argument(name)
     parser.add_argument("--data", required=True)
     args = parser.parse_args()
@@ -41,7 +45,13 @@ def main() -> None:
     save(picture_table(columns), DOCS / "imagenette.webp")
     after = reconstruct_pyramid(stage2, originals)[-1]
     save(picture_table({"original": originals, "stage 1": pyramid[-1], "stage 2": after}), DOCS / "stage2.webp")
-    draw_curves(Path(args.stage2), DOCS / "stage2-curves.svg")
+    draw_curves(Path(args.stage2), DOCS / "stage2-curves.webp")
+    config = SampleConfig("euler", steps=50, num=30, batch_size=30, labels="balanced")
+    samples = {}
+    for name, run, tokenizer in (("single scale", args.dit_single, single), ("multi scale", args.dit_multi, multi)):
+        ((_, images),) = decoded_samples(DiT.from_pretrained(run), tokenizer, config)
+        samples |= {f"{name} {row + 1}": images[10 * row : 10 * row + 10] for row in range(3)}
+    save(picture_table(samples), DOCS / "samples.webp")
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -67,7 +77,7 @@ def draw_curves(run: Path, path: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -305,7 +305,8 @@ def tiny_multi_stage2() -> TokenizerRun:
 
     hieratok train tiny-multi-stage2 --from runs/tiny-multi
     With the paper's fixed 0.6 the GAN's gradient soon was several times the reconstruction's (measured on Imagenette:
-    at weight 0.1 of the ramp the perceptual distance had risen from 0.21 to 0.27).
+    at weight 0.1 of the ramp the perceptual distance had risen from 0.21 to 0.27). With the adaptive weight it did not
+    help either: so small a decoder has no answer to a discriminator (docs/results.md).
     """
     run = gan_alone(stage2(tiny_multi(), "runs/tiny-multi", steps=1_000))
     gan = AdversarialConfig(
