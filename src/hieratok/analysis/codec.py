@@ -64,6 +64,9 @@ def codec_of(model: Any) -> Codec:
     @torch.no_grad()
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
         output = model.encode(images.to(**there))
+        padded_from = getattr(output, "image_size", None)  # a HieraTok pads what is measured here pixel by pixel
+        if padded_from and any(side % model.config.patch_size for side in padded_from):
+            raise ValueError(f"image sides {padded_from} must be multiples of the patch size {model.config.patch_size}")
         for name in ("latent_dist", "latent", "latents"):
             output = getattr(output, name, output)
         return (here(output), None) if isinstance(output, Tensor) else (here(output.mean), here(output.logvar))
