@@ -448,7 +448,7 @@ def area(image: torch.Tensor, side: int) -> torch.Tensor:
 
 def test_evaluate_reconstruction(trained, photos, hieratok):
     command = ("evaluate", "reconstruction", trained, "--data", photos, *PIXELS_ALONE, "--json")
-    assert hieratok("reconstruct", trained, photos, "--out", "pngs")[0] == 0
+    assert hieratok("reconstruct", trained, photos, "--crop", "--out", "pngs")[0] == 0
     source = open_source(str(photos))
     originals = [center_crop(source.image(i), 16) for i in range(5)]
     written = {side: [pixels(Path(f"pngs/{i}-{side}px.png")) for i in range(5)] for side in (4, 8, 16)}
@@ -489,7 +489,7 @@ def test_samples_of_the_posterior_do_not_depend_on_batches(trained, photos, hier
 
 
 def test_evaluate_images_equals_evaluating_the_run(trained, photos, hieratok):
-    assert hieratok("reconstruct", trained, photos, "--out", "pngs")[0] == 0
+    assert hieratok("reconstruct", trained, photos, "--crop", "--out", "pngs")[0] == 0
     Path("a").mkdir()
     Path("b").mkdir()
     source = open_source(str(photos))

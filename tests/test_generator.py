@@ -299,7 +299,7 @@ def test_a_divided_model_is_shown_and_judged(tokenizer, latents, photos, tmp_pat
     train_generator(run, tmp_path / "one")
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(plain(replace(run, train=replace(run.train, parallel="fsdp2")))))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29633"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     command = [*torchrun, "-m", "hieratok", "train", str(config), "--out", str(tmp_path / "two")]

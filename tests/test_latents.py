@@ -188,7 +188,7 @@ def test_two_processes_write_the_same_folder(run, photos, tmp_path):
         "hieratok.latents.SHARD_IMAGES = 4\n"
         "sys.exit(hieratok.cli.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["latents", str(run), "--data", str(photos), "--out", str(tmp_path / "two"), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(program), *arguments], check=True, env=environment, timeout=300)

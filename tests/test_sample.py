@@ -236,7 +236,7 @@ def test_more_images_are_added(options):
 
 def test_two_processes_draw_the_same_images(options):
     sample(options)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29632"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--sampler", "sde", "--steps", "3", "--num", "5", "--cfg", "1.5", "--batch-size", "2", "--device", "cpu"]
     arguments = ["sample", options.run, "--tokenizer", options.tokenizer, "--out", options.out + "-two", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

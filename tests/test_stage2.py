@@ -216,16 +216,16 @@ def test_sigterm_saves_and_the_same_call_goes_on(photos, stage1, tmp_path, monke
     assert all(torch.equal(first[k], second[k]) for k in first if "latent" not in k and k != "counters")
 
 
-def torchrun(config: str, out: Path, *, port: int = 29621) -> list[str]:
+def torchrun(config: str, out: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "hieratok", "train", config, "--out", str(out)),
     ]
 
 
-def run_two(config: str, out: Path, *, port: int = 29621) -> None:
+def run_two(config: str, out: Path) -> None:
     environment_ = {**environment(), "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(torchrun(config, out, port=port), check=True, env=environment_, timeout=300)
+    subprocess.run(torchrun(config, out), check=True, env=environment_, timeout=300)
 
 
 def kill_and_resume(start: list[str], out: Path, untils: list[int], environment_: dict[str, str]) -> None:
@@ -279,13 +279,16 @@ def assert_same_losses(one: list[dict[str, float]], two: list[dict[str, float]])
 def test_two_processes_equal_two_micro_batches(photos, stage1, tmp_path, strategy):  # noqa: F811
     """Real torchrun with gloo, stage 2: the same losses to 1e-5; resumed half-way, bit-equal; one can go on with it."""
     run = stage2_run(photos, stage1, steps=6, log_every=1, micro_batch_size=2, picture_every=2, save_every=3)
+    # At first every logit lies within hinge's margins, so the last bias has a gradient of 1 - 1: rounding alone, which
+    # Adam scales up to a full step. The non-saturating loss has no such place.
+    run = replace(run, gan=replace(run.gan, loss="non-saturating"))
     train_tokenizer(run, tmp_path / "one")
     run = replace(run, train=replace(run.train, parallel=strategy))
-    config, port = write_run(run, tmp_path / "run.yaml"), 29621 + (strategy == "ddp")
-    run_two(config, tmp_path / "two", port=port)
+    config = write_run(run, tmp_path / "run.yaml")
+    run_two(config, tmp_path / "two")
     shutil.copytree(tmp_path / "two", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")  # as if killed in step 4, 5 or 6
-    run_two(config, tmp_path / "resumed", port=port)
+    run_two(config, tmp_path / "resumed")
     assert_same_run(tmp_path / "two", tmp_path / "resumed")
     assert_same_losses(read_log(tmp_path / "one"), read_log(tmp_path / "two"))
     first, second = final_state(tmp_path / "one"), final_state(tmp_path / "two")

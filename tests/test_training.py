@@ -259,7 +259,7 @@ def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
     run = small_run(photos, steps=6, log_every=1, micro_batch_size=2, picture_every=0)
     train_tokenizer(run, tmp_path / "one")
     config = write_run(run, tmp_path / "run.yaml")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*torchrun, "-m", "hieratok", "train", config, "--out", str(tmp_path / "two")],
         check=True,
