@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hieratok import HieraTok
-from hieratok.data.images import Subset, center_crop, open_source
+from hieratok.data.images import center_crop, evenly_spread, open_source
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig
 from hieratok.pictures import picture_table
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     args = parser.parse_args()
     single, multi, stage2 = (HieraTok.from_pretrained(run) for run in (args.single, args.multi, args.stage2))
-    source = Subset(open_source(args.data), NUM_IMAGES)
+    source = evenly_spread(open_source(args.data), NUM_IMAGES)
     originals = torch.stack([center_crop(source.image(i), multi.config.image_size) for i in range(len(source))])
     pyramid = reconstruct_pyramid(multi, originals)
     columns = {

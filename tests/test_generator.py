@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.utils.data import default_collate
 
 from hieratok import HieraTok, cli
 from hieratok.data import LatentDataset, evaluation_batches, open_source
-from hieratok.evaluation import EvaluateStats, FeatureSet, frechet_distance, load_network, write_statistics
+from hieratok.evaluation import EvaluateStats, FeatureSet, evaluate, frechet_distance, load_network, write_statistics
 from hieratok.generation import flow
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.latents import WriteLatents, write_latents
@@ -26,7 +25,7 @@ from hieratok.training.generator import GeneratorEval, GeneratorObjective, Gener
 from hieratok.training.loop import DataConfig, TrainConfig
 from hieratok.training.run_folder import plain
 from test_latents import photos, save_tokenizer  # noqa: F401
-from test_training import read_log, same
+from test_training import TORCHRUN, crash_in_step, read_log, same
 
 
 class Means(nn.Module):
@@ -114,23 +113,10 @@ def test_a_run_leaves_what_it_promises(tokenizer, latents, tmp_path):
 
 
 @pytest.mark.parametrize(("objective", "at"), [("ddpm", 1), ("ddpm", 5), ("flow", 4)])
-def test_resumed_equals_uninterrupted(tokenizer, latents, tmp_path, monkeypatch, objective, at):
+def test_resumed_equals_uninterrupted(tokenizer, latents, tmp_path, objective, at):
     run = small_run(tokenizer, latents, objective)
     train_generator(run, tmp_path / "whole")
-    original = loop.update_ema
-
-    class Crash(Exception):
-        pass
-
-    def crash(ema, model, step, decay):
-        if step + 1 == at:
-            raise Crash
-        original(ema, model, step, decay)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "update_ema", crash)
-        with pytest.raises(Crash):
-            train_generator(run, tmp_path / "crashed")
+    crash_in_step(at, lambda: train_generator(run, tmp_path / "crashed"))
     train_generator(run, tmp_path / "crashed")
     whole, crashed = final_state(tmp_path / "whole"), final_state(tmp_path / "crashed")
     assert whole.keys() == crashed.keys()
@@ -278,10 +264,9 @@ def test_processes_share_the_samples_and_sample_equally_often(tokenizer, latents
     generator = objective_of_images(run, model).eval()
     calls, names = [], []
     for rank in range(2):
-        monkeypatch.setattr(module, "process", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(
-            module, "merge_processes", lambda features, rank=rank: names.append(sorted(features.digests))
-        )
+        for place in (module, evaluate):  # samples, and the reference
+            monkeypatch.setattr(place, "process", lambda rank=rank: (rank, 2))
+            monkeypatch.setattr(place, "merge_processes", lambda features: names.append(sorted(features.digests)))
         count = []
         handle = generator.register_forward_hook(lambda *_, count=count: count.append(1))
         module.GeneratorEvaluation(run, model)(generator)
@@ -299,10 +284,9 @@ def test_a_divided_model_is_shown_and_judged(tokenizer, latents, photos, tmp_pat
     train_generator(run, tmp_path / "one")
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(plain(replace(run, train=replace(run.train, parallel="fsdp2")))))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
-    command = [*torchrun, "-m", "hieratok", "train", str(config), "--out", str(tmp_path / "two")]
+    command = [*TORCHRUN, "-m", "hieratok", "train", str(config), "--out", str(tmp_path / "two")]
     subprocess.run(command, check=True, env=environment, timeout=500)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = ((tmp_path / name / "evaluations.jsonl").read_text().splitlines() for name in ("one", "two"))

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import hieratok.latents
 from hieratok import HieraTok, TokenizerConfig, checkpoint, cli
 from hieratok.data import ImageDataset, LatentDataset, center_crop, open_source, to_float
 from hieratok.latents import WriteLatents, write_latents
+from test_training import TORCHRUN
 
 CONFIG = TokenizerConfig(
     image_size=16,
@@ -188,10 +188,9 @@ def test_two_processes_write_the_same_folder(run, photos, tmp_path):
         "hieratok.latents.SHARD_IMAGES = 4\n"
         "sys.exit(hieratok.cli.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["latents", str(run), "--data", str(photos), "--out", str(tmp_path / "two"), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(program), *arguments], check=True, env=environment, timeout=300)
+    subprocess.run([*TORCHRUN, str(program), *arguments], check=True, env=environment, timeout=300)
     two = contents(tmp_path / "two")
     assert two.keys() == whole.keys()
     ours, theirs = LatentDataset(tmp_path / "one"), LatentDataset(tmp_path / "two")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.sample import Sample, sample
 from hieratok.settings import load_options
 from test_latents import save_tokenizer
+from test_training import TORCHRUN
 
 
 def save_generator(folder: Path, tokenizer: Path, **changes) -> Path:
@@ -236,12 +236,11 @@ def test_more_images_are_added(options):
 
 def test_two_processes_draw_the_same_images(options):
     sample(options)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--sampler", "sde", "--steps", "3", "--num", "5", "--cfg", "1.5", "--batch-size", "2", "--device", "cpu"]
     arguments = ["sample", options.run, "--tokenizer", options.tokenizer, "--out", options.out + "-two", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # "--": else torchrun may take --num for an option of its own
-    subprocess.run([*torchrun, "-m", "--", "hieratok", *arguments], check=True, env=environment, timeout=300)
+    subprocess.run([*TORCHRUN, "-m", "--", "hieratok", *arguments], check=True, env=environment, timeout=300)
     assert levels_apart(images(options.out), images(options.out + "-two")) <= 1
     assert len(archive(options.out + "-two")["arr_1"]) == 5
 

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +25,10 @@ from hieratok.training import loop
 from hieratok.training.loop import Optimization, learning_rate
 from hieratok.training.tokenizer import EvalConfig, TokenizerObjective, TokenizerRun, train_tokenizer
 from test_training import (
-    Crash,
+    TORCHRUN,
     assert_same_run,
     command,
+    crash_in_step,
     environment,
     final_state,
     last_step,
@@ -175,21 +175,11 @@ def test_activation_checkpointing_changes_nothing_but_memory(photos, tmp_path): 
 
 
 @pytest.mark.parametrize("at", [3, 6, 12])
-def test_stage_2_resumed_equals_uninterrupted(photos, stage1, tmp_path, monkeypatch, at):  # noqa: F811
+def test_stage_2_resumed_equals_uninterrupted(photos, stage1, tmp_path, at):  # noqa: F811
     """Tokenizer, discriminator, LeCam's means, EMA, both optimisers, logs."""
     run = stage2_run(photos, stage1)
     train_tokenizer(run, tmp_path / "whole")
-    original = loop.update_ema
-
-    def crash(ema, model, step, decay):
-        if step + 1 == at:
-            raise Crash
-        original(ema, model, step, decay)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "update_ema", crash)
-        with pytest.raises(Crash):
-            train_tokenizer(run, tmp_path / "crashed")
+    crash_in_step(at, lambda: train_tokenizer(run, tmp_path / "crashed"))
     train_tokenizer(run, tmp_path / "crashed")
     assert_same_run(tmp_path / "whole", tmp_path / "crashed")
 
@@ -217,10 +207,7 @@ def test_sigterm_saves_and_the_same_call_goes_on(photos, stage1, tmp_path, monke
 
 
 def torchrun(config: str, out: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "hieratok", "train", config, "--out", str(out)),
-    ]
+    return [*TORCHRUN, "-m", "hieratok", "train", config, "--out", str(out)]
 
 
 def run_two(config: str, out: Path) -> None:

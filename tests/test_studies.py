@@ -11,7 +11,6 @@ import torch
 import yaml
 from PIL import Image
 from scipy.stats import t as student
-from torch import nn
 
 from hieratok import HieraTok, cost, recipes, studies, study, study_runs
 from hieratok.analysis import convergence, density
@@ -22,6 +21,7 @@ from hieratok.generation.dit import DiTConfig
 from hieratok.losses.adversarial import AdversarialConfig
 from hieratok.study_runs import RunStudy, place, planned_runs, prepare
 from hieratok.training.run_folder import Log, plain
+from test_generator import FEATURES
 from test_report import Reader, assert_self_contained
 
 STEPS = 4
@@ -31,20 +31,6 @@ STEPS = 4
 def few_replicates(monkeypatch):
     """Intervals a little less exact, five times sooner."""
     monkeypatch.setattr(convergence, "REPLICATES", 200)
-
-
-class Means(nn.Module):
-    """A feature network: the mean of every channel in every quarter."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-
-
-def means(weights: Path | None = None) -> nn.Module:
-    return Means()
-
-
-FEATURES = f"{__name__}:means"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,22 +141,27 @@ class Crash(Exception):
     """Stands in for a crash of the machine at one point."""
 
 
+def crash_in_step(at: int, run: Callable[[], object]) -> None:
+    """Run something that trains; it crashes in step `at`, before that step counts."""
+    original = loop.update_ema
+
+    def crash(ema, model, step, decay):
+        if step + 1 == at:
+            raise Crash
+        original(ema, model, step, decay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "update_ema", crash)
+        with pytest.raises(Crash):
+            run()
+
+
 @pytest.mark.parametrize("at", [1, 5, 6, 9, 12])
-def test_resumed_equals_uninterrupted(photos, tmp_path, monkeypatch, at):
+def test_resumed_equals_uninterrupted(photos, tmp_path, at):
     """A crash in step `at`, between or right after checkpoints, then the same call again."""
     run = small_run(photos)
     train_tokenizer(run, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        original = loop.update_ema
-
-        def crash(ema, model, step, decay):
-            if step + 1 == at:
-                raise Crash
-            original(ema, model, step, decay)
-
-        patch.setattr(loop, "update_ema", crash)
-        with pytest.raises(Crash):
-            train_tokenizer(run, tmp_path / "crashed")
+    crash_in_step(at, lambda: train_tokenizer(run, tmp_path / "crashed"))
     train_tokenizer(run, tmp_path / "crashed")
     assert_same_run(tmp_path / "whole", tmp_path / "crashed")
 
@@ -213,6 +219,8 @@ def test_gradient_accumulation_changes_only_rounding(photos, tmp_path):
 
 # --- real processes ---------------------------------------------------------------------------------------------------
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -259,9 +267,8 @@ def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
     run = small_run(photos, steps=6, log_every=1, micro_batch_size=2, picture_every=0)
     train_tokenizer(run, tmp_path / "one")
     config = write_run(run, tmp_path / "run.yaml")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*torchrun, "-m", "hieratok", "train", config, "--out", str(tmp_path / "two")],
+        [*TORCHRUN, "-m", "hieratok", "train", config, "--out", str(tmp_path / "two")],
         check=True,
         env={**environment(), "ACCELERATE_USE_CPU": "true"},
         timeout=300,

@@ -1,8 +1,6 @@
 """`hieratok analyze`: the latent space of a trained tokenizer, or of a file of latents, as numbers and a page."""
 
 import importlib.metadata
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +39,7 @@ from hieratok.analysis.meanings import screen_table
 from hieratok.analysis.robustness import noise_psnr, seeded_noise
 from hieratok.analysis.spectrum import BLOCK, MIN_SIDE, dct_profile, high_frequency_share, power_slope
 from hieratok.analyze_page import Embedding, commutation_pictures, make_page
-from hieratok.checkpoint import atomic_file
+from hieratok.checkpoint import write_json
 from hieratok.data.images import Source, open_source, to_float, to_uint8
 from hieratok.evaluation.images import batches
 from hieratok.reconstruct import best_device
@@ -142,18 +140,8 @@ def analyze(options: Analyze) -> dict[str, Any]:
 def write(out: Path, result: dict[str, Any], document: report.Html) -> None:
     """`metrics.json` and `index.html`, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    write_json(out / "metrics.json", result)
     report.write_page(out / "index.html", document)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither infinity (the PSNR of identical images) nor NaN (the interval of one image): null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def manifest(**facts: Any) -> dict[str, Any]:

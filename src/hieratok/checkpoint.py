@@ -5,6 +5,7 @@ import difflib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -34,8 +35,26 @@ def save(folder: str | Path, weights: dict[str, Tensor], config: dict[str, Any])
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / WEIGHTS) as temporary:
         save_tensors(weights, temporary)
-    with atomic_file(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / CONFIG, config)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """JSON over several lines. It has neither infinity (the PSNR of identical images) nor NaN: they become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -4,10 +4,9 @@ Every shard is written whole or not at all, so the same command goes on where it
 shards are divided among the processes.
 """
 
-import hashlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok import checkpoint
-from hieratok.data.images import Source, Subset, evaluation_batches, open_source, to_float
+from hieratok.data.images import Source, Subset, evaluation_batches, names_sha256, open_source, to_float
 from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, shard_folder
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.processes import process, process_group, wait
@@ -87,9 +86,6 @@ def write_latents(options: WriteLatents) -> None:
 def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Manifest:
     """The manifest of latents that are still to be written."""
     side = tokenizer.config.image_size
-    names = hashlib.sha256()
-    for i in range(len(source)):
-        names.update(f"{source.name(i)}\0{source.label(i)}\n".encode(errors="surrogateescape"))
     sha256, config = describe_tokenizer(options.run)
     return Manifest(
         tokenizer={
@@ -98,7 +94,7 @@ def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Man
             "encoder_sha256": tensors_sha256(tokenizer.encoder),
             "config": config,
         },
-        data={"path": options.data, "crop": f"ADM centre crop to {side}", "names_sha256": names.hexdigest()},
+        data={"path": options.data, "crop": f"ADM centre crop to {side}", "names_sha256": names_sha256(source)},
         images=len(source),
         shape=(tokenizer.config.latent_channels, *tokenizer.config.grid),
         shard_images=SHARD_IMAGES,
@@ -132,23 +128,15 @@ def start(out: Path, manifest: Manifest) -> Manifest:
 def write_manifest(out: Path, manifest: Manifest) -> None:
     """Whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    with checkpoint.atomic_file(out / MANIFEST) as temporary:
-        temporary.write_text(manifest.text())
-
-
-class Part(Subset):
-    """Consecutive images of a source."""
-
-    def __init__(self, source: Source, start: int, stop: int):
-        self.source = source
-        self.indices = list(range(start, min(stop, len(source))))
+    checkpoint.write_json(out / MANIFEST, asdict(manifest))
 
 
 def write_shards(tokenizer: Tokenizer, source: Source, manifest: Manifest, out: Path, batch_size: int) -> None:
     """This process's share of the shards, without those that are there."""
     rank, world = process()
     mine = [k for k in range(len(manifest))[rank::world] if not shard_folder(out, k).is_dir()]
-    parts = {k: Part(source, k * manifest.shard_images, (k + 1) * manifest.shard_images) for k in mine}
+    everything = range(len(source))
+    parts = {k: Subset(source, everything[k * manifest.shard_images :][: manifest.shard_images]) for k in mine}
     with tqdm(total=sum(map(len, parts.values())), unit=" images", desc="latents", disable=rank > 0) as bar:
         for shard, part in parts.items():
             statistics = LatentStatistics(manifest.shape[0])

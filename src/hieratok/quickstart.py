@@ -1,7 +1,6 @@
 """The first look: train a small tokenizer on the bundled photos, reconstruct crops it never saw, train a small
 generator on its latents, sample it at every scale, write a page of it."""
 
-import json
 import math
 import platform
 import shlex
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hieratok import recipes, report
-from hieratok.checkpoint import atomic_file
+from hieratok.checkpoint import write_json
 from hieratok.data.images import Source, center_crop, open_source, to_uint8
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents
@@ -81,8 +80,7 @@ def quickstart(
             "settings": plain(generator_run),
         },
     }
-    with atomic_file(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(out / "metrics.json", metrics)
     samples = sample_pyramid(generator, tokenizer)
     report.write_page(out / "index.html", make_page(out, run, metrics, log, held_out, originals, pyramid, samples))
     print(
@@ -203,7 +201,7 @@ def make_page(
     summary = (
         f"A multi-scale tokenizer turns each {originals.shape[-1]} px image into {grid} x {grid} latent vectors of"
         f" {run.model.latent_channels} numbers, and decodes them at {len(sizes)} scales. This one was trained for"
-        f" {minutes:.1f} minutes on {metrics['hardware']}; all pictures below are crops that it never saw."
+        f" {minutes:.1f} minutes on {metrics['hardware']}; the reconstructions below are of crops that it never saw."
     )
     key = [
         (f"{metrics['psnr']:.2f} dB", "PSNR of held-out crops"),

@@ -142,8 +142,7 @@ def start(out: Path, options: Sample, sides: list[int]) -> list[int]:
             (out / folder_name(side)).mkdir(parents=True, exist_ok=True)
         for leftover in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
             leftover.unlink()
-        with checkpoint.atomic_file(out / METADATA) as temporary:
-            temporary.write_text(json.dumps(now, indent=2) + "\n")
+        checkpoint.write_json(out / METADATA, now)
     wait()
     return missing
 

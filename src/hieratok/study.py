@@ -17,7 +17,7 @@ import torch
 
 from hieratok import cost, studies, study_page
 from hieratok.analysis.convergence import speed_up
-from hieratok.analysis.intervals import CONFIDENCE, summarize
+from hieratok.analysis.intervals import half_width, summarize
 from hieratok.analyze import Analyze, analyze_tokenizer, load_tokenizer
 from hieratok.analyze import write as write_analysis
 from hieratok.analyze_page import make_page as analysis_page
@@ -248,12 +248,10 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
     """Student's t on numbers, one a seed."""
-    from scipy.stats import t
-
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return Interval(mean, None, None, 1)
-    half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = half_width(float(np.std(values, ddof=1)), n)
     return Interval(mean, mean - half, mean + half, n)
 
 

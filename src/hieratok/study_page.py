@@ -1,6 +1,5 @@
 """The page of a study: for every metric the paper's numbers beside ours, as HTML, Markdown and JSON."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from PIL import Image
 from hieratok import report
 from hieratok.analysis.meanings import MEANINGS
 from hieratok.analyze_page import Embedding, embedding_plots
-from hieratok.checkpoint import atomic_file
+from hieratok.checkpoint import atomic_file, write_json
 from hieratok.studies import METRICS, PAPER_SPEED_UP, Metric
 
 SHOWN = 8  # samples in appendix D's pictures
@@ -78,8 +77,7 @@ def write(stem: Path, result: dict[str, Any]) -> None:
     everything = [*metric_sections(result), *shown_sections(result), runs_section(result)]
     summary = " ".join(note for note in result["notes"] if note)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(stem.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(stem.with_suffix(".json"), result)
     with atomic_file(stem.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(result["title"], summary, everything), encoding="utf-8")
     parts = [

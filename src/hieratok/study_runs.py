@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok import cost, studies
 from hieratok.analysis.density import MIN_POINTS
-from hieratok.checkpoint import atomic_file
-from hieratok.data.images import open_source
+from hieratok.checkpoint import write_json
+from hieratok.data.images import names_sha256, open_source
 from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
 from hieratok.generation import diffusion, flow
@@ -261,11 +261,7 @@ def reference(setup: Setup) -> str | None:
 @functools.cache
 def images_sha256(path: str) -> str:
     """SHA-256 of the names and classes of images, in their order."""
-    source = open_source(path)
-    names = hashlib.sha256()
-    for i in range(len(source)):
-        names.update(f"{source.name(i)}\0{source.label(i)}\n".encode(errors="surrogateescape"))
-    return names.hexdigest()
+    return names_sha256(open_source(path))
 
 
 @functools.cache
@@ -293,12 +289,6 @@ def train(planned: Planned) -> None:
         train_tokenizer(planned.run, planned.folder)
     facts = {**speed(read_lines(planned.folder / LOG)), "hardware": hardware(), "torch": torch.__version__}
     write_json(planned.folder / DONE, facts)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,18 @@ from torch import Tensor
 CONFIDENCE = 0.95
 
 
+def half_width(deviation: float, n: int) -> float:
+    """Of the 95% interval of a mean of n values (Student's t); NaN for fewer than two.
+
+    Args:
+        deviation: their standard deviation, with n - 1.
+        n: how many there are.
+    """
+    from scipy.stats import t
+
+    return float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * deviation / math.sqrt(n) if n > 1 else math.nan
+
+
 def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:
     """The mean over images of each column, and the 95% interval of that mean (Student's t).
 
@@ -19,8 +31,6 @@ def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:
         `key`, `key_low` and `key_high` (`noise_psnr_low/0.1` with a detail): numbers, or lists of k. The interval of
         fewer than two images is NaN.
     """
-    from scipy.stats import t
-
     stem, slash, detail = key.partition("/")
     columns = values.double().reshape(len(values), -1).T
     rows = []
@@ -28,7 +38,7 @@ def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:
         finite = column[~column.isinf()]
         n = len(finite)
         mean = float(finite.mean()) if n else math.inf
-        half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1) * finite.std() / math.sqrt(n)) if n > 1 else math.nan
+        half = half_width(float(finite.std()), n) if n > 1 else math.nan
         rows.append((mean, mean - half, mean + half))
     keys = (key, f"{stem}_low{slash}{detail}", f"{stem}_high{slash}{detail}")
     lists = dict(zip(keys, map(list, zip(*rows))))

@@ -8,6 +8,7 @@ Evaluation reads it through `evaluation_batches`: every image once, always with 
 
 import difflib
 import glob
+import hashlib
 import importlib.util
 import logging
 import os
@@ -235,17 +236,16 @@ class BundledPhotos:
 
 
 class Subset:
-    """So many images of a source, evenly spread over it; all where it has no more.
+    """Some images of a source.
 
     Args:
         source: whole images.
-        num_images: how many.
+        indices: which.
     """
 
-    def __init__(self, source: Source, num_images: int):
+    def __init__(self, source: Source, indices: Sequence[int]):
         self.source = source
-        count = min(num_images, len(source))
-        self.indices = [i * len(source) // count for i in range(count)]
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -261,6 +261,20 @@ class Subset:
     def image(self, index: int) -> Tensor:
         """As the source reads it."""
         return self.source.image(self.indices[index])
+
+
+def evenly_spread(source: Source, num_images: int) -> Subset:
+    """So many images of a source, evenly spread over it; all where it has no more."""
+    count = min(num_images, len(source))
+    return Subset(source, [i * len(source) // count for i in range(count)])
+
+
+def names_sha256(source: Source) -> str:
+    """SHA-256 of the names and classes of a source's images, in their order: whether two sources are of one set."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        digest.update(f"{source.name(i)}\0{source.label(i)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _bundled(package: str, file: str) -> Tensor:

@@ -70,10 +70,6 @@ class Manifest:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged or of another version: write the latents again") from error
 
-    def text(self) -> str:
-        """As it stands in the file."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
 
 def shard_folder(folder: str | Path, shard: int) -> Path:
     """Where a shard lies."""

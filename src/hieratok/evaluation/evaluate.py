@@ -236,7 +236,7 @@ def evaluate_samples(options: EvaluateSamples) -> dict[str, Any]:
         source = open_images(options.path)
         size = _size(options, source)
         reference = _reference(options, network, size)  # first: a wrong one is then refused before the long part
-        samples = _collect(source, network, size, options.batch_size, "samples", keep=None)
+        samples = collect(source, network, size, options.batch_size, "samples", keep=None)
         result: dict[str, Any] = {"n": samples.pool.n}
         result |= distances(samples, reference, network)
         result["warnings"] = count_warnings(samples.pool.n, len(samples.pool.mu), "samples")
@@ -270,7 +270,7 @@ def write_statistics(options: EvaluateStats) -> SetStatistics:
             raise ValueError(f"--out {options.out} must end in .npz")
         source = open_images(options.path)
         size = _size(options, source)
-        statistics = _collect(source, network, size, options.batch_size, "statistics")
+        statistics = collect(source, network, size, options.batch_size, "statistics")
         if process()[0] == 0:
             Path(options.out).parent.mkdir(parents=True, exist_ok=True)
             statistics.save(options.out)
@@ -281,7 +281,7 @@ def write_statistics(options: EvaluateStats) -> SetStatistics:
         return statistics
 
 
-def _collect(
+def collect(
     source: Source,
     network: FeatureNetwork,
     size: int | tuple[int, int],
@@ -289,6 +289,16 @@ def _collect(
     what: str,
     keep: int | None = REFERENCE_FEATURES,
 ) -> SetStatistics:
+    """The statistics of a source's images over all processes; every process must call.
+
+    Args:
+        source: images.
+        network: whose features.
+        size: side to cut them to, or the size that all must have.
+        batch_size: images at a time.
+        what: they are, for the progress bar.
+        keep: features of so many images are kept beside the sums; None: of all.
+    """
     rank, world = process()
     features = FeatureSet(network, keep)
     total = len(range(rank, len(source), world))
@@ -304,11 +314,11 @@ def _reference(options: EvaluateSamples, network: FeatureNetwork, size: int | tu
     """From images, or from a file of statistics; ADM's carries images for precision, recall and KID beside them."""
     arrays = _array_names(options.reference)
     if "mu" not in arrays:
-        return _collect(open_images(options.reference), network, size, options.batch_size, "reference")
+        return collect(open_images(options.reference), network, size, options.batch_size, "reference")
     statistics = SetStatistics.load(options.reference, network)
     if statistics.features is None and "arr_0" in arrays:
         images = open_images(options.reference)
-        collected = _collect(images, network, _shape(images), options.batch_size, "reference")
+        collected = collect(images, network, _shape(images), options.batch_size, "reference")
         return replace(statistics, features=collected.features, size=collected.size)
     return statistics
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hieratok.checkpoint import atomic_file
+from hieratok.checkpoint import atomic_file, json_text, write_json
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.processes import process, wait
@@ -75,25 +74,16 @@ def finish(result: dict[str, Any], as_json: bool, out: str | None, picture: Imag
 
 
 def _write_and_print(result: dict[str, Any], as_json: bool, out: str | None, picture: Image.Image | None) -> None:
-    text = json.dumps(_finite(result), indent=2, allow_nan=False)
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         if picture is not None:
             with atomic_file(folder / "reconstructions.png") as temporary:
                 picture.save(temporary, format="PNG")
-        with atomic_file(folder / "metrics.json") as temporary:
-            temporary.write_text(text + "\n")
+        write_json(folder / "metrics.json", result)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(text if as_json else format_result(result))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: the PSNR of identical images becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json_text(result) if as_json else format_result(result))
 
 
 def format_result(result: Mapping[str, Any]) -> str:

@@ -16,8 +16,9 @@ from hieratok import checkpoint
 from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
 from hieratok.data.latents import MANIFEST, LatentDataset
 from hieratok.evaluation.distribution import distances
+from hieratok.evaluation.evaluate import collect
 from hieratok.evaluation.features import load_network, tensors_sha256
-from hieratok.evaluation.images import batches, open_images
+from hieratok.evaluation.images import open_images
 from hieratok.evaluation.processes import merge_processes, process
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 from hieratok.generation import diffusion, flow
@@ -303,12 +304,8 @@ class GeneratorEvaluation:
         """Of the real images, measured when first asked for."""
         if self.statistics is None:
             assert self.source is not None
-            features = FeatureSet(self.network)
-            size, (rank, world) = self.tokenizer.config.image_size, process()
-            for names, images in batches(self.source, size, self.config.batch_size, None, rank, world):
-                features.update(images, names)
-            merge_processes(features)
-            self.statistics = features.compute()
+            size = self.tokenizer.config.image_size
+            self.statistics = collect(self.source, self.network, size, self.config.batch_size, "reference", keep=0)
         return self.statistics
 
 

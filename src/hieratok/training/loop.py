@@ -252,7 +252,6 @@ class State:
         for module in self.networks[self.name].modules():
             if isinstance(module, Blocks):
                 module.activation_checkpointing = config.activation_checkpointing
-        self.called = self.networks
         if config.parallel == "fsdp2" and torch.distributed.is_initialized():
             parallel.shard(self.networks[self.name], objective.methods)
             parallel.shard(self.ema, objective.methods)
@@ -353,14 +352,12 @@ def fit(
         )
         return iter(training_loader(dataset, batches, num_workers))
 
-    def resume() -> Path | None:
-        """Load the newest intact checkpoint, if any, and forget what was logged after it."""
-        folder = newest_everywhere(run, accelerator)
+    def resume(folder: Path | None) -> None:
+        """Load a checkpoint, if there is one, and forget what was logged after it."""
         if folder:
             state.load(run, folder)
         if is_main:
             run.truncate_logs(state.step)
-        return folder
 
     def every(steps: int) -> bool:
         """Whether something that happens so often, and at the end, happens after this step."""
@@ -369,7 +366,7 @@ def fit(
     if is_main:
         run.prepare()
     accelerator.wait_for_everyone()
-    resume()
+    resume(newest_everywhere(run, accelerator))
     batches = loader()
     log = Log(run, state.step) if is_main else None
     progress = progress_bar(config, state.step, run.path.name, is_main)
@@ -414,7 +411,7 @@ def fit(
                     folder = newest_everywhere(run, accelerator)
                     if folder is None or rollbacks > config.max_rollbacks:
                         raise TrainingError(not_finite(first_bad, rollbacks - 1, folder))
-                    resume()
+                    resume(folder)
                     state.counts["rollbacks"] = rollbacks
                     tqdm.write(f"{not_finite(first_bad, rollbacks - 1, folder)}: going back to it", file=sys.stderr)
                     batches = loader()

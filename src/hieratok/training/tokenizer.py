@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hieratok import checkpoint
-from hieratok.data.images import ImageDataset, Source, Subset, evaluation_batches, open_source, to_float, to_uint8
+from hieratok.data.images import (
+    ImageDataset,
+    Source,
+    evaluation_batches,
+    evenly_spread,
+    open_source,
+    to_float,
+    to_uint8,
+)
 from hieratok.data.latents import LatentStatistics
 from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
@@ -149,7 +157,7 @@ def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = Fa
         evaluate=evaluate,
         evaluate_every=run.eval.every,
     )
-    measure_latents(tokenizer, Subset(source, STATISTICS_IMAGES), size, data.on_bad_image)
+    measure_latents(tokenizer, evenly_spread(source, STATISTICS_IMAGES), size, data.on_bad_image)
     weights = parallel.whole_weights(tokenizer)
     if process()[0] == 0:
         with checkpoint.atomic_folder(Path(out) / "tokenizer") as finished:
@@ -299,7 +307,7 @@ class Evaluation:
 
     def __init__(self, config: EvalConfig, source: Source, size: int):
         self.config = config
-        self.source = Subset(source, config.num_images)
+        self.source = evenly_spread(source, config.num_images)
         self.size = size
         self.network = None if config.features == "none" else load_network(config.features, config.weights, "cpu")
         self.perceptual = load_perceptual(config.lpips, "cpu")
@@ -339,8 +347,8 @@ def measure_latents(
 
 def picture_images(dataset: ImageDataset) -> Tensor:
     """A few images spread over a data set: uint8 (B, 3, H, W)."""
-    count = min(PICTURE_IMAGES, len(dataset))
-    return torch.stack([dataset[i * len(dataset) // count, 0]["image"] for i in range(count)])
+    chosen = evenly_spread(dataset.source, PICTURE_IMAGES).indices
+    return torch.stack([dataset[i, 0]["image"] for i in chosen])
 
 
 def reconstruction_sheet(tokenizer: HieraTok, images: Tensor) -> Image.Image:
