@@ -139,8 +139,8 @@ def find(source: str | Path, revision: str | None = None, inside: str = "tokeniz
 
     Args:
         source: a model's folder; a run's folder, whose finished model lies in its sub-folder `inside`, or whose
-            latest checkpoint serves while it still trains; or a hub id such as "name/model", downloaded if no such
-            path exists.
+            latest checkpoint serves while it still trains; or a hub id such as "name/model" (not "runs/..."), downloaded
+            if no such path exists.
         revision: branch, tag or commit on the hub.
         inside: the model's sub-folder in a run.
 
@@ -154,7 +154,8 @@ def find(source: str | Path, revision: str | None = None, inside: str = "tokeniz
             if (folder / CONFIG).is_file():
                 return folder
         raise FileNotFoundError(f"{path} holds no model: neither {CONFIG} nor {inside}/{CONFIG} nor a checkpoint")
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    # Runs are written to runs/NAME: a missing one is no reason to ask the hub.
+    if not path.exists() and re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)):
         return _download(str(source), revision)
     raise FileNotFoundError(f"{source}: no such folder")
 

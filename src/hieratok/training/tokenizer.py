@@ -176,7 +176,10 @@ def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
     tokenizer = HieraTok(run.model)
     if run.start_from is None or resumes:
         return tokenizer
-    before = HieraTok.from_pretrained(run.start_from)
+    try:
+        before = HieraTok.from_pretrained(run.start_from)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; say where the weights to begin with lie by --from RUN") from error
     shape = [f.name for f in fields(TokenizerConfig) if f.name not in ("drop_path", "init_std")]
     changed = [name for name in shape if getattr(before.config, name) != getattr(run.model, name)]
     if changed:
