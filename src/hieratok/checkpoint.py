@@ -139,8 +139,8 @@ def find(source: str | Path, revision: str | None = None, inside: str = "tokeniz
 
     Args:
         source: a model's folder; a run's folder, whose finished model lies in its sub-folder `inside`, or whose
-            latest checkpoint serves while it still trains; or a hub id such as "name/model" (not "runs/..."), downloaded
-            if no such path exists.
+            latest checkpoint serves while it still trains; or a hub id such as "name/model" (not "runs/..."),
+            downloaded if no such path exists.
         revision: branch, tag or commit on the hub.
         inside: the model's sub-folder in a run.
 
