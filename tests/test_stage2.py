@@ -171,6 +171,20 @@ def test_activation_checkpointing_changes_nothing_but_memory(photos, tmp_path): 
     assert_same_run(tmp_path / "plain", tmp_path / "checkpointed")
 
 
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses(photos, tmp_path):  # noqa: F811
+    """With the real compiler, which dynamo's counting in test_tokenizer.py leaves out."""
+    losses = []
+    for name in ("plain", "compiled"):
+        run = small_run(photos, steps=4, log_every=1, picture_every=0, compile=name == "compiled")
+        run = replace(run, model=replace(run.model, drop_path=0.0))  # inductor draws other random numbers
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hieratok.tokenizer.posterior.DiagonalGaussian.sample", lambda self: self.mode())
+            train_tokenizer(run, tmp_path / name)
+        losses.append([record["loss"] for record in read_log(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ Both modules come after z, so a generator sees only z.
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,6 +51,15 @@ class ConvDownsample(nn.Module):
         return [*coarse, self.proj(z)]
 
 
+def repeat_last(x: Tensor, right: int, bottom: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h + bottom, w + right), with the last column and row once more where that is 1.
+
+    Not F.pad(mode="replicate"): torch.compile expects another memory layout of its gradient than it has.
+    """
+    x = torch.cat((x, x[..., -1:]), dim=3) if right else x
+    return torch.cat((x, x[..., -1:, :]), dim=2) if bottom else x
+
+
 class ConvBranch(nn.Module):
     """One coarse scale of ConvDownsample."""
 
@@ -69,7 +79,7 @@ class ConvBranch(nn.Module):
         """Lifted latent map (B, lifted width, h, w) -> (B, C, *grid)."""
         h, w = x.shape[-2:]
         right, bottom = (w % 2, h % 2) if self.stride == 2 else (1, 1)  # no column or row is left out
-        x = F.pad(x, (0, right, 0, bottom), mode="replicate")
+        x = repeat_last(x, right, bottom)
         x = F.gelu(self.down_norm(self.down(x)))
         x = area_pool(x, grid)
         x = self.mix_norm(self.mix(x))
