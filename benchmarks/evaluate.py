@@ -1,6 +1,6 @@
 """Time the whole evaluation of samples (FID, IS, KID, precision, recall) beside torch-fidelity's.
 
-    python benchmarks/evaluate.py                  # 1,000 images in each set: about an hour on two CPU cores
+    python benchmarks/evaluate.py                  # 1,000 images in each set: about eight minutes on two CPU cores
     python benchmarks/evaluate.py --num 50         # a first look
 
 Both read the same PNG files, run the same Inception network from the same weights' file on the same device, and compute

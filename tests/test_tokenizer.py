@@ -56,7 +56,7 @@ def naive_decode(model: HieraTok, z: torch.Tensor, mode: str) -> list[torch.Tens
     grids = [
         (round(z.shape[2] * s / config.scales[-1]), round(z.shape[3] * s / config.scales[-1])) for s in config.scales
     ]
-    maps = model.downsample(z, Scales(tuple(grids)))
+    maps = list(model.downsample(z, Scales(tuple(grids))))
     tokens, scale_of = [], []
     for k, (x, (h, w)) in enumerate(zip(maps, grids)):
         H, W = p["positions"].shape[-2:]
@@ -151,7 +151,7 @@ def decode_with_perturbed_scale(model: HieraTok, maps: list[torch.Tensor], j: in
 def test_information_flow(attention):
     """Tokens of scale j reach scale k's pixels exactly where the mode says; elsewhere pixels are bit-equal."""
     model = small_model(attention=attention)
-    maps = model.downsample(torch.randn(2, 6, 8, 8), Scales.of(SIDES, (8, 8)))
+    maps = list(model.downsample(torch.randn(2, 6, 8, 8), Scales.of(SIDES, (8, 8))))
     before = decode_with_perturbed_scale(model, maps, None)
     sees = {"full": lambda k, j: True, "independent": lambda k, j: k == j, "causal": lambda k, j: k >= j}[attention]
     for j in range(len(SIDES)):

@@ -176,6 +176,15 @@ def study(argv: list[str]) -> None:
     run_study(load_options(RunStudy, ["study"], "hieratok study", argv))
 
 
+def bench(argv: list[str]) -> None:
+    """Time this machine: attention, decoding, training, sampling, data and evaluation, as shares of its limit."""
+    from hieratok.bench import Bench
+    from hieratok.bench import bench as run
+    from hieratok.settings import load_options
+
+    run(load_options(Bench, ["what"], "hieratok bench", argv))
+
+
 def sample(argv: list[str]) -> None:
     """Draw images from a generator, at one scale or at all; the same command again draws what is missing."""
     from hieratok.sample import Sample
@@ -183,6 +192,14 @@ def sample(argv: list[str]) -> None:
     from hieratok.settings import load_options
 
     run(load_options(Sample, ["run"], "hieratok sample", argv))
+
+
+def app(argv: list[str]) -> None:
+    """Drop photos into a page in the browser and see what is kept at each scale; with a generator, draw samples."""
+    from hieratok.app import ServeApp, serve
+    from hieratok.settings import load_options
+
+    serve(load_options(ServeApp, ["run"], "hieratok app", argv))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -196,6 +213,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "latents": latents,
     "sample": sample,
     "study": study,
+    "app": app,
+    "bench": bench,
 }
 
 

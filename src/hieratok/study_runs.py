@@ -60,6 +60,10 @@ class RunStudy:
     """Recipe or YAML file of the multi-scale tokenizer that rows are variants of, instead of the size's."""
     steps: int | None = None
     """Training steps of every run, instead of the size's."""
+    generator_steps: int | None = None
+    """Training steps of every generator, instead of --steps or the size's."""
+    samples: int | None = None
+    """Images that gFID is measured on, instead of the size's."""
     seeds: int = 1
     """Runs of each row; several give intervals."""
     row: int | None = None
@@ -77,7 +81,7 @@ class RunStudy:
     """Real images that samples are compared with, or an .npz of their statistics. Default: those of --val."""
 
     def __post_init__(self):
-        for name, least in (("seeds", 1), ("steps", 1), ("row", 1)):
+        for name, least in (("seeds", 1), ("steps", 1), ("generator_steps", 1), ("samples", 2), ("row", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")
@@ -130,10 +134,12 @@ def prepare(options: RunStudy) -> Setup:
         raise ValueError(
             f"{options.study} compares samples by a distance: give --features NAME, and its weights by --weights FILE"
         )
-    if "curves" in study.needs and options.steps is not None and options.steps < 3:
-        raise ValueError(f"--steps {options.steps}: a curve needs at least 3 steps")
+    generator_steps = options.generator_steps or options.steps
+    if "curves" in study.needs and generator_steps is not None and generator_steps < 3:
+        raise ValueError(f"a curve needs at least 3 steps of the generators, not {generator_steps}")
     name = options.size or ("paper" if study.needs == ("cost",) else "tiny")
     size = studies.SIZES[name]
+    size = replace(size, samples=options.samples or size.samples)
     if options.row is not None and options.row > len(study.rows):
         raise ValueError(f"--row {options.row}: {options.study} has rows 1 to {len(study.rows)}")
     if options.row is not None and study.rows[options.row - 1].build is None:
@@ -222,7 +228,8 @@ def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Plan
     """A row's generator, on the tokenizer's latents of its training images; judged ten times while it trains."""
     assert isinstance(tokenizer.run, TokenizerRun)
     shape, images = tokenizer.run.model, tokenizer.run.data.path
-    run = with_steps(setup.size.generators[row.generator](), setup.options.steps)
+    steps = setup.options.generator_steps or setup.options.steps
+    run = with_steps(setup.size.generators[row.generator](), steps)
     classes = num_classes(images) if images else run.model.num_classes
     model = replace(run.model, latent_channels=shape.latent_channels, latent_size=shape.scales[-1], num_classes=classes)
     judged = GeneratorEval()

@@ -1,8 +1,10 @@
 """Multi-scale tokens (eq. 5): from the latent map z to the decoder's token maps, coarse to fine.
 
-Both modules come after z, so a generator sees only z.
+Both modules come after z, so a generator sees only z. They give one map after the other, so that coarse scales can be
+decoded before finer maps are computed.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,9 +27,10 @@ class AreaDownsample(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(latent_channels, width, kernel_size=1)
 
-    def forward(self, z: Tensor, scales: Scales) -> list[Tensor]:
+    def forward(self, z: Tensor, scales: Scales) -> Iterator[Tensor]:
         """z (B, d, h, w) -> token maps (B, C, h_k, w_k), coarse to fine."""
-        return [self.proj(z_k) for z_k in scales.pyramid(z)]
+        for z_k in scales.pyramid(z):
+            yield self.proj(z_k)
 
 
 class ConvDownsample(nn.Module):
@@ -44,11 +47,12 @@ class ConvDownsample(nn.Module):
         self.lift = nn.Conv2d(latent_channels, lifted_width, kernel_size=1)
         self.branches = nn.ModuleList(ConvBranch(lifted_width, width, side, sides[-1]) for side in sides[:-1])
 
-    def forward(self, z: Tensor, scales: Scales) -> list[Tensor]:
+    def forward(self, z: Tensor, scales: Scales) -> Iterator[Tensor]:
         """z (B, d, h, w) -> token maps (B, C, h_k, w_k), coarse to fine."""
         lifted = self.lift(z)
-        coarse = [branch(lifted, grid) for branch, grid in zip(self.branches, scales.grids)]
-        return [*coarse, self.proj(z)]
+        for branch, grid in zip(self.branches, scales.grids):
+            yield branch(lifted, grid)
+        yield self.proj(z)
 
 
 def repeat_last(x: Tensor, right: int, bottom: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The two transformers: encoder (image -> latent moments) and decoder (token maps -> images), paper appendix E."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -88,20 +89,20 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, 3 * patch_size**2)
 
-    def forward(self, token_maps: list[Tensor], scales: Scales, last: int = -1) -> list[Tensor]:
+    def forward(self, token_maps: Iterable[Tensor], scales: Scales, last: int = -1) -> list[Tensor]:
         """Token maps (B, C, h_k, w_k), coarse to fine -> images (B, 3, f h_k, f w_k), coarse to fine.
 
         Scales finer than `last` are left out, which changes the others in full attention alone.
         """
         last %= len(scales)
-        x = torch.cat(self.embed(token_maps, scales)[: last + 1], dim=1)  # (B, N, C), eq. 5
+        x = torch.cat(list(islice(self.embed(token_maps, scales), last + 1)), dim=1)  # (B, N, C), eq. 5
         scales = scales.prefix(last)
         attend = scale_attention(scales, self.attention, x.device)
         x = self.blocks(x, attend)
         patches = self.head(self.norm(x))  # (B, N, 3 f^2)
         return [self.unpatchify(p, grid) for p, grid in zip(scales.split(patches), scales.grids)]
 
-    def progressive(self, token_maps: list[Tensor], scales: Scales) -> Iterator[Tensor]:
+    def progressive(self, token_maps: Iterable[Tensor], scales: Scales) -> Iterator[Tensor]:
         """The images of `forward`, each yielded before any finer scale is computed (not in full mode)."""
         caches = [KeyValueCache(self.attention) for _ in self.blocks]
         for x, grid in zip(self.embed(token_maps, scales), scales.grids):  # x (B, N_k, C)
@@ -109,13 +110,11 @@ class Decoder(nn.Module):
                 x = block(x, cache.attend)
             yield self.unpatchify(self.head(self.norm(x)), grid)
 
-    def embed(self, token_maps: list[Tensor], scales: Scales) -> list[Tensor]:
+    def embed(self, token_maps: Iterable[Tensor], scales: Scales) -> Iterator[Tensor]:
         """Token maps -> sequences (B, N_k, C) with their positions (P, area-pooled) and scale embedding added."""
         positions = scales.pyramid(resize_positions(self.positions, scales.grids[-1]))  # K maps (1, C, h_k, w_k)
-        return [
-            (tokens + position).flatten(2).transpose(1, 2) + embedding
-            for tokens, position, embedding in zip(token_maps, positions, self.scale_embeddings, strict=True)
-        ]
+        for tokens, position, embedding in zip(token_maps, positions, self.scale_embeddings, strict=True):
+            yield (tokens + position).flatten(2).transpose(1, 2) + embedding
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, h w, 3 f^2) -> (B, 3, f h, f w)."""

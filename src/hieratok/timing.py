@@ -1,0 +1,149 @@
+"""Timing things beside each other in one process: in turns, with medians, ratios and their spread, and peak memory."""
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+Call = Callable[[], object]
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MATRIX_SIDE = {"cuda": 8192, "cpu": 2048, "mps": 4096}
+SHORTEST = 0.03
+"""Seconds that one sample lasts at least: shorter calls are repeated."""
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**28, "mps": 2**28}
+
+
+class Ratio(NamedTuple):
+    """A ratio of times: the median over rounds, and the lowest and highest round."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of several calls, round by round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def median(self, name: str) -> float:
+        """Seconds of one call."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, to: str) -> Ratio:
+        """How many times as long `name` takes as `to`, each round for itself: what disturbs a round disturbs both."""
+        ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
+        return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def take_turns(
+    calls: Mapping[str, Call], device: torch.device, rounds: int, warm_up: int = 1, progress: str | None = None
+) -> Times:
+    """Time calls in turns: every round has a sample of each of them, every second round in the opposite order.
+
+    Args:
+        calls: by name.
+        device: waited for before and after a sample.
+        rounds: samples of each; a short call is repeated in a sample.
+        warm_up: rounds of single calls before that (compilation happens there).
+        progress: what the progress bar is called; None: no bar.
+    """
+    repeats = dict.fromkeys(calls, 1)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    total = len(calls) * (warm_up + rounds)
+    with tqdm(total=total, desc=progress, unit=" samples", leave=False, disable=progress is None) as bar:
+        for _ in range(warm_up):
+            for name, call in calls.items():
+                repeats[name] = max(1, math.ceil(SHORTEST / _sample(call, 1, device)))
+                bar.update()
+        for i in range(rounds):
+            for name in names if i % 2 == 0 else reversed(names):
+                seconds[name].append(_sample(calls[name], repeats[name], device))
+                bar.update()
+    return Times(seconds)
+
+
+def _sample(call: Call, repeats: int, device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, float]:
+    """A large square matrix product, which is as near to a machine's peak as most programs come, and its FLOPs."""
+    side = MATRIX_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2.0 * side**3
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    times = take_turns({"copy": lambda: target.copy_(source)}, device, rounds=5)
+    return 2 * source.nbytes / times.median("copy")
+
+
+def count_flops(call: Call) -> float:
+    """FLOPs of one call, two per multiply-add: matrix products, convolutions and attention, backward ones too."""
+    # Nothing is seen inside a compiled graph.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
+    """Bytes that a call needs at its peak on top of what was allocated before it; None where that cannot be known.
+
+    On a GPU torch's allocator counts; on Linux the process's resident memory does, after free memory was given back.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not CLEAR.exists():
+        return None
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        CLEAR.write_text("5")  # the peak starts again from what is resident now
+    except OSError:  # another C library, or not permitted
+        return None
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
