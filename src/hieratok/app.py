@@ -95,16 +95,15 @@ def served(demo: Demo, host: str, port: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="hieratok-app-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported and whenever a page is built
         blocks = build(demo)
-        import gradio as gr
-
         try:
             _, url, _ = blocks.queue(max_size=WAITING).launch(
                 server_name=host,
                 server_port=port,
                 prevent_thread_lock=True,
                 quiet=True,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                theme=theme(),
                 css=STYLE,
+                js=PASTE,
                 footer_links=[],
                 max_file_size=MAX_BYTES,
                 state_session_capacity=SESSIONS,
@@ -123,11 +122,24 @@ def served(demo: Demo, host: str, port: int) -> Iterator[str]:
             blocks.close(verbose=False)
 
 
+def theme() -> "gradio.themes.Default":
+    """gradio's look with the reader's own fonts, as its default ones come from elsewhere, and a darker grey."""
+    import gradio as gr
+
+    plain = gr.themes.Default(
+        primary_hue="blue",
+        neutral_hue="gray",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return plain.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
+
+
 def build(demo: Demo) -> "gradio.Blocks":
     """The page: components, and which of them starts which of the demo's methods."""
     import gradio as gr
 
-    one_queue: dict[str, Any] = dict(concurrency_limit=1, concurrency_id="model", show_progress="minimal")
+    one_queue: dict[str, Any] = dict(concurrency_limit=1, concurrency_id="model")
     with gr.Blocks(title="hieratok", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
         result(HEADING)
         with gr.Tab("Photo"), gr.Row():
@@ -136,7 +148,9 @@ def build(demo: Demo) -> "gradio.Blocks":
                 result(LIMITS)
             with gr.Column(scale=3, min_width=320):
                 page = result(status("No photo yet."))
-            photo.change(demo.photo, photo, page, preprocess=False, api_name="photo", **one_queue)
+            photo.change(
+                demo.photo, photo, page, preprocess=False, api_name="photo", show_progress="minimal", **one_queue
+            )
         with gr.Tab("Two photos"), gr.Row():
             with gr.Column(scale=1, min_width=260):
                 first, second = upload("First photo"), upload("Second photo")
@@ -149,6 +163,7 @@ def build(demo: Demo) -> "gradio.Blocks":
                 page,
                 preprocess=False,
                 api_name="two_photos",
+                show_progress="minimal",
                 **one_queue,
             )
         if demo.generator is not None:
@@ -204,6 +219,14 @@ def result(html: str, min_height: int | None = None) -> "gradio.HTML":
 HEADING = """<h1>hieratok</h1><p>What a multi-scale image tokenizer keeps of a photo: from a few numbers to the picture,
 coarse to fine.</p>"""
 PLACEHOLDER = "Drop or paste a photo here,\nor press to choose one"
+# gradio has a button for pasting, which browsers allow on localhost and by https alone; Ctrl+V works everywhere.
+PASTE = """() => document.addEventListener("paste", event => {
+  const inputs = [...document.querySelectorAll("input[type=file]")];
+  const free = inputs.find(input => input.parentElement.offsetParent);  // of the open tab, without a photo yet
+  if (!free || !event.clipboardData.files.length) return;
+  free.files = event.clipboardData.files;
+  free.dispatchEvent(new Event("change", {bubbles: true}));
+})"""
 LIMITS = f"""<p><small>{MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels at most; what is longer than
 {MAX_SIDE} px is scaled down to that. Photos stay on the machine that runs this page and are deleted within
 {KEPT_SECONDS // 60 + 1} minutes.</small></p>"""

@@ -124,8 +124,7 @@ class Demo:
             decoded = to_uint8(self.tokenizer.decode(torch.lerp(a, b, share)))[0].cpu()
             steps.append(Picture(decoded, f"{1 - share:.0%} first, {share:.0%} second", f"t = {share:g}"))
         note = (
-            f"(1 - t) z₁ + t z₂, decoded at {side} × {side} px. A decoder that has learned a smooth space gives"
-            " in-between pictures; one that has not fades one photo over the other."
+            f"(1 - t) z₁ + t z₂, decoded at {side} × {side} px; z₁ and z₂ are the latent maps of the photos' middles."
         )
         yield section("Between the two", note, frames(steps, "From the first to the second"))
 
@@ -205,7 +204,11 @@ def inside(image: Tensor, decoded: Tensor, z: Tensor) -> str:
         f"The latent map z, {z.shape[2]} × {z.shape[1]} positions",
         f"First three principal components of its {z.shape[0]} channels as red, green and blue.",
     )
-    return section("What is lost, and what the decoder is given", "Both at the photo's proportions.", row([lost, kept]))
+    return section(
+        "What is lost, and what the decoder is given",
+        "The scale of the error map is fixed, so that photos can be compared.",
+        row([lost, kept]),
+    )
 
 
 @contextlib.contextmanager

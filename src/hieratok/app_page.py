@@ -112,7 +112,7 @@ def row(pictures: Sequence[Picture], pending: Sequence[tuple[str, int, int]] = (
         for title, H, W in pending
     )
     columns = len(pictures) + len(pending)
-    return f'<div class="row" style="--columns: {columns}">{"".join(p.html for p in pictures)}{frames}</div>'
+    return f'<div class="pictures" style="--columns: {columns}">{"".join(p.html for p in pictures)}{frames}</div>'
 
 
 def before_after(before: Picture, after: Picture) -> str:
@@ -140,7 +140,7 @@ def frames(pictures: Sequence[Picture], label: str) -> str:
         f'<input type="range" min="0" max="{len(pictures) - 1}" value="0" aria-valuetext="{escape(pictures[0].title)}"'
         """ oninput="const figures = [...this.closest('.frames').querySelectorAll('figure')];"""
         """ figures.forEach((figure, i) => figure.hidden = i != this.value);"""
-        """ this.ariaValueText = figures[this.value].textContent"></label>"""
+        """ this.ariaValueText = figures[this.value].querySelector('img').alt"></label>"""
         f"{figures}</div>"
     )
 
@@ -156,7 +156,8 @@ def message(text: str) -> str:
 
 
 STYLE = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto; }
+.gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto; }
+.results .html-container { padding: 0; }
 .results h1, .results h2 { color: var(--body-text-color); line-height: 1.25; }
 .results h1 { font-size: 1.75rem; font-weight: 600; margin: 8px 0 4px; }
 .results h2 { font-size: 1.125rem; font-weight: 600; margin: 0 0 4px; }
@@ -168,7 +169,9 @@ STYLE = """
 .results figcaption { margin-top: 6px; font-size: 0.875rem; line-height: 1.4; color: var(--body-text-color);
   font-variant-numeric: tabular-nums; }
 .results small { display: block; font-size: 0.8125rem; color: var(--body-text-color-subdued); }
-.row { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 12px; align-items: start; }
+.results h3 { font-size: 0.9375rem; font-weight: 600; margin: 16px 0 8px; color: var(--body-text-color); }
+.pictures { display: grid; gap: 12px; align-items: start;
+  grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
 .pending div { border: 1px dashed var(--border-color-primary); border-radius: 4px; }
 .compare { position: relative; overflow: hidden; border-radius: 4px; max-width: 720px; }
 .compare img { position: absolute; inset: 0; height: 100%; }
@@ -190,7 +193,7 @@ STYLE = """
 .frames figure[hidden] { display: none; }
 .results .message { color: var(--error-text-color); font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 8px !important; }
-  .row { gap: 8px; grid-template-columns: repeat(min(var(--columns), 3), minmax(0, 1fr)); }
+  .gradio-container > .main { padding: 12px 16px; }
+  .pictures { gap: 12px 8px; grid-template-columns: repeat(2, minmax(0, 1fr)); }
 }
 """
