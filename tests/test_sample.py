@@ -5,6 +5,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,7 @@ def test_images_are_the_generators_latents_decoded(options, generator, tokenizer
         "seed": 0,
         "labels": "random",
         "num": 5,
+        "precision": "fp32",
         "sides": [16],
         "generator_sha256": metadata["settings"]["generator_sha256"],
         "tokenizer_sha256": metadata["settings"]["tokenizer_sha256"],
@@ -176,6 +178,34 @@ def test_batches_do_not_matter(options):
         other = replace(options, out=f"{options.out}-{batch_size}", batch_size=batch_size)
         sample(other)
         assert levels_apart(images(options.out), images(other.out)) <= 1
+
+
+def test_compiled_generators_see_batches_of_one_size_and_draw_the_same(options, monkeypatch):
+    """Two guided images a batch, five in all: the last batch is filled up, so nothing is compiled twice."""
+    sample(options)
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    monkeypatch.setattr(DiT, "compile", lambda self, dynamic: module_compile(self, counter, dynamic))
+    torch._dynamo.reset()
+    other = replace(options, out=f"{options.out}-compiled", compile=True)
+    sample(other)
+    assert counter.frame_count == 1
+    assert levels_apart(images(options.out), images(other.out)) <= 1
+
+
+def module_compile(module: torch.nn.Module, backend: Any, dynamic: bool) -> None:
+    torch.nn.Module.compile(module, backend=backend, fullgraph=True, dynamic=dynamic)
+
+
+def test_bfloat16_draws_nearly_the_same_and_says_so(options):
+    sample(options)
+    other = replace(options, out=f"{options.out}-bf16", precision="bf16")
+    sample(other)
+    a, b = images(options.out).astype(float), images(other.out).astype(float)
+    assert 0 < np.abs(a - b).mean() < 2
+    with pytest.raises(ValueError, match="precision 'bf16' -> 'fp32'"):
+        sample(replace(other, precision="fp32"))
 
 
 def test_seeds_do_matter(options):

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +29,11 @@ from hieratok.data.pixels import decode_image
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.processes import process, process_group, wait
 from hieratok.generation.dit import DiT
-from hieratok.generation.sampling import SampleConfig, check_fits, class_labels, sample_latents
+from hieratok.generation.sampling import SampleConfig, Samples, check_fits, class_labels, sample_latents
 from hieratok.pictures import to_pil
 from hieratok.reconstruct import best_device, save_png
 from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
+from hieratok.training.loop import each_inside
 
 METADATA = "metadata.json"
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
@@ -55,6 +57,10 @@ class Sample(SampleConfig):
     """Decode the finest scale, or every one, each into a folder of its own: 16px, 32px, ..."""
     preview: bool = False
     """Every scale, and of each batch the coarse ones on the disk before the finest is computed."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the generator computes in bfloat16 (autocast), as it was trained; about twice as fast on a GPU."""
+    compile: bool = False
+    """torch.compile the generator: minutes to start, faster to run. Worth it for thousands of images."""
     device: str | None = None
     """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
 
@@ -153,7 +159,7 @@ def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
     sampling = {f.name: values[f.name] for f in dataclasses.fields(SampleConfig) if f.name != "batch_size"}
     generator = checkpoint.file_sha256(checkpoint.find(options.run, inside="generator") / checkpoint.WEIGHTS)
     hashes = {"generator_sha256": generator, "tokenizer_sha256": describe_tokenizer(options.tokenizer)[0]}
-    settings = {**sampling, "sides": sides, **hashes}
+    settings = {**sampling, "precision": options.precision, "sides": sides, **hashes}
     others = {"run": options.run, "tokenizer": options.tokenizer, "batch_size": options.batch_size}
     versions = {f"{name}_version": importlib.metadata.version(name) for name in ("hieratok", "torch")}
     return json.loads(json.dumps({"settings": settings, **others, **versions}))  # lists for tuples, as in the file
@@ -167,19 +173,53 @@ def read_settings(out: Path) -> dict[str, Any]:
         raise ValueError(f"{out / METADATA} is damaged: choose another --out") from error
 
 
-@torch.inference_mode()
 def draw(generator: DiT, tokenizer: Tokenizer, options: Sample, sides: list[int], missing: list[int]) -> None:
-    """Write this process's share of the missing images."""
-    assert generator.latents is not None
+    """Write this process's share of the missing images; on a GPU a batch is decoded while the next is sampled."""
     rank, world = process()
     mine = missing[rank::world]
-    with tqdm(total=len(mine), unit=" images", desc="sample", disable=rank > 0) as bar:
-        for batch in sample_latents(generator, options, mine):
-            z = generator.latents.denormalize(batch.latents)
-            for side, images in zip(sides, decoded(tokenizer, z, options)):
-                for index, image in zip(batch.indices, to_uint8(images).cpu()):
-                    save_png(to_pil(image), image_path(Path(options.out), side, index))
-            bar.update(len(batch.indices))
+    if options.compile:
+        generator.compile(dynamic=False)
+    device = next(generator.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    batches = sample_latents(generator, options, whole_batches(mine, options) if options.compile else mine)
+    written = None
+    with tqdm(total=len(mine), unit=" images", desc="sample", disable=rank > 0) as bar, ThreadPoolExecutor(1) as pool:
+        for batch in each_inside(lambda: autocast, batches):
+            if written:
+                written.result()
+            if stream:
+                stream.wait_stream(torch.cuda.current_stream(device))
+            written = pool.submit(write_images, generator, tokenizer, options, sides, batch, stream)
+            if stream is None:  # a CPU's cores all sample already
+                written.result()
+            bar.update(len(set(batch.indices)))
+        if written:
+            written.result()
+
+
+def whole_batches(indices: list[int], options: Sample) -> list[int]:
+    """The last index repeated until every batch has the size of the first: a compiled generator knows one size."""
+    size = min(options.batch_size, len(indices))
+    return indices + indices[-1:] * (-len(indices) % max(1, size))
+
+
+@torch.inference_mode()
+def write_images(
+    generator: DiT,
+    tokenizer: Tokenizer,
+    options: Sample,
+    sides: list[int],
+    batch: Samples,
+    stream: "torch.cuda.Stream | None",
+) -> None:
+    """Decode a batch of latents, on a stream of its own if there is one, and write its pictures."""
+    assert generator.latents is not None
+    with torch.cuda.stream(stream):  # nothing where there is none
+        z = generator.latents.denormalize(batch.latents.float())
+        for side, images in zip(sides, decoded(tokenizer, z, options)):
+            for index, image in zip(batch.indices, to_uint8(images).cpu()):
+                save_png(to_pil(image), image_path(Path(options.out), side, index))
 
 
 def decoded(tokenizer: Tokenizer, z: Tensor, options: Sample) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 Call = Callable[[], object]
@@ -113,10 +113,18 @@ def copy_rate(device: torch.device) -> float:
 
 def count_flops(call: Call) -> float:
     """FLOPs of one call, two per multiply-add: matrix products, convolutions and attention, backward ones too."""
+    aten = torch.ops.aten
+    cpu_attention = {  # unknown to the counter
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+        ),
+    }
     # Nothing is seen inside a compiled graph.
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=cpu_attention)
+    with torch.compiler.set_stance("force_eager"), counting:
         call()
-    return float(counter.get_total_flops())
+    return float(counting.get_total_flops())
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
