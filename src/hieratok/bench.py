@@ -166,7 +166,12 @@ def bench(options: Bench) -> dict[str, Any]:
 
 
 def measure(
-    machine: Machine, calls: Mapping[str, Call], images: int, to: Mapping[str, str] | None = None, name: str = ""
+    machine: Machine,
+    calls: Mapping[str, Call],
+    images: int,
+    to: Mapping[str, str] | None = None,
+    name: str = "",
+    counts: bool = True,
 ) -> list[dict[str, Any]]:
     """Rows of calls timed in turns with a matrix product.
 
@@ -176,9 +181,10 @@ def measure(
         images: that one call works on.
         to: which other call a call's time is divided by.
         name: what the progress bar is called.
+        counts: whether FLOPs are counted, for which every call runs once more.
     """
     product, product_flops = matrix_product(machine.device, machine.dtype)
-    flops = {n: count_flops(call) for n, call in calls.items()}
+    flops = {n: count_flops(call) if counts else 0.0 for n, call in calls.items()}
     times = take_turns({**calls, MATMUL: product}, machine.device, machine.rounds, progress=name)
     rows = []
     for n, call in calls.items():
