@@ -278,6 +278,17 @@ def test_plan(base, finished, tmp_path, capsys):
     assert "by the logs of 1 of these runs" in printed
 
 
+def test_steps_of_generators_and_samples_can_be_chosen_apart(base, tmp_path):
+    options = RunStudy(study="table2", base=base, out=str(tmp_path), features=FEATURES, steps=7, samples=9)
+    setup = prepare(options)
+    _, generator = planned_runs(setup, setup.study.rows[0], 0)
+    assert generator.run.train.steps == 7
+    assert setup.size.samples == 9
+    setup = prepare(replace(options, generator_steps=5))
+    tokenizer, generator = planned_runs(setup, setup.study.rows[0], 0)
+    assert (tokenizer.run.train.steps, generator.run.train.steps) == (7, 5)
+
+
 def test_time_left_is_work_over_the_logged_rate(tmp_path, base):
     setup = prepare(RunStudy(study="table4", base=base, out=str(tmp_path)))
     runs = [planned_runs(setup, row, 0)[0] for _, row in setup.rows]
@@ -530,6 +541,8 @@ def test_table7_counts_and_trains_nothing(tmp_path):
         (["table3", "--sede", "3"], "did you mean 'seeds'?"),
         (["figure4"], "give --features NAME"),
         (["figure4", "--features", "squeezenet", "--steps", "2"], "at least 3 steps"),
+        (["figure4", "--features", "squeezenet", "--steps", "9", "--generator_steps", "2"], "at least 3 steps"),
+        (["table2", "--samples", "1"], "--samples must be at least 2"),
         (["table5"], "needs at least 92 held-out images, and bundled:val has 20"),
         (["table3", "--features", "squeezenet", "--weights", "missing.pth"], "missing.pth"),
         ([], "needs STUDY"),
