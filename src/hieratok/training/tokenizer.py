@@ -25,6 +25,7 @@ from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
 from hieratok.evaluation.processes import merge_processes, process
 from hieratok.evaluation.reconstruction import ReconstructionMetrics
+from hieratok.layers import resize_positions
 from hieratok.losses.adversarial import (
     AdversarialConfig,
     LeCam,
@@ -90,7 +91,8 @@ class TokenizerRun:
     name: str = "tokenizer"
     """Where it is written unless --out says otherwise: runs/NAME."""
     start_from: str | None = None
-    """Weights to begin with, of a run, a tokenizer's folder or a hub id (`--from` for short). None: fresh ones."""
+    """Weights to begin with, of a run, a tokenizer's folder or a hub id (`--from` for short). None: fresh ones. Of
+    another image size, positions are interpolated, if patch size and scales keep their proportions."""
     freeze_encoder: bool = False
     """Train what comes after z alone, so that latents, and generators that learned them, stay as they are."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -168,6 +170,9 @@ def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = Fa
 def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
     """Fresh weights, or those of `run.start_from`, unless a checkpoint's will take their place anyway.
 
+    A tokenizer of another image size, with all scales in proportion, begins as what it does at the new size: its
+    positions are interpolated once for all.
+
     Raises:
         ValueError: `start_from` is a tokenizer of another shape.
         FileNotFoundError: there is none.
@@ -180,15 +185,31 @@ def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
         before = HieraTok.from_pretrained(run.start_from)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; say where the weights to begin with lie by --from RUN") from error
+    weights = before.state_dict()
     shape = [f.name for f in fields(TokenizerConfig) if f.name not in ("drop_path", "init_std")]
     changed = [name for name in shape if getattr(before.config, name) != getattr(run.model, name)]
+    if changed and in_proportion(before.config, run.model):
+        changed = [name for name in changed if name not in ("image_size", "scales")]
+        for name in ("encoder.positions", "decoder.positions"):
+            weights[name] = resize_positions(weights[name], run.model.grid)
     if changed:
         differences = ", ".join(
             f"model.{name} {getattr(before.config, name)!r} -> {getattr(run.model, name)!r}" for name in changed
         )
         raise ValueError(f"{run.start_from} is a tokenizer of another shape: {differences}")
-    tokenizer.load_state_dict(before.state_dict())
+    tokenizer.load_state_dict(weights)
     return tokenizer
+
+
+def in_proportion(a: TokenizerConfig, b: TokenizerConfig) -> bool:
+    """Whether two tokenizers treat an image alike but for its size: every token map grows as the image does.
+
+    One then takes the other's weights: positions are interpolated as they are for any image of another size, and all
+    else belongs to a scale by its place in the list. [ours]
+    """
+    if a.patch_size != b.patch_size or len(a.scales) != len(b.scales):
+        return False
+    return all(s * b.image_size == t * a.image_size for s, t in zip(a.scales, b.scales))
 
 
 class Critic(nn.Module):
