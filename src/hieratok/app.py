@@ -19,7 +19,7 @@ from hieratok.generation.dit import DiT
 from hieratok.reconstruct import best_device
 from hieratok.sample import Sample, check_models
 from hieratok.tokenizer.model import HieraTok
-from hieratok.uploads import MAX_BYTES, MAX_PIXELS, MAX_SIDE
+from hieratok.uploads import MAX_BYTES, MAX_PIXELS
 
 if TYPE_CHECKING:
     import gradio
@@ -145,7 +145,7 @@ def build(demo: Demo) -> "gradio.Blocks":
         with gr.Tab("Photo"), gr.Row():
             with gr.Column(scale=1, min_width=260):
                 photo = upload("Photo")
-                result(LIMITS)
+                result(limits(demo))
             with gr.Column(scale=3, min_width=320):
                 page = result(status("No photo yet."))
             photo.change(
@@ -209,6 +209,15 @@ def upload(label: str) -> "gradio.Image":
     return image
 
 
+def limits(demo: Demo) -> str:
+    """What may be sent, and what becomes of it."""
+    return (
+        f"<p><small>{MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels at most; what is longer than"
+        f" {demo.max_side} px is scaled down to that. Photos stay on the machine that runs this page and are deleted"
+        f" within {KEPT_SECONDS // 60 + 1} minutes.</small></p>"
+    )
+
+
 def result(html: str, min_height: int | None = None) -> "gradio.HTML":
     """A part of the page that we write ourselves."""
     import gradio as gr
@@ -227,6 +236,3 @@ PASTE = """() => document.addEventListener("paste", event => {
   free.files = event.clipboardData.files;
   free.dispatchEvent(new Event("change", {bubbles: true}));
 })"""
-LIMITS = f"""<p><small>{MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels at most; what is longer than
-{MAX_SIDE} px is scaled down to that. Photos stay on the machine that runs this page and are deleted within
-{KEPT_SECONDS // 60 + 1} minutes.</small></p>"""

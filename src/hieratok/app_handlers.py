@@ -30,6 +30,8 @@ from hieratok.tokenizer.model import HieraTok
 from hieratok.uploads import read_upload
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": "ddim", "flow": "heun"}  # by the generator's objective
+MAX_SIDE = 1024  # pixels of a photo that is encoded whole
+MAX_TOKENS = 64  # and tokens a side: attention's cost grows with the fourth power of it
 SAMPLES = 4  # drawn at a time
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)  # of the noise on z
 BLENDS = 9  # from one photo to the other, both included
@@ -63,6 +65,7 @@ class Demo:
     def __init__(self, tokenizer: HieraTok, generator: DiT | None = None):
         self.tokenizer = tokenizer
         self.generator = generator
+        self.max_side = min(MAX_SIDE, MAX_TOKENS * tokenizer.config.patch_size)
 
     @in_one_line
     @torch.inference_mode()
@@ -71,7 +74,7 @@ class Demo:
         if upload is None:
             yield status("No photo yet.")
             return
-        image = read(upload)
+        image = self.read(upload)
         yield status("Encoding …")
         posterior = self.tokenizer.encode(self.floats(image))
         z = posterior.mode()
@@ -117,7 +120,7 @@ class Demo:
             return
         yield status("Encoding …")
         side = self.tokenizer.config.image_size
-        a, b = (self.tokenizer.encode(self.floats(center_crop(read(u), side))).mode() for u in (first, second))
+        a, b = (self.tokenizer.encode(self.floats(center_crop(self.read(u), side))).mode() for u in (first, second))
         steps = []
         for i in range(BLENDS):
             share = i / (BLENDS - 1)
@@ -158,18 +161,17 @@ class Demo:
             note = f"{config.steps} steps of {config.sampler}, guidance {config.cfg:g}, seed {config.seed}."
             yield section(f"Class {int(label)}", note, rows)
 
+    def read(self, upload: Upload) -> Tensor:
+        """The photo behind gradio's record of an upload, uint8 (3, H, W), its longer side at most `max_side`.
+
+        Raises:
+            BadImageError: what `read_upload` refuses.
+        """
+        return read_upload(Path(upload["path"]), str(upload.get("orig_name") or "the photo")[-80:], self.max_side)
+
     def floats(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) -> what `encode` takes, (1, 3, H, W)."""
         return to_float(image[None].to(next(self.tokenizer.parameters()).device))
-
-
-def read(upload: Upload) -> Tensor:
-    """The photo behind gradio's record of an upload, uint8 (3, H, W).
-
-    Raises:
-        BadImageError: what `read_upload` refuses.
-    """
-    return read_upload(Path(upload["path"]), str(upload.get("orig_name") or "the photo")[-80:])
 
 
 def size(image: Tensor) -> str:

@@ -14,16 +14,16 @@ from hieratok.pictures import to_pil
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 25_000_000  # a 24-megapixel photo; decoding takes at most some 400 MB
 MAX_ASPECT = 20  # longer side over shorter side
-MAX_SIDE = 1024  # of what is encoded and shown
 KINDS = "JPEG, PNG, WebP, BMP, TIFF, AVIF or GIF"
 
 
-def read_upload(path: Path, name: str) -> Tensor:
-    """A photo that somebody sent, upright (EXIF), its longer side at most `MAX_SIDE`.
+def read_upload(path: Path, name: str, max_side: int) -> Tensor:
+    """A photo that somebody sent, upright (EXIF) and scaled down if need be.
 
     Args:
         path: the file as it lies on the server.
         name: as the sender calls it, for messages.
+        max_side: of what is returned, in pixels.
 
     Returns:
         uint8 (3, H, W).
@@ -32,7 +32,7 @@ def read_upload(path: Path, name: str) -> Tensor:
         BadImageError: one line that names the file and says what is wrong with it.
     """
     check_upload(path, name)
-    return at_most(decode_image(path.read_bytes(), name), MAX_SIDE)
+    return at_most(decode_image(path.read_bytes(), name), max_side)
 
 
 def check_upload(path: Path, name: str) -> None:
