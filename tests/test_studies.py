@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from hieratok.study_runs import RunStudy, place, planned_runs, prepare
 from hieratok.training.run_folder import Log, plain
 from test_generator import FEATURES
 from test_report import Reader, assert_self_contained
+from test_training import TORCHRUN, environment
 
 STEPS = 4
 
@@ -258,6 +260,19 @@ def test_the_pages_show_paper_and_ours(finished):
     for lines in tables:
         assert len({line.count("|") for line in lines}) == 1
         assert set(lines[1]) == set("| -")
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_study(finished, base, tmp_path):
+    """Training and evaluation share the images, and one process puts the study together."""
+    command = ["-m", "hieratok", "study", "table3", "--base", base, "--out", str(tmp_path)]
+    subprocess.run([*TORCHRUN, *command], check=True, env={**environment(), "ACCELERATE_USE_CPU": "true"}, timeout=500)
+    one, two = (json.loads((out / "table3.json").read_text())["comparisons"] for out in (finished, tmp_path))
+    assert [c["measured"] for c in one] == [c["measured"] for c in two]
+    a, b = (next(c["rows"] for c in result if c["measured"] == "psnr") for result in (one, two))
+    for x, y in zip(a, b, strict=True):  # a batch is two micro-batches here, which draw other noise than one
+        assert x["ours"]["mean"] == pytest.approx(y["ours"]["mean"], abs=0.5)
+        assert x["ours"]["mean"] != y["ours"]["mean"]
 
 
 def test_plan(base, finished, tmp_path, capsys):
