@@ -4,8 +4,10 @@ The page is gradio's, of which all is switched off that would go out to the netw
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -54,10 +56,9 @@ def serve(options: ServeApp) -> None:
     Raises:
         FileNotFoundError, ValueError: no such models, ones that do not fit each other, no gradio, or a port in use.
     """
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ValueError("the app needs gradio: pip install 'hieratok[demo]'") from error
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the app needs gradio: pip install 'hieratok[demo]'")
+    check_port(options.host, options.port)
     demo = load(options)
     stop = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -67,6 +68,14 @@ def serve(options: ServeApp) -> None:
             stop.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ValueError unless the port can be listened on, before models take their time to load."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on {host}, port {port} ({error}): give another --port or --host") from error
 
 
 def load(options: ServeApp) -> Demo:
@@ -87,35 +96,28 @@ def load(options: ServeApp) -> Demo:
 
 @contextlib.contextmanager
 def served(demo: Demo, host: str, port: int) -> Iterator[str]:
-    """Serve the page while the block runs; yields its address. Uploads lie in a folder that goes with the block.
-
-    Raises:
-        ValueError: the port cannot be opened.
-    """
+    """Serve the page while the block runs; yields its address. Uploads lie in a folder that goes with the block."""
     with tempfile.TemporaryDirectory(prefix="hieratok-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported and whenever a page is built
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported, so not before, and when a page is built
         blocks = build(demo)
-        try:
-            _, url, _ = blocks.queue(max_size=WAITING).launch(
-                server_name=host,
-                server_port=port,
-                prevent_thread_lock=True,
-                quiet=True,
-                theme=theme(),
-                css=STYLE,
-                js=PASTE,
-                footer_links=[],
-                max_file_size=MAX_BYTES,
-                state_session_capacity=SESSIONS,
-                share=False,
-                enable_monitoring=False,
-                run_history=False,
-                ssr_mode=False,
-                mcp_server=False,
-                pwa=False,
-            )
-        except OSError as error:
-            raise ValueError(f"cannot listen on {host}, port {port}: give another --port") from error
+        _, url, _ = blocks.queue(max_size=WAITING).launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            theme=theme(),
+            css=STYLE,
+            js=PASTE,
+            footer_links=[],
+            max_file_size=MAX_BYTES,
+            state_session_capacity=SESSIONS,
+            share=False,
+            enable_monitoring=False,
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+        )
         try:
             yield url
         finally:
