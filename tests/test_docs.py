@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hieratok import HieraTok, recipes
+from hieratok import HieraTok, recipes, studies
 from hieratok.cli import COMMANDS, main
 from hieratok.settings import load_run
 from hieratok.training.generator import GeneratorRun
@@ -95,6 +95,8 @@ def workplace(tmp_path, monkeypatch) -> Path:
         picture.save(tmp_path / "photos" / f"{i}.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # for modules that a page writes
+    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))  # a page adds to these
+    monkeypatch.setattr(studies, "STUDIES", dict(studies.STUDIES))
     return tmp_path
 
 
@@ -169,8 +171,8 @@ def test_every_block_has_a_known_kind(page):
     assert len(opened) == len(blocks(page, "sh", "python", "yaml", "text")), opened
 
 
-def test_needs_are_seen(run_command, workplace):
-    """That the tests above can fail: a wrong flag in a block that is only understood, and in one that runs."""
+def test_wrong_commands_are_noticed(run_command, workplace):
+    """That the test above can fail, for blocks that are only understood and for those that run."""
     with pytest.raises(AssertionError, match="unknown setting --train"):
         run_command(["hieratok", "train", "f16d16-multi", "--train.step", "3", "--data", "nowhere"], understood=True)
     with pytest.raises(AssertionError, match="unknown option --cgf"):
@@ -230,7 +232,7 @@ def test_commands_and_recipes_in_the_text_exist(page):
     for command, recipe in re.findall(r"`hieratok ([a-z]+)(?: ([a-z][\w-]*))?[^`]*`", prose(page)):
         assert command in COMMANDS
         if command in ("train", "cost") and recipe:
-            load_run(recipe)
+            assert recipe in recipes.RECIPES, recipe
     for recipe in re.findall(r"`((?:f16d\d+|small|tiny|dit)-[\w-]+)`", prose(page)):
         assert recipe in recipes.RECIPES, recipe
 
@@ -299,7 +301,10 @@ def test_what_is_made_is_up_to_date(name):
     assert re.sub(embedded, "", made) == re.sub(embedded, "", there), "run `make docs`"
 
 
-def test_settings_page_has_every_setting():
+def test_settings_page_has_every_setting_and_command():
     page = (ROOT / "docs" / "settings.md").read_text()
     for name in settings():
         assert f"| `{name}` |" in page, name
+    without = {"quickstart", "recipes", "train", "reconstruct", "cost"}  # of a run, or a flag or two in their --help
+    for name in COMMANDS.keys() - without:
+        assert f"### hieratok {name}" in page, name
