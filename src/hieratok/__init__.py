@@ -9,16 +9,18 @@ pyramid = tok.decode_pyramid(z)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hieratok.hub import push_to_hub
     from hieratok.tokenizer.model import HieraTok, TokenizerConfig
     from hieratok.tokenizer.posterior import DiagonalGaussian
 
 __version__ = "0.1.0"
-__all__ = ["DiagonalGaussian", "HieraTok", "TokenizerConfig"]
+__all__ = ["DiagonalGaussian", "HieraTok", "TokenizerConfig", "push_to_hub"]
 
 _HOME = {
     "HieraTok": "hieratok.tokenizer.model",
     "TokenizerConfig": "hieratok.tokenizer.model",
     "DiagonalGaussian": "hieratok.tokenizer.posterior",
+    "push_to_hub": "hieratok.hub",
 }
 
 

@@ -135,6 +135,7 @@ def evaluate(argv: list[str]) -> None:
         return
     if argv[0] not in kinds:
         raise ValueError(f"no evaluation {argv[0]!r}: choose from {', '.join(kinds)}")
+    from hieratok import evaluate_page
     from hieratok.evaluation import evaluate as protocols
     from hieratok.reconstruct import evaluate_tokenizer
     from hieratok.settings import load_options
@@ -143,8 +144,8 @@ def evaluate(argv: list[str]) -> None:
     options = load_options(getattr(protocols, class_name), positionals, f"hieratok evaluate {argv[0]}", argv[1:])
     run = {
         "reconstruction": evaluate_tokenizer,
-        "images": protocols.evaluate_images,
-        "samples": protocols.evaluate_samples,
+        "images": lambda options: protocols.evaluate_images(options, evaluate_page.write),
+        "samples": lambda options: protocols.evaluate_samples(options, evaluate_page.write),
         "stats": protocols.write_statistics,
         "compare": protocols.compare,
     }[argv[0]]
@@ -158,6 +159,14 @@ def analyze(argv: list[str]) -> None:
     from hieratok.settings import load_options
 
     run(load_options(Analyze, ["run"], "hieratok analyze", argv))
+
+
+def report(argv: list[str]) -> None:
+    """Put all runs of a folder on one page: how far each got, settings that differ, curves, metrics, pictures."""
+    from hieratok.gallery import Report, write_report
+    from hieratok.settings import load_options
+
+    write_report(load_options(Report, ["folder"], "hieratok report", argv))
 
 
 def latents(argv: list[str]) -> None:
@@ -194,6 +203,15 @@ def sample(argv: list[str]) -> None:
     run(load_options(Sample, ["run"], "hieratok sample", argv))
 
 
+def push(argv: list[str]) -> None:
+    """Publish a run's tokenizer or generator on the Hugging Face hub, with a model card made from the run."""
+    from hieratok.hub import Push
+    from hieratok.hub import push as run
+    from hieratok.settings import load_options
+
+    run(load_options(Push, ["run", "hub_id"], "hieratok push", argv))
+
+
 def app(argv: list[str]) -> None:
     """Drop photos into a page in the browser and see what is kept at each scale; with a generator, draw samples."""
     from hieratok.app import ServeApp, serve
@@ -210,10 +228,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "cost": cost,
     "evaluate": evaluate,
     "analyze": analyze,
+    "report": report,
     "latents": latents,
     "sample": sample,
     "study": study,
     "app": app,
+    "push": push,
     "bench": bench,
 }
 

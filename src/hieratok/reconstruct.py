@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from hieratok import checkpoint
+from hieratok import checkpoint, evaluate_page
 from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.evaluate import EvaluateReconstruction, evaluate_reconstruction
 from hieratok.evaluation.processes import process, process_group
@@ -133,6 +133,7 @@ def evaluate_tokenizer(options: EvaluateReconstruction) -> dict[str, Any]:
             options,
             total=len(range(rank, len(source), world)),
             details={"crop": f"ADM centre crop to {side}", "precision": "float32"},
+            write_page=evaluate_page.write,
         )
 
 

@@ -169,17 +169,32 @@ def picture_grid(titles: Sequence[str], rows: Sequence[Row], caption: str) -> Ht
     )
 
 
-def line_plot(lines: Sequence[Line], x_label: str, y_label: str, caption: str, log_y: bool = False) -> Html:
+def legend(labels: Sequence[str]) -> Html:
+    """Names beside the colours of plots' first, second, ... lines; it stays in view while its section is read."""
+    assert len(labels) <= len(SERIES)
+    items = "".join(f'<li style="--color: var(--series-{i})">{escape(label)}</li>' for i, label in enumerate(labels))
+    return Html(f'<ul class="legend">{items}</ul>')
+
+
+def picture(image: Image.Image, description: str, caption: str) -> Html:
+    """One picture that opens enlarged; `description` is what stands below it then."""
+    return figure(Html(_picture(image, description)), caption)
+
+
+def line_plot(
+    lines: Sequence[Line], x_label: str, y_label: str, caption: str, log_y: bool = False, own_legend: bool = True
+) -> Html:
     """Curves over one axis.
 
     Args:
-        lines: at most as many as there are `SERIES` colours.
+        lines: at most as many as there are `SERIES` colours; one without points keeps its colour from the others.
         x_label, y_label: with units.
         caption: what the plot shows.
         log_y: logarithmic y axis.
+        own_legend: names of the lines inside the plot, if there are several; False where a `legend` serves many plots.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     assert len(lines) <= len(SERIES)
     drawing = Figure(figsize=(5, 3.2), layout="constrained")
@@ -193,11 +208,15 @@ def line_plot(lines: Sequence[Line], x_label: str, y_label: str, caption: str, l
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(plain)
+        low, high = axes.get_ylim()
+        if high > 8 * low:  # all of 1 to 9 would overlap
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.grid(which="both", color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
-    if len(lines) > 1:
+    if own_legend and len(lines) > 1:
         axes.legend(frameon=False, labelcolor=INK)
     return plot(drawing, caption)
 
@@ -271,8 +290,17 @@ header p { color: var(--muted); font-size: 1.05rem; }
 figure { margin: 16px 0 24px; min-width: 0; }
 figcaption { color: var(--muted); font-size: 0.875rem; line-height: 1.45; margin-top: 8px; max-width: 85ch; }
 .plot svg { width: 100%; max-width: 560px; height: auto; display: block; }
+.legend {
+  position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 2px 20px; margin: 0 0 8px; padding: 8px 0;
+  list-style: none; font-size: 0.875rem; background: var(--paper);
+}
+.legend li::before {
+  content: ""; display: inline-block; width: 20px; margin-right: 8px; vertical-align: middle;
+  border-top: 3px solid var(--color);
+}
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9375rem; font-variant-numeric: tabular-nums; }
+.scroll :is(th, td):first-child { position: sticky; left: 0; background: var(--paper); }
 th, td { text-align: left; padding: 7px 24px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 600; }
 .number { text-align: right; }
@@ -311,6 +339,7 @@ dialog:focus-visible { outline: none; }
   h2 { margin-top: 36px; }
   .copyable:has(table) { padding-right: 0; }
   .scroll + .copy { position: static; margin-top: 8px; }
+  .scroll :is(th, td):first-child { max-width: 42vw; overflow-wrap: anywhere; }
   .pictures tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); align-items: end; }
   .pictures th, .pictures td { padding: 2px; }
   .pictures thead th { font-size: 0.75rem; }

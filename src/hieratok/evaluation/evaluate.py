@@ -30,7 +30,7 @@ from hieratok.evaluation.images import batches, open_images, pair
 from hieratok.evaluation.pixels import PIXEL_PROTOCOL, Perceptual
 from hieratok.evaluation.processes import merge_processes, process, process_group, wait
 from hieratok.evaluation.reconstruction import ReconstructionMetrics
-from hieratok.evaluation.results import compare_files, count_warnings, finish, manifest
+from hieratok.evaluation.results import WritePage, compare_files, count_warnings, finish, manifest
 from hieratok.evaluation.statistics import REFERENCE_FEATURES, FeatureSet, SetStatistics
 from hieratok.losses.lpips import PerceptualLoss
 
@@ -81,7 +81,7 @@ class EvaluateReconstruction(PairedOptions):
     sample: bool = False
     """Decode a sample of the posterior instead of its mean."""
     out: str | None = None
-    """Folder for metrics.json and reconstructions.png. Default: `evaluation` in the run's folder."""
+    """Folder for metrics.json, reconstructions.png and index.html. Default: `evaluation` in the run's folder."""
 
 
 @dataclass(kw_only=True)
@@ -96,7 +96,7 @@ class EvaluateImages(PairedOptions):
     b: str
     """Reconstructions, of the same names (suffixes may differ)."""
     out: str | None = None
-    """Folder for metrics.json and reconstructions.png. Default: nothing is written."""
+    """Folder for metrics.json, reconstructions.png and index.html. Default: nothing is written."""
 
 
 @dataclass(kw_only=True)
@@ -111,7 +111,7 @@ class EvaluateSamples(EvaluationOptions):
     reference: str
     """Real images, in any of those forms, or an .npz of statistics: of `hieratok evaluate stats`, or ADM's."""
     out: str | None = None
-    """Folder for metrics.json. Default: nothing is written."""
+    """Folder for metrics.json and index.html. Default: nothing is written."""
 
 
 @dataclass(kw_only=True)
@@ -152,6 +152,7 @@ def evaluate_reconstruction(
     details: Mapping[str, str] | None = None,
     network: FeatureNetwork | None = None,
     perceptual: Sequence[Perceptual] | None = None,
+    write_page: WritePage | None = None,
 ) -> dict[str, Any]:
     """The reconstruction protocol on batches that the caller reconstructs.
 
@@ -162,6 +163,7 @@ def evaluate_reconstruction(
         total: how many images this process will see, for the progress bar.
         details: what else the numbers depend on, for the manifest, such as the crop and the precision.
         network, perceptual: already loaded, for calls that repeat; default: those that `options` names.
+        write_page: of the result, beside metrics.json.
 
     Raises:
         ValueError, FileNotFoundError: bad images or weights, in one line.
@@ -180,12 +182,12 @@ def evaluate_reconstruction(
     result = _paired_result("reconstruction", metrics, latents | quantiser | dict(details or {}))
     result["inputs"] = {"run": options.run, "data": options.data}
     out = options.out or os.path.join(options.run, "evaluation")
-    finish(result, options.json, out, metrics.picture())
+    finish(result, options.json, out, metrics.shown, write_page)
     return result
 
 
-def evaluate_images(options: EvaluateImages) -> dict[str, Any]:
-    """The command `hieratok evaluate images`.
+def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None) -> dict[str, Any]:
+    """The command `hieratok evaluate images`; `write_page` of the result, beside metrics.json.
 
     Raises ValueError or FileNotFoundError, in one line that names the file.
     """
@@ -207,7 +209,7 @@ def evaluate_images(options: EvaluateImages) -> dict[str, Any]:
         merge_processes(metrics)
         result = _paired_result("images", metrics, {"quantiser": "none: 8-bit files", "crop": _crop(size)})
         result["inputs"] = {"a": options.a, "b": options.b}
-        finish(result, options.json, options.out, metrics.picture())
+        finish(result, options.json, options.out, metrics.shown, write_page)
         return result
 
 
@@ -224,8 +226,8 @@ def _paired_result(protocol: str, metrics: ReconstructionMetrics, details: Mappi
 # --- Samples and statistics ----------------------------------------------------------------------------------------
 
 
-def evaluate_samples(options: EvaluateSamples) -> dict[str, Any]:
-    """The command `hieratok evaluate samples`.
+def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = None) -> dict[str, Any]:
+    """The command `hieratok evaluate samples`; `write_page` of the result, beside metrics.json.
 
     Raises ValueError or FileNotFoundError, in one line that names the file.
     """
@@ -253,7 +255,7 @@ def evaluate_samples(options: EvaluateSamples) -> dict[str, Any]:
             "crop": _crop(size),
         }
         result["inputs"] = {"path": options.path, "reference": options.reference, "sha256": samples.images}
-        finish(result, options.json, options.out)
+        finish(result, options.json, options.out, write_page=write_page)
         return result
 
 

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class ReconstructionMetrics:
         self.network = network
         self.perceptual = perceptual
         self.scales: dict[tuple[int, int], _Scale] = {}
-        self.shown = _Shown()
+        self.shown = Shown()
         self.digests: dict[str, str] = {}  # name: SHA-256 of the original's pixels
 
     def update(self, names: Sequence[str], originals: Tensor, reconstructions: Tensor | Sequence[Tensor]) -> None:
@@ -141,37 +141,55 @@ class _Scale:
         return result
 
 
-class _Shown:
-    """The worst and best few pairs so far: (PSNR, name, original, reconstruction)."""
+class Pair(NamedTuple):
+    """One image and its reconstruction."""
+
+    psnr: float
+    """In dB; infinite if they are equal."""
+    name: str
+    original: Tensor
+    """uint8 (3, H, W)."""
+    reconstruction: Tensor
+    """The same."""
+
+
+class Shown:
+    """The worst and best few pairs so far, by PSNR."""
 
     def __init__(self) -> None:
-        self.pairs: list[tuple[float, str, Tensor, Tensor]] = []
+        self.pairs: list[Pair] = []
 
     def update(self, pixels: PixelMetrics, names: Sequence[str], originals: Tensor, reconstructions: Tensor) -> None:
+        """Add a batch, whose PSNR `pixels` knows; uint8 (B, 3, H, W)."""
         new = [
-            (pixels.rows[name]["psnr"], name, original.cpu(), reconstruction.cpu())
+            Pair(pixels.rows[name]["psnr"], name, original.cpu(), reconstruction.cpu())
             for name, original, reconstruction in zip(names, originals, reconstructions)
         ]
         self._select(new)
 
-    def merge(self, other: "_Shown") -> None:
+    def merge(self, other: "Shown") -> None:
+        """Add another process' ones."""
         self._select(other.pairs)
 
-    def _select(self, new: list[tuple[float, str, Tensor, Tensor]]) -> None:
+    def _select(self, new: list[Pair]) -> None:
         everything = self.pairs + new
         worst = heapq.nsmallest(SHOWN, everything, key=lambda item: item[:2])
         best = heapq.nlargest(SHOWN, everything, key=lambda item: item[:2])
-        self.pairs = list({item[1]: item for item in worst + best}.values())
+        self.pairs = list({item.name: item for item in worst + best}.values())
 
-    def picture(self) -> Image.Image:
+    def worst_and_best(self) -> dict[str, list[Pair]]:
+        """The worst from the worst on, and the best from the best on; no pair in both, and none of them empty."""
         ordered = sorted(self.pairs, key=lambda item: item[:2])
         half = min(SHOWN, (len(ordered) + 1) // 2)
-        parts = [("worst by PSNR", ordered[:half]), ("best by PSNR", ordered[half:][-half:][::-1])]
-        sheets = [
-            (title, pyramid_sheet(torch.stack([p[2] for p in part]), [torch.stack([p[3] for p in part])]))
-            for title, part in parts
-            if part
-        ]
+        parts = {"worst by PSNR": ordered[:half], "best by PSNR": ordered[half:][-half:][::-1]}
+        return {title: part for title, part in parts.items() if part}
+
+    def picture(self) -> Image.Image:
+        """The worst and the best, beside their originals, on one sheet."""
+        sheets = []
+        for title, part in self.worst_and_best().items():
+            originals, reconstructions = (torch.stack(images) for images in list(zip(*part))[2:])
+            sheets.append((title, pyramid_sheet(originals, [reconstructions])))
         header = 16
         width, height = sum(sheet.width for _, sheet in sheets), max(sheet.height for _, sheet in sheets)
         picture = Image.new("RGB", (width, height + header), (255, 255, 255))

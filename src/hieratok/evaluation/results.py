@@ -3,19 +3,58 @@
 import importlib.metadata
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 
 from hieratok.checkpoint import atomic_file, json_text, write_json
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.processes import process, wait
+from hieratok.evaluation.reconstruction import Shown
 
 PUBLISHED_IMAGES = 50_000  # behind the FID of a table: samples, or the validation images of an rFID
+
+
+# Writes a page into the folder of a result, which may come with its worst and best reconstructions. What pages look
+# like is no business of the evaluation's: its callers say so.
+WritePage = Callable[[Path, dict[str, Any], Shown | None], None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is called, and what it says."""
+
+    label: str
+    better: Literal["lower", "higher", "neither"]
+    unit: str = ""
+    meaning: str = ""
+
+
+# By their names in metrics.json; a network's name may follow ("lpips-vgg", "fd-squeezenet", "perceptual[...]").
+METRICS = {
+    "n": Metric("images", "neither", "", "How many were judged."),
+    "psnr": Metric("PSNR", "higher", "dB", "Peak signal over mean squared error, a mean over images."),
+    "psnr_identical": Metric(
+        "identical images", "neither", "", "Reconstructed without any error: their PSNR is infinite and not counted."
+    ),
+    "ssim": Metric("SSIM", "higher", "", "Structural similarity of each image; 1 is identical."),
+    "lpips": Metric("LPIPS", "lower", "", "Perceptual distance of each image; 0 is identical."),
+    "perceptual": Metric("perceptual", "lower", "", "A perceptual distance that is not LPIPS; 0 is identical."),
+    "fid": Metric("FID", "lower", "", "Frechet distance of the two sets' Inception features."),
+    "fd": Metric("FD", "lower", "", "Frechet distance of another network's features: not FID."),
+    "sfid": Metric("sFID", "lower", "", "The same of features that keep places."),
+    "sfd": Metric("SFD", "lower", "", "The same of another network's features that keep places: not sFID."),
+    "kid": Metric("KID", "lower", "", "Kernel distance of the two sets' Inception features."),
+    "kd": Metric("KD", "lower", "", "Kernel distance of another network's features: not KID."),
+    "is": Metric("IS", "higher", "", "Inception Score: how sure of a class each image is, and how varied they are."),
+    "class-score": Metric("class-score", "higher", "", "The same with another network's classes: not IS."),
+    "precision": Metric("precision", "higher", "", "Share of the images that lie among the reference's."),
+    "recall": Metric("recall", "higher", "", "Share of the reference that lies among the images."),
+}
 
 
 def manifest(protocol: str, network: FeatureNetwork | None) -> dict[str, Any]:
@@ -66,21 +105,31 @@ def _read_result(path: str) -> dict[str, Any]:
     return result
 
 
-def finish(result: dict[str, Any], as_json: bool, out: str | None, picture: Image.Image | None = None) -> None:
+def finish(
+    result: dict[str, Any],
+    as_json: bool,
+    out: str | None,
+    shown: Shown | None = None,
+    write_page: WritePage | None = None,
+) -> None:
     """Write and print a result, in the first process; the others return when that is done."""
     if process()[0] == 0:
-        _write_and_print(result, as_json, out, picture)
+        _write_and_print(result, as_json, out, shown, write_page)
     wait()
 
 
-def _write_and_print(result: dict[str, Any], as_json: bool, out: str | None, picture: Image.Image | None) -> None:
+def _write_and_print(
+    result: dict[str, Any], as_json: bool, out: str | None, shown: Shown | None, write_page: WritePage | None
+) -> None:
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        if picture is not None:
+        if shown is not None:
             with atomic_file(folder / "reconstructions.png") as temporary:
-                picture.save(temporary, format="PNG")
+                shown.picture().save(temporary, format="PNG")
         write_json(folder / "metrics.json", result)
+        if write_page is not None:
+            write_page(folder, result, shown)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(json_text(result) if as_json else format_result(result))
@@ -97,11 +146,19 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 def _label(key: str) -> str:
-    special = {"n": "images", "psnr": "PSNR (dB)", "psnr_identical": "identical images", "sfid": "sFID"}
-    if key in special:
-        return special[key]
-    word, dash, rest = key.partition("-")
-    return (word.upper() if word in ("ssim", "lpips", "fid", "fd", "sfd", "is", "kid", "kd") else word) + dash + rest
+    metric = describe(key)
+    unit = f" ({metric.unit})" if metric and metric.unit else ""
+    return metric.label + unit if metric else key
+
+
+def describe(key: str) -> Metric | None:
+    """What a name in a result stands for; None: no metric of an evaluation."""
+    for stem, metric in METRICS.items():
+        if key == stem:
+            return metric
+        if key.startswith((f"{stem}-", f"{stem}[")):
+            return replace(metric, label=metric.label + key[len(stem) :])
+    return None
 
 
 def _digits(value: float | None) -> str:

@@ -1,0 +1,84 @@
+"""The page of an evaluation: metrics with units and directions, worst and best pictures, the whole protocol."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hieratok.cli import main
+from hieratok.evaluate_page import digits, flat
+from hieratok.evaluation.results import METRICS, describe, format_result
+from test_report import Reader, assert_self_contained
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Eleven originals, and the same with noise that grows from image to image; the first is left as it is."""
+    for i in range(11):
+        random = np.random.default_rng(i)
+        original = random.integers(60, 200, (16, 16, 3))
+        noise = random.integers(-4 * i, 4 * i + 1, original.shape)
+        for name, pixels in (("a", original), ("b", original + noise)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / f"{i:02d}.png")
+    return tmp_path
+
+
+def test_the_page_of_two_sets_of_images(images):
+    out = images / "out"
+    arguments = ["--features", "none", "--lpips", "[]", "--out", str(out)]
+    assert main(["evaluate", "images", str(images / "a"), str(images / "b"), *arguments]) == 0
+    document = (out / "index.html").read_text()
+    assert_self_contained(document)
+    reader = Reader(document)
+    assert not reader.open
+    result = json.loads((out / "metrics.json").read_text())
+    row = reader.cells.index("PSNR")
+    assert reader.cells[row : row + 4] == ["PSNR", f"{result['psnr']:.5g}", "dB", "higher"]
+    assert reader.cells[reader.cells.index("identical images") + 1] == "1"
+    for name, value in flat(result["manifest"]):
+        assert reader.cells[reader.cells.index(name) + 1] == value, "every fact of the protocol"
+    shown = [str(a["alt"]) for a in reader.tags("img") if a.get("alt")]
+    names = list(dict.fromkeys(alt.partition(",")[0].removesuffix(".png") for alt in shown))
+    assert names == ["10", "09", "08", "07", "00", "01", "02", "03"]  # the worst first, then the best
+    assert len(shown) == 3 * len(names)
+    assert "∞ dB" in reader.text
+
+
+def test_without_out_nothing_is_written(images):
+    before = sorted(images.rglob("*"))
+    arguments = ["--features", "none", "--lpips", "[]"]
+    assert main(["evaluate", "images", str(images / "a"), str(images / "b"), *arguments]) == 0
+    assert sorted(images.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "label", "better"),
+    [
+        ("psnr", "PSNR", "higher"),
+        ("lpips-vgg", "LPIPS-vgg", "lower"),
+        ("perceptual[squeeze-caffe]", "perceptual[squeeze-caffe]", "lower"),
+        ("fid", "FID", "lower"),
+        ("fd-tiny", "FD-tiny", "lower"),
+        ("class-score-tiny", "class-score-tiny", "higher"),
+        ("is", "IS", "higher"),
+        ("recall", "recall", "higher"),
+    ],
+)
+def test_names_and_directions(key, label, better):
+    metric = describe(key)
+    assert metric is not None
+    assert (metric.label, metric.better) == (label, better)
+    assert metric.meaning
+
+
+def test_other_names_are_no_metrics():
+    assert all(describe(name) is None for name in ("seconds", "nn", "psnr_patch_mean", "isotropy", "fidelity"))
+    assert len({metric.label for metric in METRICS.values()}) == len(METRICS)
+    assert format_result({"n": 3, "psnr": 21.123456}).splitlines() == ["images          3", "PSNR (dB)  21.123"]
+
+
+def test_digits():
+    assert [digits(x) for x in (None, 12345, 0.123456, float("inf"))] == ["–", "12,345", "0.12346", "∞"]
