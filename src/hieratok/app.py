@@ -25,6 +25,7 @@ from hieratok.uploads import MAX_BYTES, MAX_PIXELS
 
 if TYPE_CHECKING:
     import gradio
+    from gradio.themes import Base
 
 WAITING = 32  # people in the queue; whoever comes then is told to try again
 SESSIONS = 100  # whose last page is remembered
@@ -124,11 +125,11 @@ def served(demo: Demo, host: str, port: int) -> Iterator[str]:
             blocks.close(verbose=False)
 
 
-def theme() -> "gradio.themes.Default":
+def theme() -> "Base":
     """gradio's look with the reader's own fonts, as its default ones come from elsewhere, and a darker grey."""
-    import gradio as gr
+    from gradio.themes import Default
 
-    plain = gr.themes.Default(
+    plain = Default(
         primary_hue="blue",
         neutral_hue="gray",
         font=["system-ui", "sans-serif"],
@@ -203,9 +204,10 @@ def upload(label: str) -> "gradio.Image":
     image = gr.Image(label=label, sources=["upload", "clipboard"], buttons=[], height=260, placeholder=PLACEHOLDER)
     move_to_cache = image.async_move_resource_to_block_cache
 
-    async def uploads_only(path: str | Path | None) -> str | None:
+    async def uploads_only(url_or_file_path: str | Path | None) -> str | None:
         """Without this gradio would download what a request names by an http address."""
-        return None if str(path).startswith(("http:", "https:")) else await move_to_cache(path)
+        is_url = str(url_or_file_path).startswith(("http:", "https:"))
+        return None if is_url else await move_to_cache(url_or_file_path)
 
     image.async_move_resource_to_block_cache = uploads_only
     return image
