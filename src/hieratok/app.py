@@ -36,7 +36,7 @@ KEPT_SECONDS = 1800  # how long an upload lies in the temporary folder
 class ServeApp:
     """Show what a tokenizer keeps of photos, and what a generator makes, in the browser.
 
-    Example: hieratok app runs/quickstart --generator runs/quickstart
+    Example: hieratok app runs/quickstart --generator runs/quickstart/dit
     """
 
     run: str
