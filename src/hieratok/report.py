@@ -339,7 +339,7 @@ dialog:focus-visible { outline: none; }
   h2 { margin-top: 36px; }
   .copyable:has(table) { padding-right: 0; }
   .scroll + .copy { position: static; margin-top: 8px; }
-  .scroll :is(th, td):first-child { max-width: 42vw; overflow-wrap: anywhere; }
+  .scroll :is(th, td):first-child { min-width: 9em; overflow-wrap: anywhere; }
   .pictures tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); align-items: end; }
   .pictures th, .pictures td { padding: 2px; }
   .pictures thead th { font-size: 0.75rem; }
