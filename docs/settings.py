@@ -19,6 +19,8 @@ from hieratok.evaluation.evaluate import (
     EvaluateSamples,
     EvaluateStats,
 )
+from hieratok.gallery import Report
+from hieratok.hub import Push
 from hieratok.latents import WriteLatents
 from hieratok.sample import Sample
 from hieratok.study_runs import RunStudy
@@ -38,6 +40,8 @@ COMMANDS = {  # command: its options, and which of them come first, without a fl
     "latents": (WriteLatents, ["run"]),
     "sample": (Sample, ["run"]),
     "study": (RunStudy, ["study"]),
+    "report": (Report, ["folder"]),
+    "push": (Push, ["run", "hub_id"]),
     "app": (ServeApp, ["run"]),
     "bench": (Bench, ["what"]),
 }

@@ -34,7 +34,7 @@ PAGES = [README, *DOCS]
 IDS = [page.name for page in PAGES]
 
 SHORTER = {  # appended: of an option that stands twice, the last counts
-    "train": ["--train.steps", "2", "--train.picture_every", "0"],
+    "train": ["--train.steps", "2", "--train.batch_size", "2", "--train.picture_every", "0"],
     "sample": ["--steps", "2"],
 }
 LONG = {"quickstart", "app", "bench"}  # take minutes, or serve until they are stopped; they have tests of their own
@@ -53,6 +53,8 @@ WORK = (  # what commands do when their line has been understood
     "latents.write_latents",
     "study.run_study",
     "sample.sample",
+    "gallery.write_report",
+    "hub.push",
     "app.serve",
     "bench.bench",
 )
@@ -130,7 +132,7 @@ def run_command(capsys, monkeypatch):
             if understood:
                 for name in WORK:
                     patch.setattr(f"hieratok.{name}", lambda *_, **__: ["what was written"])
-            status = main([*words, *SHORTER.get(words[0], [])])
+            status = main(words if understood else [*words, *SHORTER.get(words[0], [])])
         printed = capsys.readouterr()
         assert status == 0, f"{words}: {printed.err}"
         if target:
