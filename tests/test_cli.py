@@ -287,6 +287,14 @@ def test_help_of_train_explains_every_setting(hieratok):
     assert "(type: tuple[int, ...], default: [1, 2, 4, 8])" in defaults
 
 
+def test_a_boolean_needs_no_value():
+    flags = ["--train.compile", "--gan.adaptive", "true", "--data.flip=false", "--train.steps", "3", "--freeze_encoder"]
+    run = load_run("tiny-multi", [*flags, "--from", "runs/x", "--train.activation_checkpointing"]).run
+    assert (run.train.compile, run.gan.adaptive, run.data.flip, run.train.steps) == (True, True, False, 3)
+    assert run.freeze_encoder
+    assert run.train.activation_checkpointing
+
+
 def test_flags_override_the_file_and_the_file_the_defaults(config, hieratok):
     run, out, _ = load_run(str(config), ["--train.steps=7", "--model.scales", "[2, 4]", "--train.betas", "[0.8,0.9]"])
     assert (run.name, str(out)) == ("small", "runs/small")

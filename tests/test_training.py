@@ -384,7 +384,16 @@ def test_other_settings_are_refused_by_name(photos, tmp_path):
     longer = replace(run, train=replace(run.train, steps=14))
     train_tokenizer(longer, tmp_path, allow_changes=True)
     assert read_log(tmp_path)[-1]["step"] == 14
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == plain(longer)
+    config = (tmp_path / "config.yaml").read_text()
+    assert yaml.safe_load(config) == plain(longer)
+    wider = replace(longer, model=replace(run.model, encoder_width=2 * run.model.encoder_width))
+    for impossible, message in (
+        (wider, "holds checkpoints of another model .*model.encoder_width.* cannot change"),
+        (run, "has done 14 steps: train.steps must be at least that, not 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_tokenizer(impossible, tmp_path, allow_changes=True)
+        assert (tmp_path / "config.yaml").read_text() == config
 
 
 @pytest.mark.parametrize("damage", ["truncated", "zeroed", "missing", "no checksums"])

@@ -49,7 +49,9 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
     arguments = [_expand(argument) for argument in arguments]
     check_settings(settings, source)
     run_class = kind_of(settings, source)
-    known = list(flatten(plain(run_class())))
+    defaults = flatten(plain(run_class()))
+    known = list(defaults)
+    arguments = _bare_booleans(arguments, [name for name, value in defaults.items() if isinstance(value, bool)])
     for name in _flags(arguments):
         if name not in [*known, *OPTIONS]:
             raise ValueError(f"unknown setting --{name}{nearest(name, known)}")
@@ -198,6 +200,15 @@ def _expand(argument: str) -> str:
         return "--allow_changes=true"
     flag, equals, value = argument.partition("=")
     return SHORTHANDS.get(flag, flag) + equals + value
+
+
+def _bare_booleans(arguments: list[str], names: Sequence[str]) -> list[str]:
+    """`--flag` for `--flag=true` where no value follows."""
+    followed = [not following.startswith("--") for following in [*arguments[1:], "--"]]
+    return [
+        f"{argument}=true" if argument[2:] in names and argument.startswith("--") and not has_value else argument
+        for argument, has_value in zip(arguments, followed)
+    ]
 
 
 def _flags(arguments: list[str]) -> list[str]:

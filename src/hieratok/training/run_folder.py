@@ -20,6 +20,8 @@ from hieratok.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
+# Settings of models that change no weight's shape.
+SHAPELESS = {"drop_path", "init_std"}
 # Settings that change what is written or how fast, never the weights: a run may resume with others.
 HARMLESS = {
     "name",
@@ -87,7 +89,25 @@ class RunFolder:
                         f"{path} holds a run with other settings ({differences}): choose another --out, or go on with"
                         f" the new ones by --allow-changes"
                     )
+                self._check_changes(changed, differences)
                 logger.warning("%s goes on with other settings: %s", path, differences)
+
+    def _check_changes(self, changed: list[str], differences: str) -> None:
+        """Refuse what a run with checkpoints cannot go on with.
+
+        Raises:
+            ValueError: another model, or fewer steps than are done.
+        """
+        saved = self.saved()
+        shape = [k for k in changed if k.startswith("model.") and k.partition(".")[2] not in SHAPELESS]
+        if saved and shape:
+            raise ValueError(
+                f"{self.path} holds checkpoints of another model ({differences}), which --allow-changes cannot change:"
+                f" choose another --out"
+            )
+        done, steps = int(saved[0].name.removeprefix("step-")) if saved else 0, self.settings["train"]["steps"]
+        if done > steps:
+            raise ValueError(f"{self.path} has done {done} steps: train.steps must be at least that, not {steps}")
 
     def prepare(self) -> None:
         """Make the folder, note the settings, and clear what a killed run left half-written."""
