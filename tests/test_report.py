@@ -66,6 +66,8 @@ def everything(text: str) -> report.Html:
         report.text(text),
         report.key_figures([(text, text)]),
         report.columns(report.line_plot([line, line], text, text, text, log_y=True)),
+        report.legend([text]),
+        report.picture(image, text, text),
         report.table([text, "dB"], [[text, "1.5"]], text),
         report.code(text, text),
         report.picture_grid([text], [report.Row(text, [image], text)], text),
@@ -79,7 +81,8 @@ def test_every_text_is_escaped_and_shown_as_it_is():
     assert not reader.open
     assert not reader.tags("b")
     assert len(reader.tags("script")) == 1
-    places = 3 + 1 + 1 + 2 + 5 + 3 + 2 + 4  # page, section, text, key figures, plot, table, code, pictures
+    # page, section, text, key figures, plot, legend, picture, table, code, pictures
+    places = 3 + 1 + 1 + 2 + 5 + 1 + 1 + 3 + 2 + 4
     assert reader.text.count(NASTY) == places
     assert f"{NASTY}, {NASTY}" in [a.get("alt") for a in reader.tags("img")]
 
@@ -118,6 +121,11 @@ def test_tables_keep_their_cells_and_align_numbers():
     reader = Reader(page)
     assert reader.cells == ["name", "PSNR (dB)", "a", "23.10", "b", "-1.5e-3"]
     assert [a.get("class") for a in reader.tags("td")] == [None, "number", None, "number"]
+
+
+def test_sentences_in_tables_have_room():
+    page = report.table(["name", "meaning"], [["a", "word " * 20], ["b", ""]], "Words.")
+    assert [a.get("class") for a in Reader(page).tags("td")] == [None, "sentences"] * 2
 
 
 def test_plots_take_their_colours_from_the_theme():

@@ -387,7 +387,7 @@ def picture_parts(runs: Sequence[Run]) -> list[report.Html]:
             continue
         size = f"{picture.width} x {picture.height} px" + ", reduced" * (max(picture.size) > MAX_PICTURE)
         picture.thumbnail((MAX_PICTURE, MAX_PICTURE))
-        what = f"{run.name}, {run.picture.stem.replace('-', ' ')}"
+        what = f"{run.name}, step {run.picture.stem.removeprefix('step-').lstrip('0')}"
         pictures.append(report.picture(picture, what, f"{what} ({size})"))
     if not pictures:
         return broken

@@ -121,16 +121,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) ->
         caption: what the table shows.
     """
     assert all(len(row) == len(header) for row in rows)
-    is_number = [all(NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(header))]
+    kinds = [column_kind([row[i] for row in rows]) for i in range(len(header))]
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if number else ''}>{escape(cell)}</{tag}>" for cell, number in zip(row, is_number)
-        )
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(row, kinds))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     inner = f"<table><thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table>"
     return figure(copyable(Html(f'<div class="scroll">{inner}</div>')), caption)
+
+
+def column_kind(cells: Sequence[str]) -> str:
+    """The class of a table's column: of numbers, of sentences, or neither."""
+    if all(NUMBER.fullmatch(cell) for cell in cells):
+        return " class=number"
+    return " class=sentences" if max(map(len, cells)) > 60 else ""
 
 
 def code(lines: str, caption: str) -> Html:
@@ -177,8 +182,9 @@ def legend(labels: Sequence[str]) -> Html:
 
 
 def picture(image: Image.Image, description: str, caption: str) -> Html:
-    """One picture that opens enlarged; `description` is what stands below it then."""
-    return figure(Html(_picture(image, description)), caption)
+    """One picture, no larger than it is, that opens enlarged; `description` is what stands below it then."""
+    shown = f'<div style="max-width: {image.width}px">{_picture(image, description)}</div>'
+    return figure(Html(shown), caption)
 
 
 def line_plot(
@@ -304,6 +310,7 @@ table { border-collapse: collapse; font-size: 0.9375rem; font-variant-numeric: t
 th, td { text-align: left; padding: 7px 24px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 600; }
 .number { text-align: right; }
+.sentences { min-width: 20em; overflow-wrap: anywhere; }
 pre {
   margin: 0; padding: 14px 16px; overflow-x: auto; background: var(--raised); border-radius: 8px;
   font: 0.875rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
@@ -339,7 +346,7 @@ dialog:focus-visible { outline: none; }
   h2 { margin-top: 36px; }
   .copyable:has(table) { padding-right: 0; }
   .scroll + .copy { position: static; margin-top: 8px; }
-  .scroll :is(th, td):first-child { min-width: 9em; overflow-wrap: anywhere; }
+  .scroll :is(th, td):first-child { min-width: 7.5em; overflow-wrap: anywhere; }
   .pictures tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); align-items: end; }
   .pictures th, .pictures td { padding: 2px; }
   .pictures thead th { font-size: 0.75rem; }

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -105,7 +105,7 @@ class Run:
         }
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value from JSON is a number (true and false are none)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
