@@ -127,17 +127,8 @@ def test_the_page_shows_them(runs, capsys):
     assert_self_contained(document)
     reader = Reader(document)
     assert not reader.open
-    for text in (
-        "stopped at step 30 of 40",
-        "step 20 of 40",
-        "PSNR (dB) ↑",
-        "21.5",
-        "0.625",
-        "18.25",
-        "5e-04",
-        "0.0005",
-    ):
-        assert (text in reader.text) == (text != "5e-04"), text
+    for text in ("stopped at step 30 of 40", "step 20 of 40", "PSNR (dB) ↑", "21.5", "0.625", "18.25"):
+        assert text in reader.text, text
     header = reader.cells.index("setting")
     assert reader.cells[header : header + 8] == [
         "setting", "a", "b", "c", "train.learning_rate", "0.0001", "0.0005", "0.0001",

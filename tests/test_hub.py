@@ -119,6 +119,8 @@ def test_a_generator(tmp_path, hub):
     assert all(torch.equal(back[name], value) for name, value in ours.items())
     card = (hub.folder / "alice/dit" / "README.md").read_text()
     assert "Not measured: FID, Inception Score, KID, precision, recall." in card
+    (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    exec(code, {})
     assert "of 2 classes" in card
     assert "In training it was `photos`." in card
     assert "There are no pictures" in card
@@ -175,6 +177,7 @@ def test_a_model_without_weights_is_refused(run):
     [
         ("/home/someone/photos/", "photos"),
         ("~/photos", "photos"),
+        ("/home/someone/imagenette/train-*.tar", "imagenette/train-*.tar"),
         ("C:\\Users\\someone\\photos", "photos"),
         ("alex=/home/someone/alex.pth", "alex=alex.pth"),
         (["vgg", "alex=/home/x.pth"], ["vgg", "alex=x.pth"]),

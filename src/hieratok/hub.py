@@ -204,7 +204,7 @@ def make_card(facts: Run, kind: str, config: Mapping[str, Any], hub_id: str, lic
         f"# {hub_id.partition('/')[2]}",
         introduction(kind, config),
         f"## Use\n\n```python\n{LOADING[kind].strip().format(hub_id=hub_id)}\n```",
-        use_note(kind, facts),
+        use_note(kind, facts, hub_id),
     ]
     if has_picture:
         parts.append(f"## Pictures\n\n![{picture_caption(kind)}]({PICTURE})\n\n{picture_caption(kind)}")
@@ -236,12 +236,12 @@ def introduction(kind: str, config: Mapping[str, Any]) -> str:
     )
 
 
-def use_note(kind: str, facts: Run) -> str:
+def use_note(kind: str, facts: Run, hub_id: str) -> str:
     """What else one must know to use it."""
     if kind == "tokenizer":
         return (
             "Images may have any size: they are padded to whole patches, and positions are interpolated. `revision=`"
-            " chooses a branch, tag or commit. On the command line: `hieratok reconstruct HUB_ID PHOTO.jpg --out DIR`."
+            f" chooses a branch, tag or commit. Of a photo: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`."
         )
     tokenizer = facts.settings.get("tokenizer")
     which = f" In training it was `{local(tokenizer)}`." if tokenizer else ""
@@ -326,8 +326,6 @@ def limits(facts: Run, kind: str, config: Mapping[str, Any], has_picture: bool) 
     lines = []
     if not facts.finished and facts.settings:
         lines.append(f"Its training is not finished ({facts.state}): this is the average up to the last checkpoint.")
-    if missing := not_measured(facts, kind):
-        lines.append(f"{', '.join(missing)}: not measured.")
     if kind == "tokenizer":
         lines.append(f"It was trained at {config['image_size']} px; how well other sizes go was not measured here.")
         lines.append("Fine detail such as text and small faces is what a tokenizer loses first: look before you rely.")
@@ -346,14 +344,17 @@ def details(title: str, language: str, text: str) -> str:
 
 
 def local(value: Any) -> Any:
-    """A setting without where this machine keeps its files: of an absolute path (also in NAME=PATH) the last part."""
+    """A setting without where this machine keeps its files: of an absolute path (also in NAME=PATH) the last part, and
+    of a pattern the folder too."""
     if isinstance(value, list):
         return [local(item) for item in value]
     if not isinstance(value, str):
         return value
     name, equals, path = value.rpartition("=")
-    is_absolute = re.match(r"[/~\\]|[A-Za-z]:[\\/]", path)
-    return name + equals + re.split(r"[\\/]", path.rstrip("\\/"))[-1] if is_absolute else value
+    if not re.match(r"[/~\\]|[A-Za-z]:[\\/]", path):
+        return value
+    parts = re.split(r"[\\/]", path.rstrip("\\/"))
+    return name + equals + "/".join(parts[-2:] if "*" in parts[-1] else parts[-1:])
 
 
 def cell(value: Any) -> str:
