@@ -65,14 +65,15 @@ def main() -> None:
     parser.add_argument("--recipe", default="f16d16-multi", help="a tokenizer whose attention is causal")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--out", help="JSON file to write the figures to")
     args = parser.parse_args()
     result = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for precision in args.precision:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         machine = Machine(torch.device(best_device()), dtype, args.batch_size, args.rounds, compile=False)
-        name = str(dtype).removeprefix("torch.")
-        result[name] = side_by_side(machine, args.recipe)
-        print(f"\n{name}\n{table(result[name])}", flush=True)
+        result[precision] = side_by_side(machine, args.recipe)
+        print(f"\n{precision}\n{table(result[precision])}", flush=True)
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
 

@@ -30,9 +30,12 @@ ROUNDS = 7
 def make_photos(folder: Path, count: int = 200) -> None:
     """Windows of 500 x 375 pixels from the bundled photos, as JPEG files."""
     source = open_source("bundled:train")
+    photos = [
+        photo for photo in map(source.image, range(len(source))) if photo.shape[1] >= 375 and photo.shape[2] >= 500
+    ]
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
-        photo = source.image(i % len(source))
+        photo = photos[i % len(photos)]
         top, left = (
             int(torch.randint(side - part + 1, (), generator=generator))
             for side, part in zip(photo.shape[1:], (375, 500))

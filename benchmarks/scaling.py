@@ -62,18 +62,19 @@ def plot(result: dict[str, list[dict[str, Any]]], hardware: str, path: Path) -> 
         "--",
         label="in proportion to tokens",
     )
-    for r in rows:
-        by_side.annotate(
-            f"{r['side']} px", (r["tokens"], 1 / r["images_per_second"]), (4, -10), textcoords="offset points"
-        )
-    by_side.set(xlabel="decoder tokens", ylabel="seconds an image", title="resolution")
+    by_side.set_xticks(
+        [r["tokens"] for r in rows], [f"{r['side']} px\n{r['tokens']:,} tokens" for r in rows], fontsize=8
+    )
+    by_side.minorticks_off()
+    by_side.set(ylabel="seconds an image", title="resolution")
     by_side.legend(frameon=False, fontsize=8)
     rows = result["scales"]
     by_scales.barh([", ".join(map(str, r["scales"])) for r in rows], [1 / r["images_per_second"] for r in rows])
     by_scales.set(xlabel="seconds an image", title="scale list")
     rows = result["batch"]
     by_batch.plot([r["batch"] for r in rows], [r["images_per_second"] for r in rows], "o-")
-    by_batch.set(xlabel="images at a time", ylabel="images/s", title="batch", ylim=0)
+    by_batch.set(xlabel="images at a time", ylabel="images/s", title="batch")
+    by_batch.set_ylim(0, 1.1 * max(r["images_per_second"] for r in rows))
     figure.suptitle(hardware, fontsize=9)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
