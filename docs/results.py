@@ -14,9 +14,11 @@ from PIL import Image
 
 from hieratok import HieraTok
 from hieratok.data.images import center_crop, evenly_spread, open_source
+from hieratok.evaluation.pixels import psnr
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig
 from hieratok.pictures import picture_table
+from hieratok.reconstruct import reconstruct_any
 from hieratok.training.generator import decoded_samples
 from hieratok.training.run_folder import LOG, read_lines
 from hieratok.training.tokenizer import reconstruct_pyramid
@@ -27,7 +29,7 @@ INK, SECOND = "#1f5fa8", "#c2571a"
 
 
 def main() -> None:
-    """Write imagenette.webp, stage2.webp, stage2-curves.webp and samples.webp."""
+    """Write imagenette.webp, tiles.webp, stage2.webp, stage2-curves.webp and samples.webp."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("single", "multi", "stage2", "dit_single", "dit_multi"):
         parser.add_argument(name)
@@ -43,6 +45,7 @@ def main() -> None:
         **{f"multi scale, {x.shape[-1]} px": x for x in reversed(pyramid)},
     }
     save(picture_table(columns), DOCS / "imagenette.webp")
+    draw_tiles(multi, DOCS / "tiles.webp")
     after = reconstruct_pyramid(stage2, originals)[-1]
     save(picture_table({"original": originals, "stage 1": pyramid[-1], "stage 2": after}), DOCS / "stage2.webp")
     draw_curves(Path(args.stage2), DOCS / "stage2-curves.webp")
@@ -57,6 +60,19 @@ def main() -> None:
 def save(picture: Image.Image, path: Path) -> None:
     """A small file."""
     picture.save(path, quality=82, method=6)
+
+
+def draw_tiles(tokenizer: HieraTok, path: Path) -> None:
+    """A bundled photo decoded in tiles and whole, and four times their difference around grey."""
+    source = open_source("bundled:train")  # on which the runs of this page were not trained
+    photo = source.image(2)
+    tiles, whole = reconstruct_any(tokenizer, photo)[-1], reconstruct_pyramid(tokenizer, photo[None])[-1][0]
+    difference = (128 + 4 * (tiles.int() - whole.int())).clamp(0, 255).to(torch.uint8)
+    for name, image in (("tiles", tiles), ("whole", whole)):
+        print(f"{source.name(2)}, {name}: {psnr(image[None], photo[None]).item():.2f} dB")
+    print(f"tiles against whole: {psnr(tiles[None], whole[None]).item():.2f} dB")
+    columns = {"photo": photo, "in tiles": tiles, "whole": whole, "4 x difference": difference}
+    save(picture_table({name: image[None] for name, image in columns.items()}), path)
 
 
 def draw_curves(run: Path, path: Path) -> None:
