@@ -5,7 +5,6 @@ of what this machine can do, and ratios are taken round by round. Weights are ra
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from hieratok import recipes
 from hieratok.checkpoint import write_json
-from hieratok.data.images import ImageDataset, StepBatches, open_source, training_loader
+from hieratok.data.images import ImageDataset, StepBatches, available_cores, open_source, training_loader
 from hieratok.evaluation.distribution import frechet_distance
 from hieratok.evaluation.features import Inception
 from hieratok.evaluation.statistics import statistics_of
@@ -97,6 +96,15 @@ class Machine:
     def autocast(self) -> torch.autocast:
         """The precision of models, as training and sampling use it."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+
+    def precisely(self, call: Call) -> Call:
+        """A call in that precision."""
+
+        def run() -> object:
+            with self.autocast():
+                return call()
+
+        return run
 
     def model(self, module: torch.nn.Module) -> torch.nn.Module:
         """A module where it is timed, compiled if wanted."""
@@ -238,13 +246,6 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
     tokens = torch.randn(machine.batch_size, scales.num_tokens, c.decoder_width, device=machine.device)
     attend = scale_attention(scales, c.attention, machine.device)
 
-    def with_precision(call: Call) -> Call:
-        def run() -> object:
-            with machine.autocast():
-                return call()
-
-        return run
-
     def progressive(count: int) -> Call:
         return lambda: list(islice(model.decode_progressive(z), count))
 
@@ -260,7 +261,7 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
         if c.attention != "full":
             calls[f"decode_progressive up to {side} px"] = progressive(count)
     to = {name: "decode" for name in calls if name not in ("encode", "decode")}
-    return measure(machine, {n: with_precision(call) for n, call in calls.items()}, machine.batch_size, to, "decode")
+    return measure(machine, {n: machine.precisely(call) for n, call in calls.items()}, machine.batch_size, to, "decode")
 
 
 def bench_train(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
@@ -309,17 +310,10 @@ def bench_sample(machine: Machine, run: GeneratorRun) -> list[dict[str, Any]]:
     null = torch.full_like(y, c.num_classes)
     predict = guided(model, 4.0, c.num_classes)
 
-    def call(f: Call) -> Call:
-        def run() -> object:
-            with machine.autocast():
-                return f()
-
-        return run
-
     calls = {
-        "a step without guidance": call(lambda: model(x, t, y)),
-        "a guided step, one batch": call(lambda: predict(x, t, y)),
-        "a guided step, two passes": call(lambda: (model(x, t, y), model(x, t, null))),
+        "a step without guidance": machine.precisely(lambda: model(x, t, y)),
+        "a guided step, one batch": machine.precisely(lambda: predict(x, t, y)),
+        "a guided step, two passes": machine.precisely(lambda: (model(x, t, y), model(x, t, null))),
     }
     to = dict.fromkeys(list(calls)[1:], "a step without guidance")
     return measure(machine, calls, B, to, "sample")
@@ -337,7 +331,7 @@ def bench_data(machine: Machine, run: TokenizerRun, path: str) -> list[dict[str,
     seconds = times.median("one core")
     row: dict[str, Any] = {"name": "one core", "seconds": seconds, "images_per_second": len(indices) / seconds}
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     steps = 10 + machine.rounds * 10
     batches = StepBatches(len(dataset), machine.batch_size, machine.batch_size, 0, steps)
     loader = iter(training_loader(dataset, batches, cores))

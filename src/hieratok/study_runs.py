@@ -80,6 +80,11 @@ class RunStudy:
     reference: str | None = None
     """Real images that samples are compared with, or an .npz of their statistics. Default: those of --val."""
 
+    @property
+    def steps_of_generators(self) -> int | None:
+        """What --generator_steps or else --steps says."""
+        return self.generator_steps or self.steps
+
     def __post_init__(self):
         for name, least in (("seeds", 1), ("steps", 1), ("generator_steps", 1), ("samples", 2), ("row", 1)):
             value = getattr(self, name)
@@ -134,7 +139,7 @@ def prepare(options: RunStudy) -> Setup:
         raise ValueError(
             f"{options.study} compares samples by a distance: give --features NAME, and its weights by --weights FILE"
         )
-    generator_steps = options.generator_steps or options.steps
+    generator_steps = options.steps_of_generators
     if "curves" in study.needs and generator_steps is not None and generator_steps < 3:
         raise ValueError(f"a curve needs at least 3 steps of the generators, not {generator_steps}")
     name = options.size or ("paper" if study.needs == ("cost",) else "tiny")
@@ -228,8 +233,7 @@ def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Plan
     """A row's generator, on the tokenizer's latents of its training images; judged ten times while it trains."""
     assert isinstance(tokenizer.run, TokenizerRun)
     shape, images = tokenizer.run.model, tokenizer.run.data.path
-    steps = setup.options.generator_steps or setup.options.steps
-    run = with_steps(setup.size.generators[row.generator](), steps)
+    run = with_steps(setup.size.generators[row.generator](), setup.options.steps_of_generators)
     classes = num_classes(images) if images else run.model.num_classes
     model = replace(run.model, latent_channels=shape.latent_channels, latent_size=shape.scales[-1], num_classes=classes)
     judged = GeneratorEval()

@@ -544,6 +544,11 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
                 yield batch
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def training_loader(dataset: Dataset, batches: StepBatches, num_workers: int) -> DataLoader:
     """Loads the micro-batches in worker processes, each with one thread, which keep two batches each ready.
 
@@ -555,8 +560,7 @@ def training_loader(dataset: Dataset, batches: StepBatches, num_workers: int) ->
     Returns:
         Batches of `image` uint8 (B, 3, size, size), `label` int64 (B,), `skipped` int64 (B,).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = min(num_workers, cores)
+    num_workers = min(num_workers, available_cores())
     return DataLoader(
         dataset,
         batch_sampler=batches,
