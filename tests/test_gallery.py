@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from hieratok import HieraTok, TokenizerConfig, report
+from hieratok import HieraTok, report
 from hieratok.cli import main
 from hieratok.gallery import MAX_PICTURE, MAX_POINTS, Report, differing, thinned, write_report
 from hieratok.generation.dit import DiT, DiTConfig
@@ -23,20 +23,9 @@ from hieratok.runs import find_runs, read_run
 from hieratok.training.generator import GeneratorRun
 from hieratok.training.run_folder import flatten, plain
 from hieratok.training.tokenizer import TokenizerRun
+from test_latents import CONFIG
 from test_report import Reader, assert_self_contained
 
-SMALL = TokenizerConfig(
-    image_size=16,
-    patch_size=4,
-    latent_channels=4,
-    scales=(1, 2, 4),
-    encoder_width=16,
-    encoder_depth=1,
-    encoder_heads=2,
-    decoder_width=16,
-    decoder_depth=1,
-    decoder_heads=2,
-)
 RESULT = {
     "n": 100,
     "psnr": 21.5,
@@ -49,7 +38,7 @@ RESULT = {
 
 
 def tokenizer_run(**train: Any) -> TokenizerRun:
-    run = TokenizerRun(name="small", model=SMALL)
+    run = TokenizerRun(name="small", model=CONFIG)
     return replace(run, train=replace(run.train, **{"steps": 40, "batch_size": 4, **train}))
 
 
@@ -111,7 +100,7 @@ def test_what_runs_left_is_read(runs):
         "finished", "finished", "stopped at step 30 of 40", "step 20 of 40",
     ]  # fmt: skip
     first = found["a"]
-    assert first.parameters == sum(p.numel() for p in HieraTok(SMALL).parameters())
+    assert first.parameters == sum(p.numel() for p in HieraTok(CONFIG).parameters())
     assert first.pace == speed(first.log) == {"images_seen": 160, "seconds": 20.0, "images_per_second": 8.0}
     assert first.settings == flatten(plain(tokenizer_run()))
     assert [(m.where, m.numbers["psnr"], m.manifest) for m in first.measurements] == [

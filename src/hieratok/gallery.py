@@ -11,6 +11,7 @@ from PIL import Image
 from hieratok import report
 from hieratok.analysis.meanings import MEANINGS
 from hieratok.checkpoint import json_text
+from hieratok.evaluate_page import digits
 from hieratok.evaluation.results import describe
 from hieratok.runs import Measurement, Run, find_runs, first_line, is_run
 
@@ -182,7 +183,7 @@ def overview(runs: Sequence[Run]) -> Table:
             f"{pace['seconds'] / 60:.1f}" if pace else "–",
             f"{pace['images_per_second']:.1f}" if pace else "–",
             f"{run.parameters / 1e6:.2f}" if run.parameters else "–",
-            number(run.log[-1].get("loss")) if run.log else "–",
+            digits(run.log[-1].get("loss")) if run.log else "–",
         ])  # fmt: skip
     header = ["run", "recipe", "state", "images seen", "minutes", "images/s", "parameters (M)", "last loss"]
     return Table(header, rows)
@@ -191,7 +192,7 @@ def overview(runs: Sequence[Run]) -> Table:
 def last_losses(runs: Sequence[Run]) -> Table:
     """Every term of the loss, but for single scales, at the end of each log."""
     terms = [term for term in terms_of([run.log[-1:] for run in runs]) if "/" not in term and term not in NO_LOSSES]
-    rows = [[run.name, *(number((run.log or [{}])[-1].get(term)) for term in terms)] for run in runs]
+    rows = [[run.name, *(digits((run.log or [{}])[-1].get(term)) for term in terms)] for run in runs]
     return Table(["run", *terms], rows)
 
 
@@ -239,7 +240,7 @@ def metric_parts(runs: Sequence[Run]) -> list[report.Html]:
     if latest:
         terms = [t for t in terms_of([[record] for record in latest.values()]) if t not in ("step", "images")]
         heads = [evaluation_label(term) or term for term in terms]
-        rows = [[name, f"{r['step']:,.0f}", *(number(r.get(term)) for term in terms)] for name, r in latest.items()]
+        rows = [[name, f"{r['step']:,.0f}", *(digits(r.get(term)) for term in terms)] for name, r in latest.items()]
         parts.append(Table(["run", "step", *heads], rows).html(f"The last evaluation during training. {BETTER}"))
     return parts
 
@@ -255,7 +256,7 @@ def measurement_parts(
         if measurement.manifest not in protocols:
             protocols.append(measurement.manifest)
         letter = protocol_name(protocols.index(measurement.manifest))
-        rows.append([run.name, measurement.where, letter, *(number(measurement.numbers.get(key)) for key in keys)])
+        rows.append([run.name, measurement.where, letter, *(digits(measurement.numbers.get(key)) for key in keys)])
     table = Table(["run", "folder", "protocol", *(str(label(key)) for key in keys)], rows)
     names = [protocol_name(i) for i in range(len(protocols))]
     if len(protocols) == 1:
@@ -294,13 +295,6 @@ def short(value: Any) -> str:
         return "; ".join(f"{key}: {short(item)}" for key, item in value.items())
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
-
-
-def number(value: float | None) -> str:
-    """Five significant digits; whole numbers as they are."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
 # --- Curves and pictures ----------------------------------------------------------------------------------------------
