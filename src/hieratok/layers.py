@@ -111,8 +111,8 @@ def resize_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Weights from a normal, cut at two deviations; biases zero, norms the identity (paper, table 10: std 0.02)."""
+    """Weights from a normal of that standard deviation; biases zero, norms the identity (paper, table 10: 0.02)."""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -29,6 +29,7 @@ from hieratok.reconstruct import best_device
 from hieratok.settings import load_run
 from hieratok.studies import Row, Size, SizeName, Study
 from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.scales import Scales
 from hieratok.training.generator import GeneratorEval, GeneratorRun, train_generator
 from hieratok.training.run_folder import HARMLESS, LOG, flatten, plain, read_lines
 from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
@@ -412,7 +413,7 @@ def training_pass(run: TokenizerRun | GeneratorRun, size: int, device: torch.dev
         return lambda: loss_of(generator, z, labels)[0]
     tokenizer = HieraTok(run.model).to(device)
     config = replace(run.loss, random_trunk=True)  # costs the same, and needs no weights
-    criterion = ReconstructionLoss(config, len(run.model.scales)).to(device)
+    criterion = ReconstructionLoss(config, Scales.of(run.model.scales, run.model.grid)).to(device)
     images = torch.rand(size, 3, run.model.image_size, run.model.image_size, device=device) * 2 - 1
 
     def one_pass() -> Tensor:

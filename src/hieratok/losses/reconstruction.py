@@ -1,20 +1,28 @@
 """Stage 1's loss: L1, MSE and a perceptual distance at every scale, and KL (eqs. 3, 4, 8, 9)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from hieratok.losses.lpips import PerceptualLoss, TrunkName
 from hieratok.tokenizer.posterior import DiagonalGaussian
-from hieratok.tokenizer.scales import area_pool
+from hieratok.tokenizer.scales import Scales, area_pool
+
+PixelReduction = Literal["scales", "tokens"]
+PerceptualReduction = Literal["mean", "sum", "finest"]
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of stage 1's losses (paper, table 9).
+    """Weights of stage 1's losses (paper, table 9), and how they are reduced over scales.
+
+    The text of eqs. 8 and 9 is lost, so the reduction is [ours], chosen by measurement (docs/results.md).
 
     Raises:
-        ValueError: a negative weight.
+        ValueError: a negative weight, or no such reduction.
     """
 
     l1_weight: float = 1.0
@@ -25,8 +33,12 @@ class LossConfig:
     """l_p: perceptual distance; 0 needs no trunk."""
     kl_weight: float = 1e-6
     """l_kl: KL divergence, summed over latent dimensions, averaged over the batch."""
+    pixel_reduction: PixelReduction = "scales"
+    """Of L1 and MSE: the mean of the scales' means (scales), or the mean over the pixels of all scales (tokens)."""
+    perceptual_reduction: PerceptualReduction = "mean"
+    """Of the perceptual distance: mean or sum over scales, or the finest scale's alone (finest)."""
     scale_weights: tuple[float, ...] | None = None
-    """One weight per scale, coarse to fine; the losses are their weighted average. None: all alike."""
+    """One weight per scale, coarse to fine, of its share in the reductions above. None: all alike."""
     trunk: TrunkName = "vgg"
     """The network of the perceptual distance: vgg, alex, squeeze (LPIPS), or squeeze-caffe (LPIPS-like)."""
     trunk_weights: str | None = None
@@ -41,6 +53,12 @@ class LossConfig:
             object.__setattr__(self, "scale_weights", tuple(self.scale_weights))
             if any(w < 0 for w in self.scale_weights) or not sum(self.scale_weights):
                 raise ValueError(f"loss.scale_weights must be non-negative, not all 0: {list(self.scale_weights)}")
+        for name, choices in (
+            ("pixel_reduction", get_args(PixelReduction)),
+            ("perceptual_reduction", get_args(PerceptualReduction)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"loss.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("l1_weight", "mse_weight", "perceptual_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} must not be negative, it is {getattr(self, name)}")
@@ -50,22 +68,34 @@ class ReconstructionLoss(nn.Module):
     """Compares every scale's reconstruction with the image at that size.
 
     Args:
-        config: weights and the perceptual trunk.
-        num_scales: K.
+        config: weights, reductions and the perceptual trunk.
+        scales: token grids at the training size.
+
+    Attributes:
+        finest_share: the finest scale's share in the pixel terms, 1 for a single scale. Losses that concern the finest
+            scale or z alone (KL, GAN, vf) are multiplied by it, so that their weights mean the same for any number of
+            scales: relative to the finest scale's reconstruction. [ours]
 
     Raises:
-        ValueError: `scale_weights` has another length than K.
+        ValueError: `scale_weights` has another length than there are scales.
         FileNotFoundError: the trunk's weights are not there.
     """
 
-    def __init__(self, config: LossConfig, num_scales: int):
+    def __init__(self, config: LossConfig, scales: Scales):
         super().__init__()
         self.config = config
-        weights = config.scale_weights or (1.0,) * num_scales
-        if len(weights) != num_scales:
-            raise ValueError(f"loss.scale_weights has {len(weights)} entries for {num_scales} scales")
-        # [ours] scales weigh the same and are averaged, so that single- and multi-scale losses have one magnitude
-        self.scale_weights = [weight / sum(weights) for weight in weights]
+        weights = config.scale_weights or (1.0,) * len(scales)
+        if len(weights) != len(scales):
+            raise ValueError(f"loss.scale_weights has {len(weights)} entries for {len(scales)} scales")
+        tokens = scales.lengths if config.pixel_reduction == "tokens" else (1,) * len(scales)
+        self.pixel_shares = shares([weight * n for weight, n in zip(weights, tokens)])
+        finest_alone = [0.0] * (len(scales) - 1) + [1.0]
+        self.perceptual_shares = {
+            "mean": shares(weights),
+            "sum": [weight * len(scales) for weight in shares(weights)],
+            "finest": finest_alone,
+        }[config.perceptual_reduction]
+        self.finest_share = self.pixel_shares[-1]
         self.perceptual = None
         if config.perceptual_weight:
             self.perceptual = PerceptualLoss(
@@ -74,8 +104,8 @@ class ReconstructionLoss(nn.Module):
 
     def forward(
         self, pyramid: list[Tensor], images: Tensor, posterior: DiagonalGaussian
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts.
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss, the finest scale's part of it, and its terms.
 
         Args:
             pyramid: reconstructions (B, 3, H_k, W_k), coarse to fine.
@@ -83,31 +113,37 @@ class ReconstructionLoss(nn.Module):
             posterior: of the images.
 
         Returns:
-            The scalar loss, and detached, unweighted scalars by name: `l1`, `mse`, the perceptual distance's name
-            (weighted means over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels), and `kl`
-            in nats per image.
+            The scalar loss; what the finest scale's reconstruction contributes to it, which the adaptive weights of
+            other losses are measured by; and detached, unweighted scalars by name: `l1`, `mse`, the perceptual distance's name
+            (reduced over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels), and `kl` in nats
+            per image.
         """
         c = self.config
-        weights = {"l1": c.l1_weight, "mse": c.mse_weight}
-        if self.perceptual is not None:
-            weights[self.perceptual.name] = c.perceptual_weight
         terms: dict[str, Tensor] = {}
-        total = images.new_zeros(())
-        for reconstruction, scale_weight in zip(pyramid, self.scale_weights, strict=True):
-            size = reconstruction.shape[-2:]
-            target = area_pool(images, (size[0], size[1]))  # T_k(I), eqs. 8 and 9
-            for name, value in self._at_one_scale(reconstruction.to(images.dtype), target).items():
-                total = total + scale_weight * weights[name] * value
-                terms[f"{name}/{size[0]}"] = value.detach()
-                terms[name] = terms.get(name, 0) + scale_weight * value.detach()
+        parts = []
+        for reconstruction, pixel_share, perceptual_share in zip(
+            pyramid, self.pixel_shares, self.perceptual_shares, strict=True
+        ):
+            height, width = reconstruction.shape[-2:]
+            target = area_pool(images, (height, width))  # T_k(I), eqs. 8 and 9
+            reconstruction = reconstruction.to(images.dtype)
+            error = reconstruction - target
+            values = [
+                ("l1", c.l1_weight, pixel_share, error.abs().mean()),
+                ("mse", c.mse_weight, pixel_share, error.square().mean()),
+            ]
+            if self.perceptual is not None and perceptual_share:
+                distance = self.perceptual(reconstruction, target).mean()
+                values.append((self.perceptual.name, c.perceptual_weight, perceptual_share, distance))
+            parts.append(torch.stack([weight * share * value for _, weight, share, value in values]).sum())
+            for name, _, share, value in values:
+                terms[f"{name}/{height}"] = value.detach()
+                terms[name] = terms.get(name, 0) + share * value.detach()
         kl = posterior.kl().mean()
         terms["kl"] = kl.detach()
-        return total + c.kl_weight * kl, terms
+        return torch.stack(parts).sum() + self.finest_share * c.kl_weight * kl, parts[-1], terms
 
-    def _at_one_scale(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Means over pixels (and over the batch)."""
-        error = reconstruction - target
-        values = {"l1": error.abs().mean(), "mse": error.square().mean()}
-        if self.perceptual is not None:
-            values[self.perceptual.name] = self.perceptual(reconstruction, target).mean()
-        return values
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Weights scaled to the sum 1."""
+    return [weight / sum(weights) for weight in weights]

@@ -4,6 +4,7 @@ Both modules come after z, so a generator sees only z. They give one map after t
 decoded before finer maps are computed.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok.layers import LayerNorm2d
-from hieratok.tokenizer.scales import Scales, area_pool
+from hieratok.tokenizer.scales import Scales
 
 DownsampleMode = Literal["interpolate", "conv"]
 
@@ -34,57 +35,63 @@ class AreaDownsample(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """`conv`: three learnable convolutions per coarse scale, from the finest resolution to the target (appendix E).
+    """`conv`: three learnable convolutions per coarse scale, from the finest grid to the target (appendix E).
 
-    The sizes are [ours], found from table 7's parameters: z is lifted linearly to `lifted_width`, then per coarse scale
-    2 x 2, 1 x 1 and 3 x 3 convolutions at the decoder's width, with the norms of ViTDet's pyramid: 13 width^2
-    parameters at the paper's 768 and 1024. The finest scale is projected linearly, as in `interpolate`.
+    Their strides do the whole reduction, so that a coarse token knows where in its area things lie: an image cannot be
+    drawn from an average. The finest scale is projected linearly, as in `interpolate`. Sizes and norms are [ours],
+    like ViTDet's pyramid; table 7's parameters are met to 0.03%.
     """
 
-    def __init__(self, latent_channels: int, lifted_width: int, width: int, sides: tuple[int, ...]):
+    def __init__(self, latent_channels: int, width: int, sides: tuple[int, ...]):
         super().__init__()
+        self.branches = nn.ModuleList(
+            ConvBranch(latent_channels, width, strides(side, sides[-1])) for side in sides[:-1]
+        )
         self.proj = nn.Conv2d(latent_channels, width, kernel_size=1)
-        self.lift = nn.Conv2d(latent_channels, lifted_width, kernel_size=1)
-        self.branches = nn.ModuleList(ConvBranch(lifted_width, width, side, sides[-1]) for side in sides[:-1])
 
     def forward(self, z: Tensor, scales: Scales) -> Iterator[Tensor]:
         """z (B, d, h, w) -> token maps (B, C, h_k, w_k), coarse to fine."""
-        lifted = self.lift(z)
         for branch, grid in zip(self.branches, scales.grids):
-            yield branch(lifted, grid)
+            yield branch(z, grid)
         yield self.proj(z)
 
 
-def repeat_last(x: Tensor, right: int, bottom: int) -> Tensor:
-    """(B, C, h, w) -> (B, C, h + bottom, w + right), with the last column and row once more where that is 1.
+def strides(side: int, finest: int) -> tuple[int, int, int]:
+    """Strides of a branch's convolutions from `finest` to `side` tokens: the last two halve, the first does the rest.
 
-    Not F.pad(mode="replicate"): torch.compile expects another memory layout of its gradient than it has.
+    Their product is finest / side, or for ratios that cannot be split so the next larger number that can: 16 to 8, 4,
+    2, 1 tokens are (1, 2, 1), (1, 2, 2), (2, 2, 2), (4, 2, 2), and 16 to 12 is (1, 2, 1).
     """
-    x = torch.cat((x, x[..., -1:]), dim=3) if right else x
-    return torch.cat((x, x[..., -1:, :]), dim=2) if bottom else x
+    return (1, 2, 1) if 2 * side >= finest else (-(-finest // (4 * side)), 2, 2)
 
 
 class ConvBranch(nn.Module):
-    """One coarse scale of ConvDownsample."""
+    """One coarse scale of ConvDownsample: patches of z, then 2 x 2 and 3 x 3 at the decoder's width.
 
-    def __init__(self, lifted_width: int, width: int, side: int, finest_side: int):
+    The first convolution takes few channels in, so it can afford large patches: what is dear is at small maps.
+    """
+
+    def __init__(self, latent_channels: int, width: int, strides: tuple[int, int, int]):
         super().__init__()
-        # The first convolution halves the map wherever the target is at most half; area pooling does the rest, so
-        # that ratios which are no power of two (16 -> 12) work too. [ours]
-        self.stride = 2 if 2 * side <= finest_side else 1
-        self.down = nn.Conv2d(lifted_width, width, kernel_size=2, stride=self.stride, bias=False)
-        self.down_norm = LayerNorm2d(width, eps=1e-6)
-        self.mix = nn.Conv2d(width, width, kernel_size=1, bias=False)
+        self.reduction = math.prod(strides)
+        first, second, third = strides
+        self.patch = nn.Conv2d(latent_channels, width, kernel_size=first, stride=first, bias=False)
+        self.patch_norm = LayerNorm2d(width, eps=1e-6)
+        self.merge = nn.Conv2d(width, width, kernel_size=2, stride=second, bias=False)
+        self.merge_norm = LayerNorm2d(width, eps=1e-6)
+        self.mix = nn.Conv2d(width, width, kernel_size=3, stride=third, padding=1, bias=False)
         self.mix_norm = LayerNorm2d(width, eps=1e-6)
-        self.smooth = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-        self.smooth_norm = LayerNorm2d(width, eps=1e-6)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Lifted latent map (B, lifted width, h, w) -> (B, C, *grid)."""
-        h, w = x.shape[-2:]
-        right, bottom = (w % 2, h % 2) if self.stride == 2 else (1, 1)  # no column or row is left out
-        x = repeat_last(x, right, bottom)
-        x = F.gelu(self.down_norm(self.down(x)))
-        x = area_pool(x, grid)
-        x = self.mix_norm(self.mix(x))
-        return self.smooth_norm(self.smooth(x))
+    def forward(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latent map (B, d, h, w) -> (B, C, *grid)."""
+        x = resize(z, (self.reduction * grid[0], self.reduction * grid[1]))
+        x = F.gelu(self.patch_norm(self.patch(x)))
+        x = F.gelu(self.merge_norm(self.merge(x)))
+        return self.mix_norm(self.mix(x))
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), where a grid is no multiple of a branch's reduction (16 -> 12, odd sides). [ours]"""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)

@@ -117,7 +117,7 @@ class HieraTok(nn.Module):
             c.grid, c.patch_size, c.latent_channels, c.encoder_width, c.encoder_depth, c.encoder_heads, c.mlp_ratio
         )
         if c.downsample == "conv" and len(c.scales) > 1:
-            self.downsample = ConvDownsample(c.latent_channels, c.encoder_width, c.decoder_width, c.scales)
+            self.downsample = ConvDownsample(c.latent_channels, c.decoder_width, c.scales)
         else:
             self.downsample = AreaDownsample(c.latent_channels, c.decoder_width)
         self.decoder = Decoder(
@@ -133,7 +133,7 @@ class HieraTok(nn.Module):
         )
         self.apply(lambda module: init_weights(module, c.init_std))
         for parameter in (self.encoder.positions, self.decoder.positions, self.decoder.scale_embeddings):
-            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+            nn.init.normal_(parameter, std=0.02)
         # Of the training images' latents, per channel; not known until measured (training does it when it ends).
         self.register_buffer("latent_mean", torch.full((c.latent_channels,), math.nan))
         self.register_buffer("latent_std", torch.full((c.latent_channels,), math.nan))

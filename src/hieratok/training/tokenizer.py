@@ -39,6 +39,7 @@ from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.losses.vf import VF_MAX_WEIGHT, VFConfig, VFLoss
 from hieratok.pictures import pyramid_sheet
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
+from hieratok.tokenizer.scales import Scales
 from hieratok.training import parallel
 from hieratok.training.loop import DataConfig, Objective, Optimization, TrainConfig, fit
 from hieratok.training.run_folder import RunFolder, plain
@@ -238,7 +239,7 @@ class TokenizerObjective(Objective):
     def __init__(self, run: TokenizerRun, tokenizer: HieraTok):
         self.run = run
         self.tokenizer = tokenizer
-        self.criterion = ReconstructionLoss(run.loss, len(run.model.scales))
+        self.criterion = ReconstructionLoss(run.loss, Scales.of(run.model.scales, run.model.grid))
         tokenizer.encoder.requires_grad_(not run.freeze_encoder)
         networks: dict[str, nn.Module] = {"tokenizer": tokenizer}
         optimizations: dict[str, Optimization] = {"tokenizer": run.train}
@@ -265,28 +266,29 @@ class TokenizerObjective(Objective):
         """The tokenizer's loss, then the discriminator's on the same reconstructions."""
         images = to_float(batch["image"])
         pyramid, posterior, z = networks["tokenizer"](images)
-        reconstruction, terms = self.criterion.to(images.device)(pyramid, images, posterior)
-        loss = reconstruction
+        loss, finest, terms = self.criterion.to(images.device)(pyramid, images, posterior)
         if "vf" in networks:
             vf, vf_terms = networks["vf"](z, images)
-            loss = loss + self.vf_weight(reconstruction, vf) * vf
+            c, last_layer = self.run.vf, self.tokenizer.encoder.head.weight
+            loss = loss + self.weight(c.weight, c.adaptive, finest, vf, last_layer, VF_MAX_WEIGHT) * vf
             terms |= {"vf": vf.detach(), **vf_terms}
         if self.critic and (weight := generator_weight(step, self.run.gan)):
             adversarial = self.adversarial_loss(self.critic, pyramid[-1])
-            if self.run.gan.adaptive:
-                weight = weight * adaptive_weight(reconstruction, adversarial, self.tokenizer.decoder.head.weight)
+            last_layer = self.tokenizer.decoder.head.weight
+            weight = self.weight(weight, self.run.gan.adaptive, finest, adversarial, last_layer)
             loss = loss + weight * adversarial
-            terms |= {"adversarial": adversarial.detach(), "adversarial_weight": torch.as_tensor(weight).to(loss)}
+            terms |= {"adversarial": adversarial.detach(), "adversarial_weight": weight.detach()}
         yield loss, {"loss": loss.detach(), **terms}
         if self.critic:
             yield self.discriminator_loss(networks["discriminator"], images, pyramid[-1].detach())
 
-    def vf_weight(self, reconstruction: Tensor, vf: Tensor) -> float | Tensor:
-        """The vf-loss's weight, adaptive if so configured."""
-        weight = self.run.vf.weight
-        if not self.run.vf.adaptive:
-            return weight
-        return weight * adaptive_weight(reconstruction, vf, self.tokenizer.encoder.head.weight, VF_MAX_WEIGHT)
+    def weight(
+        self, weight: float, adaptive: bool, finest: Tensor, other: Tensor, last_layer: Tensor, most: float = 1e4
+    ) -> Tensor:
+        """A weight relative to the finest scale's reconstruction: by its share of the loss, or by its gradient."""
+        if adaptive:
+            return weight * adaptive_weight(finest, other, last_layer, most)
+        return torch.tensor(weight * self.criterion.finest_share, device=other.device)
 
     def adversarial_loss(self, critic: Critic, fake: Tensor) -> Tensor:
         """L_adv, whose gradient reaches the tokenizer and not the discriminator."""
