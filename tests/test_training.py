@@ -525,7 +525,7 @@ def test_weight_decay_spares_norms_biases_and_positions():
     assert optimizer.param_groups[0]["weight_decay"] == 0.05
     assert {"encoder.positions", "decoder.positions", "decoder.scale_embeddings", "decoder.head.bias"} <= spared
     assert all("norm" not in n and "bias" not in n for n in decayed)
-    assert {"decoder.head.weight", "encoder.patch_embed.weight", "downsample.lift.weight"} <= decayed
+    assert {"decoder.head.weight", "encoder.patch_embed.weight", "downsample.branches.0.patch.weight"} <= decayed
 
 
 def test_seeds_differ():

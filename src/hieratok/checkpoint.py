@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -191,6 +191,15 @@ def load_config(folder: Path, model_type: str, config_class: type, others: tuple
         if name not in known:
             raise ValueError(f"{path}: unknown setting {name!r}{nearest(name, known)}")
     return config
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of a model's weights; none if there is no readable file, which `load_weights` will say."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError):
+        return set()
 
 
 def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "cpu") -> None:

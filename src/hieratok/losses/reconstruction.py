@@ -114,9 +114,9 @@ class ReconstructionLoss(nn.Module):
 
         Returns:
             The scalar loss; what the finest scale's reconstruction contributes to it, which the adaptive weights of
-            other losses are measured by; and detached, unweighted scalars by name: `l1`, `mse`, the perceptual distance's name
-            (reduced over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels), and `kl` in nats
-            per image.
+            other losses are measured by; and detached, unweighted scalars by name: `l1`, `mse`, the perceptual
+            distance's name (reduced over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels), and
+            `kl` in nats per image.
         """
         c = self.config
         terms: dict[str, Tensor] = {}

@@ -273,7 +273,21 @@ class HieraTok(nn.Module):
         """
         folder = checkpoint.find(source, revision, inside="tokenizer")
         config = TokenizerConfig(**checkpoint.load_config(folder, "hieratok", TokenizerConfig))
+        refuse_former_downsampling(folder)
         with torch.device("meta"):
             model = cls(config)
         checkpoint.load_weights(folder, model, device)
         return model.eval()
+
+
+def refuse_former_downsampling(folder: Path) -> None:
+    """Nothing converts the weights of a down-sampler that computed something else.
+
+    Raises:
+        ValueError: the folder holds them.
+    """
+    if "downsample.lift.weight" in checkpoint.tensor_names(folder):
+        raise ValueError(
+            f"{folder} was trained with the conv down-sampling of hieratok 0.1, which averaged the layout away and was"
+            " replaced: train it again"
+        )

@@ -38,7 +38,7 @@ from hieratok.losses.adversarial import (
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.losses.vf import VF_MAX_WEIGHT, VFConfig, VFLoss
 from hieratok.pictures import pyramid_sheet
-from hieratok.tokenizer.model import HieraTok, TokenizerConfig
+from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_downsampling
 from hieratok.tokenizer.scales import Scales
 from hieratok.training import parallel
 from hieratok.training.loop import DataConfig, Objective, Optimization, TrainConfig, fit
@@ -147,6 +147,8 @@ def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = Fa
     if run.eval.every and held_out is None:
         raise ValueError("eval.every needs images that are not trained on: set --data.val_path")
     shown = picture_images(ImageDataset(held_out or source, size, "center", False, 0, data.on_bad_image))
+    for saved in folder.saved():
+        refuse_former_downsampling(saved / "tokenizer")
     objective = TokenizerObjective(run, initial_tokenizer(run, resumes=bool(folder.saved())))
     evaluate = Evaluation(run.eval, held_out, size) if run.eval.every and held_out else None
 
