@@ -90,7 +90,7 @@ class ConvBranch(nn.Module):
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size), for grids that a branch's reduction does not divide (16 -> 12, odd sides). [ours]"""
+    """(B, C, h, w) -> (B, C, *size), for grids that a branch's reduction does not divide (16 -> 12, odd). [ours]"""
     if x.shape[-2:] == size:
         return x
     return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
