@@ -10,7 +10,7 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ class Trunk:
     bgr: bool = False
     """... and in the order blue, green, red if True."""
 
+
+EPSILON = 1e-10
+"""Added to a feature's length, as LPIPS does."""
 
 SQUEEZE_LAYERS = (1, 4, 7, 9, 10, 11, 12)
 SQUEEZE_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
@@ -160,10 +163,11 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("scale", torch.tensor(self.spec.scale).view(3, 1, 1))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Compared features, one (B, C_l, h_l, w_l) per layer, float32, of unit length over channels.
+        """Compared features before they are scaled to unit length, one (B, C_l, h_l, w_l) per layer.
 
         Images, (B, 3, H, W) float in [-1, 1], with a side below the trunk's `min_side` are first enlarged by the
         smallest sufficient whole factor, repeating pixels [ours]: so every trunk takes every scale of the pyramid.
+        They are float32, or bfloat16 under autocast.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, H, W) float in [-1, 1], not {tuple(images.shape)} {images.dtype}")
@@ -177,25 +181,54 @@ class PerceptualLoss(nn.Module):
 
         features = []
         for index, layer in enumerate(self.network):
-            x = layer(x)  # in bfloat16 under autocast; from here on float32
+            x = layer(x)
             if index in self.spec.layers:
-                length = torch.linalg.vector_norm(x.float(), dim=1, keepdim=True)
-                features.append(x.float() / (length + 1e-10))
+                features.append(x)
         return features
-
-    def distance(self, features: list[Tensor], target_features: list[Tensor]) -> Tensor:
-        """Distances, (B,), between two results of `features`."""
-        # The head is linear, so the mean over positions may come first.
-        means = [(a - b).square().mean(dim=(2, 3)) for a, b in zip(features, target_features, strict=True)]  # (B, C_l)
-        return (torch.cat(means, dim=1) * self.heads).sum(dim=1)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Distances, (B,), between images and targets, both (B, 3, H, W) in [-1, 1]; only images get a gradient."""
         if images.shape != targets.shape:
             raise ValueError(f"images {tuple(images.shape)} and targets {tuple(targets.shape)} must have one shape")
         with torch.no_grad():
-            target_features = self.features(targets)
-        return self.distance(self.features(images), target_features)
+            target_features = [_unit_length(x.float())[0] for x in self.features(targets)]
+        heads = self.heads.split(self.spec.channels)
+        layers = zip(self.features(images), target_features, heads, strict=True)
+        return torch.stack([cast(Tensor, _LayerDistance.apply(x, y, head)) for x, y, head in layers]).sum(dim=0)
+
+
+class _LayerDistance(torch.autograd.Function):
+    """One layer's term of the distance, float32 (B,).
+
+    By hand since these are the largest maps of a training step and each pass over them counts: autograd's chain of
+    single operations takes about twice as long as the trunk itself, this about half of that (two CPU cores).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, head: Tensor) -> Tensor:
+        """Features x (B, C, h, w), unit-length target features of the same shape, head (C,)."""
+        unit, length = _unit_length(x.float())
+        difference = unit.sub_(target)
+        ctx.save_for_backward(x, length, difference, head)
+        # The head is linear, so the mean over positions comes first; and no product, which autocast would round.
+        return (difference.square().mean(dim=(2, 3)) * head).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """d/dx of (x / |x| - target)^2: the part of the outer gradient that is at right angles to x, over |x|."""
+        x, length, difference, head = ctx.saved_tensors
+        positions = x.shape[2] * x.shape[3]
+        outer = difference * (2 / positions * gradient[:, None] * head)[:, :, None, None]  # d/d(unit-length features)
+        along = (outer * x).sum(dim=1, keepdim=True) / length.clamp_min(1e-30)  # 0 where features are dead
+        scaled = 1 / (length + EPSILON)
+        result = outer.mul_(scaled).addcmul_(x.float(), along * scaled.square(), value=-1)
+        return result.to(x.dtype), None, None
+
+
+def _unit_length(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (B, C, h, w) of unit length over channels at each position, and their length (B, 1, h, w)."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x * (1 / (length + EPSILON)), length
 
 
 def _random_trunk(network: nn.Sequential) -> nn.Sequential:
