@@ -281,6 +281,49 @@ def small_multi_decoder() -> TokenizerRun:
     return decoder_alone(small_multi_stage2())
 
 
+@recipe("imagenette-multi")
+def imagenette_multi() -> TokenizerRun:
+    """A CPU, hours: the bundled tokenizer: 128 px, f8, d 16, the paper's grid and scale list, 4.0M parameters.
+
+    hieratok train imagenette-multi --data 'PHOTOS/*.tar' --loss.trunk_weights SQUEEZENET
+    PHOTOS: Imagenette's training shards and 800 photos of ImageNet, 10,269 in all; 25 epochs. The perceptual loss is on
+    SqueezeNet in its authors' weights, a small stand-in for VGG-16. One thread of an AMD EPYC: about 16 images/s, so
+    4.5 hours.
+    """
+    return TokenizerRun(
+        model=TokenizerConfig(
+            image_size=128,
+            patch_size=8,
+            encoder_width=160,
+            encoder_depth=2,
+            encoder_heads=2,
+            decoder_width=160,
+            decoder_depth=6,
+            decoder_heads=2,
+            drop_path=0.0,
+            init_std=0.06,
+        ),
+        data=DataConfig(num_workers=1),
+        loss=LossConfig(trunk="squeeze-caffe"),
+        train=TrainConfig(
+            steps=16_100,
+            batch_size=16,
+            learning_rate=1e-3,
+            min_learning_rate=1e-5,
+            ema_decay=0.999,
+            save_every=250,
+            keep_checkpoints=2,
+            picture_every=1_000,
+        ),
+    )
+
+
+@recipe("imagenette-single")
+def imagenette_single() -> TokenizerRun:
+    """A CPU, hours: imagenette-multi's single-scale baseline, 2.7M parameters."""
+    return single(imagenette_multi())
+
+
 @recipe("tiny-multi")
 def tiny_multi() -> TokenizerRun:
     """A CPU, minutes: 128 px, f16, scales 1, 2, 4, 8 on the bundled photos, without a perceptual loss.
