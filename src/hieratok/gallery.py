@@ -324,7 +324,9 @@ def curve_parts(runs: Sequence[Run]) -> list[report.Html]:
         plots.append(curves(drawn, logs, term, meaning(term)))
     evaluations = [run.evaluations for run in drawn]
     for term in filter(is_shown, terms_of(evaluations)):
-        if len({record[term] for log in evaluations for record in log if term in record}) > 1:  # not what stays, as n and baselines
+        if (
+            len({record[term] for log in evaluations for record in log if term in record}) > 1
+        ):  # not what stays, as n and baselines
             plots.append(curves(drawn, evaluations, term, "Evaluation during training.", evaluation_label(term)))
     parts = []
     if len(drawn) < sum(bool(run.log) for run in runs):

@@ -49,10 +49,10 @@ METRICS = {
         "Of the image with each token's patch in its mean colour: what a tokenizer should be well above.",
     ),
     "baseline_psnr_identical": Metric(
-        "images of such colours",
+        "images of one colour per token",
         "neither",
         "",
-        "One colour per token is the image itself: that PSNR is infinite and not counted.",
+        "They equal that baseline: its PSNR is infinite and not counted.",
         is_count=True,
     ),
     "psnr_identical": Metric(
