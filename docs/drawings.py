@@ -13,7 +13,8 @@ from PIL import Image
 
 from hieratok import TokenizerConfig
 from hieratok.data.images import center_crop
-from hieratok.tokenizer.scales import Scales, area_pool
+from hieratok.evaluation.reconstruction import area_resize
+from hieratok.tokenizer.scales import Scales
 
 HERE = Path(__file__).parent
 CONFIG = TokenizerConfig()  # the paper's f16d16
@@ -117,7 +118,7 @@ def architecture() -> str:
     for k, (side, y) in enumerate(zip(SIDES, rows)):
         color = f"var(--s{k})"
         size = max(8, 4 * side)
-        target = area_pool(photo[None].float(), (f * side, f * side)).round().to(torch.uint8)[0]
+        target = area_resize(photo[None], (f * side, f * side))[0]
         shown = max(heights[k] - 4, 8) if k < 2 else {2: 40, 3: 68, 4: 128}[k]
         parts += [path(f"M412 {middle:g}C440 {middle:g} 436 {y:g} {left + 28 - size / 2:g} {y:g}")]
         parts += [grid(left + 34 - size / 2, y - size / 2, size, side, color)]

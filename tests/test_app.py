@@ -31,7 +31,7 @@ from hieratok.app_handlers import BLENDS, SAMPLES, SIGMAS, Demo
 from hieratok.app_page import Picture, error_map, judge, latent_picture
 from hieratok.data.pixels import BadImageError, center_crop, to_float, to_uint8
 from hieratok.evaluation.pixels import psnr, ssim
-from hieratok.evaluation.reconstruction import area_resize
+from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.uploads import MAX_BYTES, at_most, check_upload, read_upload
@@ -176,6 +176,10 @@ def test_judge_compares_with_the_photo_at_the_scales_size():
     assert judge(scale, original) == expected
     assert judge(scale[:, :10], original[:, :20]).endswith("SSIM –"), "smaller than SSIM's window"
     assert judge(original, original) == "identical"
+    noise = original[:, :24, :16]
+    colours = float(psnr(one_colour_per_token(noise[None], 8), noise[None]))
+    assert judge(noise, noise, 8) == f"identical; one colour per token {colours:.2f} dB"
+    assert judge(scale, scale, 8) == "identical; one colour per token identical"
 
 
 def test_what_is_written_is_escaped():
@@ -230,7 +234,7 @@ def test_photo_at_every_scale_as_it_is_decoded(demo, tokenizer, tmp_path, size):
         assert len(shown) == k + 1, "coarse scales are shown before finer ones are decoded"
         assert pages[1 + k].count("pending") == 2 - k
         assert all(torch.equal(a, b) for a, b in zip(shown, scales))
-        assert judge(scales[k], image) in pages[1 + k]
+        assert judge(scales[k], image, tokenizer.config.patch_size) in pages[1 + k]
     *_, last = pages
     expected = [*scales, image, scales[-1], error_map(scales[-1], image), latent_picture(posterior.mode()[0])]
     shown = pictures(last)

@@ -257,8 +257,16 @@ def test_bundled_held_out_tiles_come_from_the_right_and_do_not_overlap():
             np.testing.assert_array_equal(tile, half[y : y + side, x : x + side], err_msg=name)
 
 
+def test_bundled_whole_photos_are_the_files():
+    source = open_source("bundled:whole")
+    expected = bundled_photos()
+    assert [source.name(i) for i in range(len(source))] == list(expected)
+    for i, photo in enumerate(expected.values()):
+        np.testing.assert_array_equal(source.image(i).permute(1, 2, 0).numpy(), photo)
+
+
 def test_bundled_photos_refuse_other_splits():
-    assert "train and val, not 'test'" in refusal("bundled:test")
+    assert "train, val and whole, not 'test'" in refusal("bundled:test")
 
 
 # --- shards

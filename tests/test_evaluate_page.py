@@ -65,6 +65,8 @@ def test_without_out_nothing_is_written(images):
         ("class-score-tiny", "class-score-tiny", "higher"),
         ("is", "IS", "higher"),
         ("recall", "recall", "higher"),
+        ("psnr/32", "PSNR, 32 px", "higher"),
+        ("baseline_psnr/32x48", "PSNR of one colour per token, 32x48 px", "neither"),
     ],
 )
 def test_names_and_directions(key, label, better):
@@ -77,6 +79,7 @@ def test_names_and_directions(key, label, better):
 def test_other_names_are_no_metrics():
     assert all(describe(name) is None for name in ("seconds", "nn", "psnr_patch_mean", "isotropy", "fidelity"))
     assert len({metric.label for metric in METRICS.values()}) == len(METRICS)
+    assert describe("speed/32") is None
     assert format_result({"n": 3, "psnr": 21.123456}).splitlines() == ["images          3", "PSNR (dB)  21.123"]
 
 

@@ -38,7 +38,7 @@ from hieratok.evaluation import (
     write_statistics,
 )
 from hieratok.evaluation.images import NpzImages, batches, pair
-from hieratok.evaluation.reconstruction import area_resize
+from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 
 
 class Tiny(nn.Module):
@@ -526,6 +526,74 @@ def test_reconstruction_judges_each_scale_against_the_original_at_that_scale(
     table = capsys.readouterr().out
     assert "4 px" in table
     assert "16 px" in table
+
+
+def mean_colours(image: np.ndarray, f: int) -> np.ndarray:
+    """(H, W, 3) -> each f x f patch, those at the border as far as they go, in its mean colour: one at a time."""
+    result = np.empty_like(image, dtype=np.float64)
+    for y in range(0, image.shape[0], f):
+        for x in range(0, image.shape[1], f):
+            result[y : y + f, x : x + f] = image[y : y + f, x : x + f].mean((0, 1))
+    return result
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 40), width=st.integers(1, 40), f=st.integers(1, 17), seed=st.integers(0, 100))
+def test_one_colour_per_token_equals_numpy(height: int, width: int, f: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
+    result = one_colour_per_token(images, f)
+    assert result.dtype == torch.uint8
+    assert result.shape == images.shape
+    for image, colours in zip(images, result):
+        expected = mean_colours(image.permute(1, 2, 0).double().numpy(), f)
+        assert np.abs(colours.permute(1, 2, 0).numpy() - expected).max() <= 0.5 + 1e-4, "the nearest grey level"
+
+
+def test_beside_each_scales_psnr_stands_that_of_one_colour_per_token(tmp_path: Path) -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    x = noise(9)
+    options = reconstruction_options(tmp_path, features="none")
+    result = evaluate_reconstruction(reconstruct(x, 4, scales=(4, 8, 16)), options, patch_size=4)
+    assert result["baseline_psnr"] == result["scales"]["16"]["baseline_psnr"]
+    for side in (4, 8, 16):
+        originals = x.double().reshape(9, 3, side, 16 // side, side, 16 // side).mean((3, 5)).round()
+        images = originals.permute(0, 2, 3, 1).numpy()
+        expected = [peak_signal_noise_ratio(a, np.rint(mean_colours(a, 4)), data_range=255) for a in images]
+        assert result["scales"][str(side)]["baseline_psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert "with each token's patch in its mean colour" in result["manifest"]["baseline_psnr"]
+    without = evaluate_reconstruction(reconstruct(x, 4, scales=(4, 8, 16)), options)
+    assert not [key for key in (*without, *without["manifest"]) if key.startswith("baseline")]
+
+    metrics = [ReconstructionMetrics(patch_size=4) for _ in range(2)]  # two processes
+    for i, batch in enumerate(reconstruct(x, 4, scales=(4, 8, 16))):
+        metrics[i % 2].update(*batch)
+    metrics[0].merge(metrics[1])
+    assert metrics[0].compute()["scales"] == result["scales"]
+
+
+def test_of_image_is_what_the_image_has_alone() -> None:
+    x = noise(5)
+    pyramid = [degrade(area_resize(x, (8, 8))), degrade(x)]
+    metrics, alone = ReconstructionMetrics(patch_size=4), ReconstructionMetrics(patch_size=4)
+    metrics.update(list("abcde"), x, pyramid)
+    alone.update(["d"], x[3:4], [scale[3:4] for scale in pyramid])
+    numbers = metrics.of_image("d")
+    assert list(numbers) == ["8", "16"]
+    for side, row in numbers.items():
+        assert row.keys() >= {"psnr", "baseline_psnr"}
+        assert row.items() <= alone.compute()["scales"][side].items()
+
+
+def test_images_of_one_colour_per_token_are_counted_apart() -> None:
+    x = torch.cat((noise(2), torch.full((1, 3, 16, 16), 77, dtype=torch.uint8)))
+    metrics, others = ReconstructionMetrics(patch_size=8), ReconstructionMetrics(patch_size=8)
+    metrics.update(["a", "b", "flat"], x, degrade(x))
+    others.update(["a", "b"], x[:2], degrade(x[:2]))
+    result = metrics.compute()
+    assert (result["baseline_psnr_identical"], result["psnr_identical"]) == (1, 0)
+    assert result["baseline_psnr"] == others.compute()["baseline_psnr"]
 
 
 def test_perceptual_distances_stand_under_their_own_names(tmp_path: Path) -> None:

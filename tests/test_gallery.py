@@ -132,6 +132,24 @@ def test_the_page_shows_them(runs, capsys):
     assert str(runs / "index.html") in printed
 
 
+def test_evaluations_during_training_show_scales_and_neither_counts_nor_flat_curves(runs):
+    common = {"n": 4, "baseline_psnr": 15.5, "psnr_identical": 0, "psnr_identical/8": 0, "baseline_psnr/8": 14.25}
+    lines = [
+        {"step": 10 * i, "images": 40 * i, "psnr": 17 + i, "psnr/8": 16.125 + i, **common, "psnr_identical": i}
+        for i in (1, 2)
+    ]
+    (runs / "a" / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(Report(folder=str(runs)))
+    reader = Reader((runs / "index.html").read_text())
+    header = reader.cells.index("PSNR, 8 px (dB) ↑")
+    heads = ["images", "PSNR of one colour per token (dB)", "PSNR (dB) ↑", "PSNR, 8 px (dB) ↑"]
+    assert set(heads) <= set(reader.cells[header - 8 : header + 8])
+    assert {"15.5", "14.25", "18.125"} <= set(reader.cells), "beside each scale's PSNR its baseline"
+    assert not [cell for cell in reader.cells if "identical, 8 px" in cell or "identical images, 8 px" in cell]
+    labels = reader.text.count("PSNR, 8 px (dB) ↑"), reader.text.count("PSNR of one colour per token, 8 px (dB)")
+    assert labels == (2, 1), "a column and a plot; a column alone"
+
+
 def test_json_is_the_same(runs, tmp_path, capsys):
     assert main(["report", str(runs), "--json", "--out", str(tmp_path / "page.html")]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import torch
 from PIL import Image
 
 from hieratok import HieraTok, recipes
+from hieratok.cli import main
 from hieratok.data.images import center_crop, open_source
-from hieratok.quickstart import patch_mean, quickstart, shrink, speed
+from hieratok.quickstart import decibels, quickstart, reconstruct_photos, speed
 from hieratok.tokenizer.model import TokenizerConfig
 from hieratok.training.tokenizer import TokenizerRun
 from test_report import Reader, assert_self_contained
@@ -76,8 +79,14 @@ def block_means(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def psnr(images: np.ndarray, references: np.ndarray) -> float:
-    """From the mean of all squared errors."""
-    return 20 * math.log10(255) - 10 * math.log10(np.mean((images - references) ** 2))
+    """The mean of the images' own, as docs/metrics.md defines it."""
+    errors = ((images - references) ** 2).mean((1, 2, 3))
+    return float(np.mean(20 * math.log10(255) - 10 * np.log10(errors)))
+
+
+def colours(images: np.ndarray, f: int) -> np.ndarray:
+    """(B, H, W, 3) -> each f x f patch in its mean colour."""
+    return np.repeat(np.repeat(block_means(images, images.shape[1] // f), f, axis=1), f, axis=2)
 
 
 def test_metrics_are_what_numpy_finds(finished, photos):
@@ -90,20 +99,39 @@ def test_metrics_are_what_numpy_finds(finished, photos):
         pyramid = [np.clip(np.rint(to_numpy(x) * 127.5 + 127.5), 0, 255) for x in tokenizer.decode_pyramid(z)]
     truth = to_numpy(originals)
 
-    baseline = np.repeat(np.repeat(block_means(truth, 4), 8, axis=1), 8, axis=2)
-    assert metrics["psnr"] == pytest.approx(psnr(pyramid[-1], truth), abs=1e-6)
-    assert metrics["psnr_patch_mean"] == pytest.approx(psnr(baseline, truth), abs=1e-6)
-    assert metrics["gain_db"] == pytest.approx(psnr(pyramid[-1], truth) - psnr(baseline, truth), abs=1e-6)
-    expected = {str(x.shape[1]): psnr(x, block_means(truth, x.shape[1])) for x in pyramid}
-    assert list(expected) == ["8", "16", "32"]
-    assert metrics["psnr_per_scale"] == pytest.approx(expected, abs=1e-6)
-    assert metrics["held_out_images"] == len(originals) == 2
+    assert list(metrics["scales"]) == ["8", "16", "32"]
+    for x, numbers in zip(pyramid, metrics["scales"].values()):
+        target = block_means(truth, x.shape[1])
+        assert numbers["psnr"] == pytest.approx(psnr(x, target), abs=1e-6)
+        assert numbers["baseline_psnr"] == pytest.approx(psnr(colours(target, 8), target), abs=1e-6)
+    assert metrics["psnr"] == numbers["psnr"]
+    assert metrics["baseline_psnr"] == numbers["baseline_psnr"]
+    assert metrics["n"] == len(originals) == 2
     assert metrics["parameters"] == sum(p.numel() for p in tokenizer.parameters())
     assert metrics["images_seen"] == STEPS * BATCH
     assert metrics["seconds"] > 0
     assert metrics["images_per_second"] == pytest.approx(STEPS * BATCH / metrics["seconds"])
     assert metrics["settings"]["model"]["scales"] == [1, 2, 4]
     assert metrics["generator"]["images_seen"] == 4 * metrics["generator"]["settings"]["train"]["batch_size"]
+
+
+def test_evaluate_finds_the_same_numbers(finished, photos, tmp_path):
+    command = [
+        "evaluate",
+        "reconstruction",
+        str(finished),
+        "--data",
+        str(photos),
+        "--features",
+        "none",
+        "--lpips",
+        "[]",
+    ]
+    assert main([*command, "--scales", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    metrics, result = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, tmp_path))
+    assert metrics["scales"] == result["scales"]
+    assert {key: metrics[key] for key in ("n", "psnr", "baseline_psnr", "ssim")}.items() <= result.items()
+    assert metrics["protocol"].items() <= {**result["manifest"], "crop": "ADM centre crop"}.items()
 
 
 def test_the_page_shows_everything_and_needs_nothing(finished):
@@ -117,13 +145,60 @@ def test_the_page_shows_everything_and_needs_nothing(finished):
     for shown in ("a <i>run</i>", "<b>bold&.png", "plain.png", "hieratok train tiny-multi --data PHOTOS"):
         assert shown in reader.text
     assert f"hieratok reconstruct '{finished}' PHOTO.jpg --out DIR" in reader.text, "a path with a space is quoted"
-    for number in (metrics["psnr"], metrics["psnr_patch_mean"], *metrics["psnr_per_scale"].values()):
-        assert f"{number:.2f}" in reader.cells
-    # of each photo: three scales, the original, the patch means (one pixel each); then the viewer's empty picture
+    for numbers in metrics["scales"].values():
+        assert {f"{numbers['psnr']:.5g}", f"{numbers['baseline_psnr']:.5g}"} <= set(reader.cells)
+    for number in (metrics["psnr"], metrics["baseline_psnr"], metrics["psnr"] - metrics["baseline_psnr"]):
+        assert f"{number:.2f} dB" in reader.text
+    # of each photo, uncut: three scales, the original, one colour per token, all as large as the photo; then the crops
+    # and the samples as they are; then the viewer's empty picture
     sizes = [(a["width"], a["height"]) for a in reader.tags("img") if a.get("src")]
+    crops = [("8", "8"), ("16", "16"), ("32", "32"), ("32", "32"), ("32", "32")] * 2
     samples = [("8", "8"), ("16", "16"), ("32", "32")] * 6
-    assert sizes == [("8", "8"), ("16", "16"), ("32", "32"), ("32", "32"), ("4", "4")] * 2 + samples
+    assert sizes == [("40", "70")] * 5 + [("33", "32")] * 5 + crops + samples
     assert len(reader.tags("svg")) == 2
+
+
+def test_the_page_of_a_photo_tells_its_own_numbers(finished, run, photos):
+    tokenizer = HieraTok.from_pretrained(finished)
+    whole = reconstruct_photos(tokenizer, open_source(str(photos)))
+    assert [photo.name for photo in whole] == ["<b>bold&.png", "plain.png"]
+    photo = whole[0]
+    assert torch.equal(photo.original, open_source(str(photos)).image(0))
+    assert [x.shape[1:] for x in photo.pyramid] == [(18, 10), (35, 20), (70, 40)]
+    pieces = [np.array(list(map(float, re.findall(r"(\d+\.\d\d) dB", decibels(numbers))))) for numbers in photo.numbers]
+    assert all(len(piece) == 2 for piece in pieces)
+    finest, original = (to_numpy(x[None]) for x in (photo.pyramid[-1], photo.original))
+    assert pieces[-1][0] == pytest.approx(psnr(finest, original), abs=0.006)
+    page = (finished / "index.html").read_text(encoding="utf-8")
+    assert all(decibels(numbers) in page for numbers in photo.numbers)
+
+
+def test_a_large_photo_is_reduced(finished, tmp_path):
+    Image.new("RGB", (1100, 40), (200, 10, 10)).save(tmp_path / "wide.png")
+    (photo,) = reconstruct_photos(HieraTok.from_pretrained(finished), open_source(str(tmp_path)))
+    assert photo.original.shape == photo.pyramid[-1].shape == (3, 19, 512)
+
+
+def test_the_page_is_there_before_the_generator_trains(finished, run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    complete = (out / "index.html").read_text(encoding="utf-8")
+    (out / "index.html").unlink()
+
+    def stop(generator_run, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hieratok.quickstart.train_generator", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart(out, run, generator_steps=4)
+    assert str(out / "index.html") in capsys.readouterr().out
+    first = (out / "index.html").read_text(encoding="utf-8")
+    assert_self_contained(first)
+    assert "sample 0" not in first
+    assert "They come when the generator is trained" in first
+    assert "generator" not in json.loads((out / "metrics.json").read_text())
+    before, after = (page.index("<h2>Samples</h2>") for page in (first, complete))
+    assert first[:before] == complete[:after], "nothing else changes"
 
 
 def test_a_finished_run_is_not_trained_again(finished, run, capsys):
@@ -136,24 +211,9 @@ def test_a_finished_run_is_not_trained_again(finished, run, capsys):
     assert (finished / "log.jsonl").read_text() == log
     assert (finished / "index.html").is_file()
     printed = capsys.readouterr().out
-    assert f"{metrics['psnr']:.2f} dB" in printed
-    assert f"{metrics['psnr_patch_mean']:.2f} dB" in printed
+    for numbers in metrics["scales"].values():
+        assert {f"{numbers['psnr']:.5g}", f"{numbers['baseline_psnr']:.5g}"} <= set(printed.split())
     assert str(finished / "index.html") in printed
-
-
-def test_patch_mean_equals_numpy():
-    images = torch.randint(0, 256, (3, 3, 12, 18), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    result = patch_mean(images, 6)
-    for image, mean in zip(to_numpy(images), to_numpy(result)):
-        for y in range(0, 12, 6):
-            for x in range(0, 18, 6):
-                exact = image[y : y + 6, x : x + 6].mean((0, 1))
-                assert np.abs(mean[y : y + 6, x : x + 6] - exact).max() <= 0.5 + 1e-4, "the nearest grey level"
-
-
-def test_shrink_keeps_a_constant_image():
-    images = torch.full((1, 3, 32, 32), 201, dtype=torch.uint8)
-    assert torch.equal(shrink(images, 4, 4), images[..., :4, :4])
 
 
 def test_speed_adds_up_the_intervals():

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from hieratok import HieraTok, recipes
+from hieratok.cli import main
 from hieratok.data.images import to_float
 from hieratok.errors import Stopped
 from hieratok.losses.adversarial import AdversarialConfig
@@ -153,6 +154,20 @@ def test_evaluation_during_training(photos, tmp_path):  # noqa: F811
     assert_same_run(tmp_path / "judged", tmp_path / "not")
     with pytest.raises(ValueError, match=r"eval\.every needs images that are not trained on: set --data\.val_path"):
         train_tokenizer(replace(run, data=replace(run.data, val_path=None)), tmp_path / "none")
+
+
+def test_evaluation_during_training_finds_what_the_command_finds_at_every_scale(photos, tmp_path):  # noqa: F811
+    run = small_run(photos)
+    run = replace(run, data=replace(run.data, val_path=str(photos)), eval=EvalConfig(every=12))
+    train_tokenizer(run, tmp_path / "run")
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    options = ["--data", str(photos), "--features", "none", "--lpips", "[]", "--scales", "--device", "cpu"]
+    assert main(["evaluate", "reconstruction", str(tmp_path / "run"), *options]) == 0
+    result = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    expected = {key: result[key] for key in ("n", "psnr", "baseline_psnr", "ssim")}
+    for side in ("4", "8"):
+        expected |= {f"{key}/{side}": result["scales"][side][key] for key in ("psnr", "baseline_psnr")}
+    assert {key: record[key] for key in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_latent_statistics_are_measured_when_a_run_ends(photos, stage1):  # noqa: F811

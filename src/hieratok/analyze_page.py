@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hieratok import report
 from hieratok.analysis.meanings import lines
+from hieratok.evaluation.reconstruction import area_resize
 from hieratok.pictures import to_pil
-from hieratok.tokenizer.scales import area_pool
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,7 +198,7 @@ def commutation_pictures(names: Sequence[str], images: Tensor, coarse: Sequence[
         coarse: D(T_k z), uint8 (B, 3, H_k, W_k), coarse to fine.
         full: D(z), uint8 (B, 3, H, W).
     """
-    pooled = [area_pool(full.float(), (x.shape[-2], x.shape[-1])).round().to(torch.uint8) for x in coarse]
+    pooled = [area_resize(full, x.shape[-2:]) for x in coarse]
     rows = []
     for i, name in enumerate(names):
         for title, stacks, last in (("D(T z)", coarse, full), ("T D(z)", pooled, images)):

@@ -83,7 +83,7 @@ class Demo:
         scales: list[Picture] = []
         for decoded in self.tokenizer.decode_progressive(z, posterior.image_size):
             scale = to_uint8(decoded)[0].cpu()
-            scales.append(Picture(scale, size(scale), judge(scale, image)))
+            scales.append(Picture(scale, size(scale), judge(scale, image, f)))
             yield status(f"Scale {len(scales)} of {len(grids)}") + pyramid(scales, pending[len(scales) :])
 
         page = pyramid(scales, []) + comparison(image, scales[-1].image) + inside(image, scales[-1].image, z[0])
@@ -183,7 +183,8 @@ def pyramid(scales: list[Picture], pending: list[tuple[str, int, int]]) -> str:
     """The section of the scales that are decoded and of those that are still to come."""
     note = (
         "Decoded coarse to fine from one latent map z and enlarged to one width. Each is compared with the photo"
-        " reduced to its size: PSNR in decibels and SSIM up to 1, higher is closer."
+        " reduced to its size: PSNR in decibels and SSIM up to 1, higher is closer. One colour per token, each patch in"
+        " its mean colour, is what a scale has to beat."
     )
     return section("Every scale", note, row(scales, pending))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hieratok.data.pixels import to_uint8
 from hieratok.evaluation.pixels import SSIM_WINDOW, psnr, ssim
-from hieratok.evaluation.reconstruction import area_resize
+from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 from hieratok.pictures import to_pil
 
 ERROR_CEILING = 64  # grey levels of 255 at which the error map is at its brightest
@@ -49,12 +49,17 @@ def data_uri(image: Tensor) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def judge(image: Tensor, original: Tensor) -> str:
-    """PSNR and SSIM of one scale, uint8 (3, h, w), against the original, (3, H, W), area-resized to its size."""
+def judge(image: Tensor, original: Tensor, patch_size: int | None = None) -> str:
+    """PSNR and SSIM of one scale, uint8 (3, h, w), against the original, (3, H, W), area-resized to its size; with the
+    patch size also the PSNR of one colour per token."""
     reference = area_resize(original[None], image.shape[-2:])
     decibels = float(psnr(image[None], reference))
     likeness = f"{float(ssim(image[None], reference)):.3f}" if min(image.shape[-2:]) >= SSIM_WINDOW else "–"
-    return f"PSNR {decibels:.2f} dB, SSIM {likeness}" if math.isfinite(decibels) else "identical"
+    text = f"PSNR {decibels:.2f} dB, SSIM {likeness}" if math.isfinite(decibels) else "identical"
+    if patch_size:
+        baseline = float(psnr(one_colour_per_token(reference, patch_size), reference))
+        text += "; one colour per token " + (f"{baseline:.2f} dB" if math.isfinite(baseline) else "identical")
+    return text
 
 
 def latent_picture(z: Tensor) -> Tensor:

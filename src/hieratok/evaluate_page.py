@@ -32,7 +32,11 @@ def write(folder: Path, result: Mapping[str, Any], shown: Shown | None) -> None:
     """
     protocol = result["manifest"]["protocol"]
     names = {key: value for key, value in result["inputs"].items() if isinstance(value, str)}
-    sections = [report.key_figures(key_figures(result)), report.section("Metrics", *metric_parts(result))]
+    warnings = [report.text(f"Warning: {warning}.") for warning in result["warnings"]]
+    sections = [
+        report.key_figures(key_figures(result)),
+        report.section("Metrics", metric_table(result), *warnings),
+    ]
     if shown is not None and shown.pairs:
         sections.append(report.section("Worst and best", pictures(shown)))
     facts = {**result["manifest"], **{f"input: {key}": value for key, value in result["inputs"].items()}}
@@ -49,13 +53,14 @@ def key_figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     figures = []
     for key, value in result.items():
         metric = describe(key)
-        if metric is not None and key not in ("n", "psnr_identical"):
-            figures.append((f"{digits(value)} {metric.unit}".strip(), f"{metric.label}, {metric.better} is better"))
+        if metric is not None and not metric.is_count:
+            better = "" if metric.better == "neither" else f", {metric.better} is better"
+            figures.append((f"{digits(value)} {metric.unit}".strip(), metric.label + better))
     return figures
 
 
-def metric_parts(result: Mapping[str, Any]) -> list[report.Html]:
-    """A table with a row a metric, a column a scale, and what each one means; the warnings."""
+def metric_table(result: Mapping[str, Any]) -> report.Html:
+    """A row a metric, a column a scale, and what each one means."""
     scales: dict[str, Mapping[str, Any]] = {f"{k} px": v for k, v in result.get("scales", {}).items()}
     columns = scales or {"value": result}
     rows = []
@@ -67,8 +72,7 @@ def metric_parts(result: Mapping[str, Any]) -> list[report.Html]:
             rows.append([metric.label, *values, metric.unit, better, metric.meaning])
     caption = "Columns are scales, each held against the original resized to it by area. " if scales else ""
     header = ["metric", *columns, "unit", "better", "meaning"]
-    parts = [report.table(header, rows, caption + "metrics.json beside this page has every digit.")]
-    return parts + [report.text(f"Warning: {warning}.") for warning in result["warnings"]]
+    return report.table(header, rows, caption + "metrics.json beside this page has every digit.")
 
 
 def pictures(shown: Shown) -> report.Html:

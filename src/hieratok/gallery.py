@@ -238,7 +238,7 @@ def metric_parts(runs: Sequence[Run]) -> list[report.Html]:
             parts += measurement_parts(chosen, label, caption)
     latest = {run.name: run.evaluations[-1] for run in runs if run.evaluations}
     if latest:
-        terms = [t for t in terms_of([[record] for record in latest.values()]) if t not in ("step", "images")]
+        terms = list(filter(is_shown, terms_of([[record] for record in latest.values()])))
         heads = [evaluation_label(term) or term for term in terms]
         rows = [[name, f"{r['step']:,.0f}", *(digits(r.get(term)) for term in terms)] for name, r in latest.items()]
         parts.append(Table(["run", "step", *heads], rows).html(f"The last evaluation during training. {BETTER}"))
@@ -273,10 +273,16 @@ def protocol_name(index: int) -> str:
     return chr(ord("A") + index % 26) + (str(index // 26) if index >= 26 else "")
 
 
+def is_shown(term: str) -> bool:
+    """Whether a term of an evaluation during training is worth a column: not its place, and of counts only `n`."""
+    metric = describe(term)
+    return term not in ("step", "images") and (metric is None or not metric.is_count or term == "n")
+
+
 def evaluation_label(key: str) -> str | None:
     """A metric's head of a column; None: not a metric of an evaluation."""
     metric = describe(key)
-    if metric is None or key == "psnr_identical":
+    if metric is None or (metric.is_count and key != "n"):
         return None
     return metric.label + (f" ({metric.unit})" if metric.unit else "") + ARROWS[metric.better]
 
@@ -317,8 +323,10 @@ def curve_parts(runs: Sequence[Run]) -> list[report.Html]:
             continue
         plots.append(curves(drawn, logs, term, meaning(term)))
     evaluations = [run.evaluations for run in drawn]
-    for term in terms_of(evaluations):
-        if term not in ("step", "images", "n", "psnr_identical"):
+    for term in filter(is_shown, terms_of(evaluations)):
+        if (
+            len({record[term] for log in evaluations for record in log if term in record}) > 1
+        ):  # not what stays, as n and baselines
             plots.append(curves(drawn, evaluations, term, "Evaluation during training.", evaluation_label(term)))
     parts = []
     if len(drawn) < sum(bool(run.log) for run in runs):

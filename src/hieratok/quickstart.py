@@ -1,39 +1,44 @@
 """The first look: train a small tokenizer on the bundled photos, reconstruct crops it never saw, train a small
 generator on its latents, sample it at every scale, write a page of it."""
 
-import math
 import platform
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hieratok import recipes, report
 from hieratok.checkpoint import write_json
-from hieratok.data.images import Source, center_crop, open_source, to_uint8
+from hieratok.data.images import Source, evaluation_batches, open_source, to_uint8
+from hieratok.evaluate_page import metric_table
+from hieratok.evaluation.pixels import PIXEL_PROTOCOL
+from hieratok.evaluation.reconstruction import BASELINE_PROTOCOL, ReconstructionMetrics, one_colour_per_token
+from hieratok.evaluation.results import format_result
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents
-from hieratok.pictures import to_pil
+from hieratok.pictures import fit, to_pil
+from hieratok.reconstruct import reconstruct_any
 from hieratok.tokenizer.model import HieraTok
-from hieratok.tokenizer.scales import area_pool
 from hieratok.training.generator import GeneratorRun, train_generator
 from hieratok.training.run_folder import LOG, plain, read_lines
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
-PROTOCOL = (
-    "10 log10(255^2 / mean squared error) on uint8, one mean over all held-out centre crops; from the posterior mean"
-)
+PHOTOS = 3  # that are shown whole
+PHOTO_SIDE = 512  # pixels of the longer side that they are reduced to
+WHOLE = {"bundled:val": "bundled:whole"}  # held-out images that are parts of photos: where the photos are
+NO_SAMPLES = "They come when the generator is trained. If that was interrupted, the same command goes on with it."
 SAMPLING = SampleConfig("euler", steps=50, num=6, batch_size=6, labels="balanced")
 
 
 def quickstart(
     out: Path = Path("runs/quickstart"), run: TokenizerRun | None = None, generator_steps: int = 600
 ) -> dict[str, Any]:
-    """Train both models, reconstruct held-out crops and draw samples at every scale, write `out/index.html` and
-    `out/metrics.json`.
+    """Train both models, reconstruct photos and draw samples at every scale, write `out/index.html` and
+    `out/metrics.json`: once the tokenizer is trained, and again with the generator's samples.
 
     Finished runs in `out` are not trained again, unfinished ones go on.
 
@@ -56,39 +61,80 @@ def quickstart(
     held_out = open_source(run.data.val_path)
     print(f"Training {run.name} for {run.train.steps:,} steps of {run.train.batch_size} images on {hardware()}")
     tokenizer = train_tokenizer(run, out)
+    crops, comparison = reconstruct_crops(tokenizer, held_out)
+    photos = reconstruct_photos(tokenizer, open_source(WHOLE.get(run.data.val_path, run.data.val_path)))
+    log = read_lines(out / LOG)
+    metrics: dict[str, Any] = {
+        **comparison,
+        **speed(log),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "protocol": PIXEL_PROTOCOL | BASELINE_PROTOCOL | {"latents": "posterior mean", "crop": "ADM centre crop"},
+        "settings": plain(run),
+    }
+
+    def write(samples: list[Tensor]) -> None:
+        write_json(out / "metrics.json", metrics)
+        report.write_page(out / "index.html", make_page(out, run, metrics, log, crops, photos, samples))
+
+    write([])
+    print(f"The held-out crops at every scale:\n{format_result(comparison)}")
+    print(f"Reconstructions and curves: {out / 'index.html'} (samples follow)")
 
     generator_run = generator_of(run, out, generator_steps)
     print(
         f"Training a generator of its latents for {generator_steps:,} steps of {generator_run.train.batch_size} images"
     )
     generator = train_generator(generator_run, out / "dit")
-
-    originals = torch.stack([center_crop(held_out.image(i), run.model.image_size) for i in range(len(held_out))])
-    pyramid = reconstruct_pyramid(tokenizer, originals)
-    log = read_lines(out / LOG)
-    metrics = {
-        **compare(originals, pyramid, run.model.patch_size),
-        **speed(log),
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "hardware": hardware(),
-        "torch": torch.__version__,
-        "protocol": PROTOCOL,
-        "settings": plain(run),
-        "generator": {
-            **speed(read_lines(out / "dit" / LOG)),
-            "parameters": sum(p.numel() for p in generator.parameters()),
-            "settings": plain(generator_run),
-        },
+    metrics["generator"] = {
+        **speed(read_lines(out / "dit" / LOG)),
+        "parameters": sum(p.numel() for p in generator.parameters()),
+        "settings": plain(generator_run),
     }
-    write_json(out / "metrics.json", metrics)
-    samples = sample_pyramid(generator, tokenizer)
-    report.write_page(out / "index.html", make_page(out, run, metrics, log, held_out, originals, pyramid, samples))
-    print(
-        f"PSNR of {len(originals)} held-out crops: {metrics['psnr']:.2f} dB;"
-        f" of their patch-mean images: {metrics['psnr_patch_mean']:.2f} dB"
-    )
-    print(f"Pictures, curves and what to do next: {out / 'index.html'}")
+    write(sample_pyramid(generator, tokenizer))
+    print(f"Pictures, samples, curves and what to do next: {out / 'index.html'}")
     return metrics
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """An image at every scale."""
+
+    name: str
+    original: Tensor
+    """uint8 (3, H, W)."""
+    pyramid: list[Tensor]
+    """uint8 (3, H_k, W_k), coarse to fine; the last has the original's size."""
+    numbers: list[dict[str, float]]
+    """Each scale's `psnr` and `baseline_psnr` (of one colour per token), in dB."""
+
+
+def reconstruct_crops(tokenizer: HieraTok, source: Source) -> tuple[list[Reconstructed], dict[str, Any]]:
+    """All images of a source as `hieratok evaluate reconstruction` crops them, and the numbers that it finds."""
+    config = tokenizer.config
+    ((names, _, originals),) = evaluation_batches(source, config.image_size, batch_size=len(source))
+    pyramid = reconstruct_pyramid(tokenizer, originals)
+    metrics = ReconstructionMetrics(patch_size=config.patch_size)
+    metrics.update(names, originals, pyramid)
+    crops = [
+        Reconstructed(name, originals[i], [x[i] for x in pyramid], list(metrics.of_image(name).values()))
+        for i, name in enumerate(names)
+    ]
+    return crops, metrics.compute()
+
+
+def reconstruct_photos(tokenizer: HieraTok, source: Source) -> list[Reconstructed]:
+    """A source's first photos, uncut, of at most 512 px."""
+    photos = []
+    for i in range(min(PHOTOS, len(source))):
+        name, image = source.name(i), source.image(i)
+        photo = fit(image, min(image.shape[-2], PHOTO_SIDE), min(image.shape[-1], PHOTO_SIDE))
+        pyramid = reconstruct_any(tokenizer, photo)
+        metrics = ReconstructionMetrics(patch_size=tokenizer.config.patch_size)
+        metrics.update([name], photo[None], [x[None] for x in pyramid])
+        photos.append(Reconstructed(name, photo, pyramid, list(metrics.of_image(name).values())))
+    return photos
 
 
 def generator_of(run: TokenizerRun, out: Path, steps: int) -> GeneratorRun:
@@ -123,44 +169,6 @@ def sample_pyramid(generator: DiT, tokenizer: HieraTok) -> list[Tensor]:
     return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(generator.latents.denormalize(batch.latents))]
 
 
-def shrink(images: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> uint8 (B, 3, height, width), each pixel the mean colour of the area it covers."""
-    return area_pool(images.double(), (height, width)).round().to(torch.uint8)
-
-
-def patch_mean(images: Tensor, patch_size: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> each f x f patch replaced by its mean colour: the best that one colour per patch can do."""
-    h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
-    return shrink(images, h, w).repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)
-
-
-def squared_errors(images: Tensor, references: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W), twice -> mean squared error of each image, float64 (B,)."""
-    return (images.double() - references.double()).square().flatten(1).mean(1)
-
-
-def decibels(squared_error: Tensor) -> float:
-    """PSNR of a mean squared error on the scale 0 to 255."""
-    return 10 * math.log10(255**2 / float(squared_error))
-
-
-def compare(originals: Tensor, pyramid: list[Tensor], patch_size: int) -> dict[str, Any]:
-    """PSNR in dB of the finest reconstruction and of the patch-mean image, and of every scale (named by its height in
-    pixels) against the area-downsampled original. All arguments uint8."""
-    psnr = decibels(squared_errors(pyramid[-1], originals).mean())
-    baseline = decibels(squared_errors(patch_mean(originals, patch_size), originals).mean())
-    per_scale = {
-        str(x.shape[-2]): decibels(squared_errors(x, shrink(originals, *x.shape[-2:])).mean()) for x in pyramid
-    }
-    return {
-        "psnr": psnr,
-        "psnr_patch_mean": baseline,
-        "gain_db": psnr - baseline,
-        "psnr_per_scale": per_scale,
-        "held_out_images": len(originals),
-    }
-
-
 def speed(log: list[dict[str, Any]]) -> dict[str, Any]:
     """Images seen and time spent in training, interruptions left out."""
     before = [0, *(record["images"] for record in log)]
@@ -189,24 +197,23 @@ def make_page(
     run: TokenizerRun,
     metrics: dict[str, Any],
     log: list[dict[str, Any]],
-    held_out: Source,
-    originals: Tensor,
-    pyramid: list[Tensor],
+    crops: list[Reconstructed],
+    photos: list[Reconstructed],
     samples: list[Tensor],
 ) -> report.Html:
-    """`index.html`."""
-    sizes = [x.shape[-1] for x in pyramid]
-    grid = originals.shape[-1] // run.model.patch_size
+    """`index.html`; without `samples`, a line in their place."""
+    original, sizes = crops[0].original, [x.shape[-1] for x in crops[0].pyramid]
+    grid = original.shape[-1] // run.model.patch_size
     minutes = metrics["seconds"] / 60
     summary = (
-        f"A multi-scale tokenizer turns each {originals.shape[-1]} px image into {grid} x {grid} latent vectors of"
+        f"A multi-scale tokenizer turns each {original.shape[-1]} px image into {grid} x {grid} latent vectors of"
         f" {run.model.latent_channels} numbers, and decodes them at {len(sizes)} scales. This one was trained for"
-        f" {minutes:.1f} minutes on {metrics['hardware']}; the reconstructions below are of crops that it never saw."
+        f" {minutes:.1f} minutes on {metrics['hardware']}; the numbers are of crops that it never saw."
     )
     key = [
         (f"{metrics['psnr']:.2f} dB", "PSNR of held-out crops"),
-        (f"{metrics['psnr_patch_mean']:.2f} dB", "PSNR of their patch-mean images"),
-        (f"{metrics['gain_db']:+.2f} dB", "gained over one colour per patch"),
+        (f"{metrics['baseline_psnr']:.2f} dB", "PSNR of one colour per token"),
+        (f"{metrics['psnr'] - metrics['baseline_psnr']:+.2f} dB", "gained over one colour per token"),
         (f"{minutes:.1f} min", f"of training, {metrics['images_per_second']:.0f} images/s"),
     ]
     return report.page(
@@ -214,34 +221,73 @@ def make_page(
         summary,
         [
             report.key_figures(key),
-            report.section("Reconstructions", pictures(run, held_out, originals, pyramid)),
-            report.section("Fidelity", psnr_table(run, metrics)),
-            report.section("Samples", sample_pictures(samples, metrics)),
+            report.section("Whole photos", *photo_pictures(run, photos)),
+            report.section("Held-out crops", metric_table(metrics), crop_pictures(run, crops)),
+            report.section("Samples", sample_pictures(samples, metrics) if samples else report.text(NO_SAMPLES)),
             report.section("Training", report.columns(*loss_curves(log, sizes)), settings_table(run, metrics)),
             report.section("Where to go from here", *next_steps(out)),
         ],
     )
 
 
-def pictures(run: TokenizerRun, held_out: Source, originals: Tensor, pyramid: list[Tensor]) -> report.Html:
-    """Every held-out crop: its reconstructions coarse to fine, itself, its patch-mean image."""
+def photo_pictures(run: TokenizerRun, photos: list[Reconstructed]) -> list[report.Html]:
+    """Each photo at every scale, all of one size, with the original and one colour per token beside them."""
     f = run.model.patch_size
-    means = shrink(originals, originals.shape[-2] // f, originals.shape[-1] // f)  # one pixel per patch is enough
-    stacks = [*pyramid, originals, means]
-    errors = squared_errors(pyramid[-1], originals)
-    rows = [
-        report.Row(held_out.name(i), [to_pil(stack[i]) for stack in stacks], f"{decibels(errors[i]):.1f} dB")
-        for i in range(len(originals))
-    ]
-    titles = [*(f"{x.shape[-1]} px" for x in pyramid), "original", "patch mean"]
-    is_bundled = run.data.val_path == "bundled:val"
-    origin = " (the right quarters of photos whose other three quarters are trained on)" if is_bundled else ""
+    origin = ""
+    if run.data.val_path in WHOLE:
+        origin = f" These are whole photos of {run.data.path}: the left three quarters of each were trained on."
+    note = (
+        f"Every scale is enlarged to one size by repeating its pixels, so that it is as coarse as it looks. Photos"
+        f" larger than {run.model.image_size} px are decoded in tiles that overlap by a quarter. Below each scale stand"
+        f" its PSNR against the photo at that size, and what it has to beat: the PSNR of one colour per token, the"
+        f" photo at that size with each {f} x {f} patch in its mean colour.{origin}"
+    )
+    parts = [report.text(note)]
+    for photo in photos:
+        height, width = photo.original.shape[-2:]
+        shown = [
+            (f"{x.shape[-1]} x {x.shape[-2]} px", decibels(numbers), x)
+            for x, numbers in zip(photo.pyramid, photo.numbers)
+        ]
+        colours = one_colour_per_token(photo.original[None], f)[0]
+        shown += [("original", "", photo.original), (f"one colour per token at {width} x {height} px", "", colours)]
+        pictures = [
+            report.picture(
+                to_pil(F.interpolate(image[None], (height, width))[0]),
+                f"{photo.name}, {title}",
+                f"{title}: {text}" if text else title,
+            )
+            for title, text, image in shown
+        ]
+        parts += [report.text(photo.name), report.columns(*pictures, width=300)]
+    return parts
+
+
+def decibels(numbers: dict[str, float]) -> str:
+    """A scale's PSNR and that of its baseline, in words."""
+    return f"PSNR {numbers['psnr']:.2f} dB, one colour per token {numbers['baseline_psnr']:.2f} dB"
+
+
+def crop_pictures(run: TokenizerRun, crops: list[Reconstructed]) -> report.Html:
+    """Every held-out crop: its reconstructions coarse to fine, itself, one colour per token."""
+    f = run.model.patch_size
+    rows = []
+    for crop in crops:
+        colours = one_colour_per_token(crop.original[None], f)[0]
+        captions = [f"{n['psnr']:.1f} ({n['baseline_psnr']:.1f})" for n in crop.numbers]
+        pictures = [to_pil(image) for image in (*crop.pyramid, crop.original, colours)]
+        rows.append(report.Row(crop.name, pictures, captions=[*captions, "", ""]))
+    titles = [*(f"{x.shape[-1]} px" for x in crops[0].pyramid), "original", "one colour per token"]
+    origin = ""
+    if run.data.val_path in WHOLE:
+        origin = " (from the right quarters of photos whose other three quarters are trained on)"
     return report.picture_grid(
         titles,
         rows,
         f"Held-out crops of {run.data.val_path}{origin}, decoded at every scale from the posterior mean, beside the"
-        f" original and the patch-mean image (each {f} x {f} patch replaced by its mean colour). Below each name: PSNR"
-        f" of the {pyramid[-1].shape[-1]} px picture. Select a picture to enlarge it; arrow keys go on to the next.",
+        f" original and the original with each {f} x {f} patch in its mean colour. Below each scale its PSNR in dB, and"
+        " in brackets that of one colour per token at its size. Select a picture to enlarge it; arrow keys go on to the"
+        " next.",
     )
 
 
@@ -256,22 +302,6 @@ def sample_pictures(samples: list[Tensor], metrics: dict[str, Any]) -> report.Ht
         f" ({SAMPLING.sampler}, {SAMPLING.steps} steps, no guidance) and decoded at every scale. It was trained for"
         f" {generator['seconds'] / 60:.1f} minutes on {generator['images_seen']:,} crops: enough to see the way, not"
         f" for good pictures.",
-    )
-
-
-def psnr_table(run: TokenizerRun, metrics: dict[str, Any]) -> report.Html:
-    """PSNR of every scale and of the patch-mean image."""
-    *coarse, finest = metrics["psnr_per_scale"]
-    rows = [
-        [f"scale {s} px", f"area-downsampled original, {s} px", f"{metrics['psnr_per_scale'][s]:.2f}"] for s in coarse
-    ]
-    rows.append([f"scale {finest} px", "original", f"{metrics['psnr']:.2f}"])
-    rows.append(["patch-mean image", "original", f"{metrics['psnr_patch_mean']:.2f}"])
-    return report.table(
-        ["image", "compared with", "PSNR (dB)"],
-        rows,
-        f"{metrics['held_out_images']} held-out crops; {PROTOCOL}. The last row is the best that one colour per patch"
-        f" can do.",
     )
 
 

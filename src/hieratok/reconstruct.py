@@ -134,6 +134,7 @@ def evaluate_tokenizer(options: EvaluateReconstruction) -> dict[str, Any]:
             total=len(range(rank, len(source), world)),
             details={"crop": f"ADM centre crop to {side}", "precision": "float32"},
             write_page=evaluate_page.write,
+            patch_size=tokenizer.config.patch_size,
         )
 
 

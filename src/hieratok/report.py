@@ -43,6 +43,8 @@ class Row:
     """One for each column."""
     detail: str = ""
     """A line below the title."""
+    captions: Sequence[str] = ()
+    """A line below each picture; or none at all."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ def text(paragraph: str) -> Html:
     return Html(f"<p>{escape(paragraph)}</p>")
 
 
-def columns(*parts: Html) -> Html:
-    """Parts side by side where the window is wide enough."""
-    return Html(f'<div class="columns">{"".join(parts)}</div>')
+def columns(*parts: Html, width: int = 400) -> Html:
+    """Parts side by side, each of at least `width` px, where the window is wide enough."""
+    return Html(f'<div class="columns" style="--width: {width}px">{"".join(parts)}</div>')
 
 
 def key_figures(figures: Sequence[tuple[str, str]]) -> Html:
@@ -156,14 +158,15 @@ def picture_grid(titles: Sequence[str], rows: Sequence[Row], caption: str) -> Ht
         rows: shown at one width whatever their size in pixels: a small picture is as coarse as it is.
         caption: what is seen.
     """
-    assert all(len(row.pictures) == len(titles) for row in rows)
+    assert all(len(row.pictures) == len(titles) and len(row.captions) in (0, len(titles)) for row in rows)
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = ""
     for row in rows:
         detail = f"<small>{escape(row.detail)}</small>" if row.detail else ""
         body += f'<tr><th scope="row">{escape(row.title)}{detail}</th>'
-        for title, image in zip(titles, row.pictures):
-            body += f"<td>{_picture(image, f'{row.title}, {title}')}</td>"
+        for title, image, line in zip(titles, row.pictures, row.captions or [""] * len(titles)):
+            below = f"<small>{escape(line)}</small>" if line else ""
+            body += f"<td>{_picture(image, f'{row.title}, {title}')}{below}</td>"
         body += "</tr>"
     return figure(
         Html(
@@ -184,7 +187,7 @@ def legend(labels: Sequence[str]) -> Html:
 def picture(image: Image.Image, description: str, caption: str) -> Html:
     """One picture, no larger than it is, that opens enlarged; `description` is what stands below it then."""
     shown = f'<div style="max-width: {image.width}px">{_picture(image, description)}</div>'
-    return figure(Html(shown), caption)
+    return figure(Html(shown), caption, "natural")
 
 
 def line_plot(
@@ -292,7 +295,7 @@ header p { color: var(--muted); font-size: 1.05rem; }
 .key div { display: flex; flex-direction: column; background: var(--raised); border-radius: 8px; padding: 14px 16px; }
 .key dd { margin: 0; font-size: 1.5rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .key dt { color: var(--muted); font-size: 0.875rem; line-height: 1.35; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 0 32px; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--width)), 1fr)); gap: 0 32px; }
 figure { margin: 16px 0 24px; min-width: 0; }
 figcaption { color: var(--muted); font-size: 0.875rem; line-height: 1.45; margin-top: 8px; max-width: 85ch; }
 .plot svg { width: 100%; max-width: 560px; height: auto; display: block; }
@@ -330,8 +333,10 @@ pre {
 .pictures th[scope="row"] { font-size: 0.8125rem; line-height: 1.35; overflow-wrap: anywhere; color: var(--text); }
 .pictures thead td { width: 136px; }
 .pictures small { display: block; font-size: inherit; font-weight: 400; color: var(--muted); }
+.pictures td small { font-size: 0.75rem; line-height: 1.3; text-align: center; padding: 2px 0 4px; }
 .picture { display: block; width: 100%; padding: 0; border: 0; background: none; cursor: zoom-in; }
 .picture img { display: block; width: 100%; height: auto; border-radius: 3px; image-rendering: pixelated; }
+.natural img { image-rendering: auto; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 dialog { border: 0; padding: 16px; background: transparent; color: #ffffff; max-width: 100vw; max-height: 100vh; }
 dialog::backdrop { background: rgb(0 0 0 / 0.88); }
@@ -352,7 +357,8 @@ dialog:focus-visible { outline: none; }
   .pictures thead th { font-size: 0.75rem; }
   .pictures thead td { display: none; }
   .pictures th[scope="row"] { grid-column: 1 / -1; padding-top: 8px; }
-  .pictures small { display: inline; margin-left: 8px; }
+  .pictures th small { display: inline; margin-left: 8px; }
+  .pictures td small { font-size: 0.6875rem; }
 }
 @media print { .copy { display: none; } }
 """

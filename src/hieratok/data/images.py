@@ -175,11 +175,11 @@ class BundledPhotos:
     """Photos inside scikit-image's and scikit-learn's wheels, for a first look without a download: a `Source`.
 
     `train` has the left three quarters of ten photos, `val` 20 square tiles from their right quarters, two each: pixels
-    that are never trained on. Of the stereo pair only one photo is taken, as the other shows the same. All are decoded
-    at once and kept. No classes.
+    that are never trained on; `whole` has the photos as they are. Of the stereo pair only one photo is taken, as the
+    other shows the same. All are decoded at once and kept. No classes.
 
     Args:
-        split: "train" or "val".
+        split: "train", "val" or "whole".
 
     Raises:
         ValueError: another split.
@@ -200,13 +200,15 @@ class BundledPhotos:
     )
 
     def __init__(self, split: str = "train"):
-        if split not in ("train", "val"):
-            raise ValueError(f"the bundled photos have the splits train and val, not {split!r}")
+        if split not in ("train", "val", "whole"):
+            raise ValueError(f"the bundled photos have the splits train, val and whole, not {split!r}")
         self._images: dict[str, Tensor] = {}
         for package, file in self.PHOTOS:
             name, photo = Path(file).stem, _bundled(package, file)
             border = photo.shape[2] * 3 // 4
-            if split == "train":
+            if split == "whole":
+                self._images[name] = photo
+            elif split == "train":
                 self._images[name] = photo[:, :, :border].clone()
             else:
                 self._images.update({f"{name}-{i}": tile for i, tile in enumerate(self._tiles(photo[:, :, border:]))})
@@ -292,7 +294,7 @@ def _bundled(package: str, file: str) -> Tensor:
 def open_source(path: str | Sequence[str]) -> Source:
     """What a user's data setting means.
 
-    - `bundled:train` (or just `bundled`), `bundled:val`: the photos that come with the dependencies;
+    - `bundled:train` (or just `bundled`), `bundled:val`, `bundled:whole`: the photos that come with the dependencies;
     - an image file, a folder of images (classes: its sub-folders), a pattern such as `photos/*.jpg`;
     - WebDataset shards: a folder of `.tar` files, one of them, a pattern such as `shards/train-*.tar`;
     - a list of these.

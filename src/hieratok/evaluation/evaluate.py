@@ -29,7 +29,7 @@ from hieratok.evaluation.features import FeatureNetwork, load_network
 from hieratok.evaluation.images import batches, open_images, pair
 from hieratok.evaluation.pixels import PIXEL_PROTOCOL, Perceptual
 from hieratok.evaluation.processes import merge_processes, process, process_group, wait
-from hieratok.evaluation.reconstruction import ReconstructionMetrics
+from hieratok.evaluation.reconstruction import BASELINE_PROTOCOL, ReconstructionMetrics
 from hieratok.evaluation.results import WritePage, compare_files, count_warnings, finish, manifest
 from hieratok.evaluation.statistics import REFERENCE_FEATURES, FeatureSet, SetStatistics
 from hieratok.losses.lpips import PerceptualLoss
@@ -153,6 +153,7 @@ def evaluate_reconstruction(
     network: FeatureNetwork | None = None,
     perceptual: Sequence[Perceptual] | None = None,
     write_page: WritePage | None = None,
+    patch_size: int | None = None,
 ) -> dict[str, Any]:
     """The reconstruction protocol on batches that the caller reconstructs.
 
@@ -164,6 +165,7 @@ def evaluate_reconstruction(
         details: what else the numbers depend on, for the manifest, such as the crop and the precision.
         network, perceptual: already loaded, for calls that repeat; default: those that `options` names.
         write_page: of the result, beside metrics.json.
+        patch_size: pixels a side of a token's patch, for the baseline of one colour per token; None: no baseline.
 
     Raises:
         ValueError, FileNotFoundError: bad images or weights, in one line.
@@ -171,6 +173,7 @@ def evaluate_reconstruction(
     metrics = ReconstructionMetrics(
         network or _network(options),
         load_perceptual(options.lpips, _device(options)) if perceptual is None else perceptual,
+        patch_size,
     )
     with tqdm(total=total, unit=" images", desc="reconstruction", disable=process()[0] > 0) as bar:
         for names, originals, reconstructions in pairs:
@@ -219,6 +222,8 @@ def _paired_result(protocol: str, metrics: ReconstructionMetrics, details: Mappi
     facts = {"n": result["n"], "reference sha256": metrics.reference()}
     result["warnings"] = count_warnings(result["n"], metrics.dimensions(), "images")
     result["manifest"] = manifest(protocol, metrics.network) | PIXEL_PROTOCOL | {"perceptual": perceptual}
+    if metrics.patch_size:
+        result["manifest"] |= BASELINE_PROTOCOL
     result["manifest"] |= facts | dict(details)
     return result
 

@@ -15,6 +15,10 @@ from hieratok.evaluation.pixels import SSIM_WINDOW, Perceptual, PixelMetrics
 from hieratok.evaluation.statistics import FeatureSet, pixels_sha256, set_sha256
 from hieratok.pictures import pyramid_sheet
 
+# For the manifest. Not the patch size: it is the tokenizer's, and tokenizers are what is compared.
+BASELINE_PROTOCOL = {
+    "baseline_psnr": "PSNR, as above, of the original at the scale with each token's patch in its mean colour, on uint8"
+}
 SHOWN = 4  # worst and best reconstructions in the picture
 
 
@@ -27,15 +31,19 @@ class ReconstructionMetrics:
     Args:
         network: for the Frechet distance; None for none.
         perceptual: perceptual distances (`PerceptualLoss` objects).
+        patch_size: pixels a side that one token stands for, f: beside each scale's `psnr` then stands `baseline_psnr`,
+            that of one colour per token. None: no tokens, no baseline.
     """
 
     def __init__(
         self,
         network: FeatureNetwork | None = None,
         perceptual: Sequence[Perceptual] = (),
+        patch_size: int | None = None,
     ):
         self.network = network
         self.perceptual = perceptual
+        self.patch_size = patch_size
         self.scales: dict[tuple[int, int], _Scale] = {}
         self.shown = Shown()
         self.digests: dict[str, str] = {}  # name: SHA-256 of the original's pixels
@@ -60,7 +68,7 @@ class ReconstructionMetrics:
 
     def _scale(self, size: tuple[int, int]) -> "_Scale":
         if size not in self.scales:
-            self.scales[size] = _Scale(self.network, self.perceptual, min(size) >= SSIM_WINDOW)
+            self.scales[size] = _Scale(self.network, self.perceptual, min(size) >= SSIM_WINDOW, self.patch_size)
         return self.scales[size]
 
     def _finest(self) -> "_Scale":
@@ -95,6 +103,13 @@ class ReconstructionMetrics:
             finest["scales"] = {_side(size): result for size, result in results.items()}
         return finest
 
+    def of_image(self, name: str) -> dict[str, dict[str, float]]:
+        """The pixel metrics of one image at every scale, coarse to fine, {side in pixels: metrics}.
+
+        Raises KeyError for a name that was not seen.
+        """
+        return {_side(size): scale.of_image(name) for size, scale in sorted(self.scales.items())}
+
     def reference(self) -> str:
         """SHA-256 of the originals, in any order."""
         return set_sha256(self.digests.values())
@@ -112,17 +127,24 @@ class ReconstructionMetrics:
 class _Scale:
     """The metrics of one scale."""
 
-    def __init__(self, network: FeatureNetwork | None, perceptual: Sequence[Perceptual], ssim: bool):
+    def __init__(
+        self, network: FeatureNetwork | None, perceptual: Sequence[Perceptual], ssim: bool, patch_size: int | None
+    ):
         self.network = network
+        self.patch_size = patch_size
         self.pixels = PixelMetrics(perceptual, ssim)
+        self.baseline = PixelMetrics(ssim=False) if patch_size else None
         self.originals = FeatureSet(network) if network else None
         self.reconstructions = FeatureSet(network) if network else None
 
     def _parts(self) -> list[PixelMetrics | FeatureSet]:
-        return [part for part in (self.pixels, self.originals, self.reconstructions) if part is not None]
+        parts = (self.pixels, self.baseline, self.originals, self.reconstructions)
+        return [part for part in parts if part is not None]
 
     def update(self, originals: Tensor, reconstructions: Tensor, names: Sequence[str]) -> None:
         self.pixels.update(originals, reconstructions, names)
+        if self.baseline and self.patch_size:
+            self.baseline.update(originals, one_colour_per_token(originals, self.patch_size), names)
         if self.originals and self.reconstructions:
             self.originals.update(originals, names)
             self.reconstructions.update(reconstructions, names)
@@ -134,8 +156,17 @@ class _Scale:
         for part, state in zip(self._parts(), states, strict=True):
             part.merge_state(state)
 
+    def of_image(self, name: str) -> dict[str, float]:
+        return self.pixels.rows[name] | self._baseline(self.baseline.rows[name] if self.baseline else {})
+
+    @staticmethod
+    def _baseline(psnr: Mapping[str, float]) -> dict[str, float]:
+        return {f"baseline_{key}": value for key, value in psnr.items() if key != "n"}
+
     def compute(self) -> dict[str, float]:
-        result = self.pixels.compute()
+        pixels = self.pixels.compute()
+        baseline = self._baseline(self.baseline.compute() if self.baseline else {})
+        result = {"n": pixels["n"], "psnr": pixels["psnr"], **baseline, **pixels}  # what is compared stands together
         if self.network and self.originals and self.reconstructions:
             result |= distances(self.reconstructions.compute(), self.originals.compute(), self.network)
         return result
@@ -206,6 +237,23 @@ def area_resize(images: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images.float(), tuple(size), mode="area").round().to(torch.uint8)
+
+
+def one_colour_per_token(images: Tensor, patch_size: int) -> Tensor:
+    """Each patch replaced by its mean colour, rounded to uint8: the baseline of a scale whose tokens stand for a patch
+    each. A scale that is no better than it draws nothing within its patches. [ours]
+
+    Args:
+        images: uint8 (B, 3, H, W), at the scale's size. Patches begin at the upper left corner, as the tokenizer's do;
+            those that the right and lower border cut are the mean of what is there.
+        patch_size: f, in pixels.
+
+    Returns:
+        uint8 (B, 3, H, W).
+    """
+    height, width = images.shape[-2:]
+    colours = F.avg_pool2d(images.float(), patch_size, ceil_mode=True).round().to(torch.uint8)
+    return colours.repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)[..., :height, :width]
 
 
 def _side(size: tuple[int, int]) -> str:

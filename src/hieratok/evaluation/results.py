@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,14 +33,34 @@ class Metric:
     better: Literal["lower", "higher", "neither"]
     unit: str = ""
     meaning: str = ""
+    is_count: bool = False
+    """It counts images, and does not measure them."""
 
 
-# By their names in metrics.json; a network's name may follow ("lpips-vgg", "fd-squeezenet", "perceptual[...]").
+# By their names in metrics.json; a network's name may follow ("lpips-vgg", "fd-squeezenet", "perceptual[...]"), and in
+# evaluations during training a coarse scale's side in pixels ("psnr/32").
 METRICS = {
-    "n": Metric("images", "neither", "", "How many were judged."),
+    "n": Metric("images", "neither", "", "How many were judged.", is_count=True),
     "psnr": Metric("PSNR", "higher", "dB", "Peak signal over mean squared error, a mean over images."),
+    "baseline_psnr": Metric(
+        "PSNR of one colour per token",
+        "neither",
+        "dB",
+        "Of the image with each token's patch in its mean colour: what a tokenizer should be well above.",
+    ),
+    "baseline_psnr_identical": Metric(
+        "images of one colour per token",
+        "neither",
+        "",
+        "They equal that baseline: its PSNR is infinite and not counted.",
+        is_count=True,
+    ),
     "psnr_identical": Metric(
-        "identical images", "neither", "", "Reconstructed without any error: their PSNR is infinite and not counted."
+        "identical images",
+        "neither",
+        "",
+        "Reconstructed without any error: their PSNR is infinite and not counted.",
+        is_count=True,
     ),
     "ssim": Metric("SSIM", "higher", "", "Structural similarity of each image; 1 is identical."),
     "lpips": Metric("LPIPS", "lower", "", "Perceptual distance of each image; 0 is identical."),
@@ -153,6 +174,9 @@ def _label(key: str) -> str:
 
 def describe(key: str) -> Metric | None:
     """What a name in a result stands for; None: no metric of an evaluation."""
+    if scale := re.fullmatch(r"(.+)/(\d+(?:x\d+)?)", key):
+        metric = describe(scale[1])
+        return replace(metric, label=f"{metric.label}, {scale[2]} px") if metric else None
     for stem, metric in METRICS.items():
         if key == stem:
             return metric

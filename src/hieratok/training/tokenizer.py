@@ -341,17 +341,26 @@ class Evaluation:
         self.perceptual = load_perceptual(config.lpips, "cpu")
 
     def __call__(self, tokenizer: nn.Module) -> dict[str, float]:
-        """Numbers by name, over all processes; every process must call."""
+        """Numbers by name over all processes, a coarse scale's with its side in pixels (`psnr/32`); every process must
+        call."""
         assert isinstance(tokenizer, HieraTok)
         device = tokenizer.latent_mean.device
         for network in (self.network, *self.perceptual):
             if network is not None:
                 network.to(device)
-        metrics = ReconstructionMetrics(self.network, self.perceptual)
+        patch_size = tokenizer.config.patch_size
+        finest = ReconstructionMetrics(self.network, self.perceptual, patch_size)
+        scales = ReconstructionMetrics(
+            patch_size=patch_size
+        )  # pixel metrics alone: networks would cost K times as much
         for names, _, originals in evaluation_batches(self.source, self.size, self.config.batch_size, *process()):
-            metrics.update(names, originals, reconstruct_pyramid(tokenizer, originals)[-1])
-        merge_processes(metrics)
-        return metrics.compute()
+            pyramid = reconstruct_pyramid(tokenizer, originals)
+            finest.update(names, originals, pyramid[-1])
+            scales.update(names, originals, pyramid)
+        for metrics in (finest, scales):
+            merge_processes(metrics)
+        *coarse, _ = scales.compute().get("scales", {None: {}}).items()
+        return finest.compute() | {f"{key}/{side}": x for side, row in coarse for key, x in row.items() if key != "n"}
 
 
 @torch.no_grad()
