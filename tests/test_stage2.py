@@ -43,6 +43,8 @@ GAN = AdversarialConfig(
     width=4,
     num_layers=1,
     lecam_weight=1e-3,
+    r1_weight=0.1,
+    r1_interval=2,
     diffaugment=True,
     generator_start=3,
     ramp_steps=4,
@@ -102,6 +104,21 @@ def test_the_gan_changes_the_tokenizer_and_not_the_other_way_round(photos, stage
     assert all(p.grad is not None for p in critic.parameters())
     assert all(torch.equal(p.grad, b) for p, b in zip(tokenizer.parameters(), before))
     assert next(losses, None) is None
+
+
+def test_r1_is_added_at_every_k_th_step_k_times(photos, stage1):  # noqa: F811
+    gan = replace(GAN, diffaugment=False, lecam_weight=0.0, r1_weight=3.0, r1_interval=4)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    objective = TokenizerObjective(replace(stage2_run(photos, stage1), gan=gan), HieraTok(small_run(photos).model))
+    critic = objective.networks["discriminator"]
+    found = [objective.discriminator_loss(critic, images, images.flip(0), step) for step in range(5)]
+    assert ["discriminator/r1" in terms for _, terms in found] == [True, False, False, False, True]
+    with_r1, terms = found[0]
+    plain = found[1][0]
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(x).flatten(1).mean(1).sum(), x)
+    torch.testing.assert_close(terms["discriminator/r1"], gradient.square().sum((1, 2, 3)).mean())
+    torch.testing.assert_close(with_r1 - plain, 3.0 / 2 * 4 * terms["discriminator/r1"], rtol=1e-4, atol=1e-6)
 
 
 def test_adaptive_weight_balances_gradients_at_the_pixel_head(photos, stage1):  # noqa: F811
@@ -280,9 +297,9 @@ def assert_same_losses(one: list[dict[str, float]], two: list[dict[str, float]])
 def test_two_processes_equal_two_micro_batches(photos, stage1, tmp_path, strategy):  # noqa: F811
     """Real torchrun with gloo, stage 2: the same losses to 1e-5; resumed half-way, bit-equal; one can go on with it."""
     run = stage2_run(photos, stage1, steps=6, log_every=1, micro_batch_size=2, picture_every=2, save_every=3)
-    # At first every logit lies within hinge's margins, so the last bias has a gradient of 1 - 1: rounding alone, which
-    # Adam scales up to a full step. The non-saturating loss has no such place.
-    run = replace(run, gan=replace(run.gan, loss="non-saturating"))
+    # Not hinge: at first every logit lies within its margins, so the last bias has a gradient of 1 - 1, rounding alone,
+    # which Adam scales up to a full step. The non-saturating loss has no such place.
+    assert run.gan.loss == "non-saturating"
     train_tokenizer(run, tmp_path / "one")
     run = replace(run, train=replace(run.train, parallel=strategy))
     config = write_run(run, tmp_path / "run.yaml")
