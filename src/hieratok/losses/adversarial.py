@@ -54,9 +54,9 @@ class AdversarialConfig:
     adaptive: bool = False
     """VQGAN's weight: the GAN's gradient at the pixel head as large as the reconstruction's. The paper's is fixed."""
     diffaugment: bool = False
-    """Augment what the discriminator sees, real and generated (colour, translation, cutout); usual with dino."""
+    """Augment what the discriminator sees, real and generated: colour, translation, cutout. [ours]; usual with dino."""
     lecam_weight: float = 0.0
-    """Of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none."""
+    """Of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none. [ours]"""
     generator_start: int = 5_000
     """The generator feels the discriminator from this step on; the discriminator trains from step 0. [ours]"""
     ramp_steps: int = 5_000
@@ -72,7 +72,7 @@ class AdversarialConfig:
     weight_decay: float = 0.05
     """AdamW's weight decay. [ours]: the paper's value is lost; this is the tokenizer's."""
     width: int = 64
-    """Channels of the first layer of patchgan and residual; deeper ones have up to 8 times as many."""
+    """Channels of the first layer of patchgan and residual; deeper ones have up to 8 times as many. [ours]"""
     num_layers: int = 3
     """Halvings in patchgan: a logit sees 16, 34, 70 or 142 px with 1, 2, 3 or 4."""
     backbone: str = "vit_small_patch16_224.dino"

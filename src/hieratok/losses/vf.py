@@ -26,7 +26,7 @@ VF_MAX_WEIGHT = 1e8
 
 @dataclass(frozen=True)
 class VFConfig:
-    """The vision-foundation loss.
+    """The vision-foundation loss. The paper names it and gives neither weight nor margins: those of recipes are [ours].
 
     Raises:
         ValueError: settings out of range.
