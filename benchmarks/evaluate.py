@@ -22,6 +22,7 @@ from torch import nn
 
 from hieratok.data import open_source
 from hieratok.evaluation import EvaluateSamples, evaluate_samples
+from hieratok.evaluation.distribution import IS_SPLIT_SIZE
 from hieratok.evaluation.features import Inception
 
 THEIR_KEYS = {
@@ -88,6 +89,7 @@ def main() -> None:
             input2=str(reference),
             fid=True,
             isc=True,
+            isc_splits=max(1, args.num // IS_SPLIT_SIZE),
             kid=True,
             prc=True,
             kid_subset_size=min(1000, args.num),

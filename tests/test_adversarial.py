@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from hieratok.losses.adversarial import (
     generator_weight,
     jitter_colour,
     make_discriminator,
+    r1_penalty,
+    random_crop,
     spectral_norm,
     translate,
 )
@@ -125,6 +128,71 @@ def test_unknown_losses():
         generator_loss("wgan", logits(0))  # type: ignore[arg-type]
 
 
+# --- R1 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_r1_equals_its_closed_form():
+    """D(x) = x.Ax / 2 + b.x in float64: the gradient is Sx + b, S = (A + A') / 2, and the penalty's has a form too."""
+    random = np.random.default_rng(0)
+    A, b, x = random.normal(size=(12, 12)), random.normal(size=12), random.normal(size=(5, 12))
+    matrix, vector = (nn.Parameter(torch.from_numpy(v)) for v in (A, b))
+
+    def quadratic(images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        return (flat @ matrix.T * flat).sum(1, keepdim=True) / 2 + flat @ vector[:, None]
+
+    penalty = r1_penalty(quadratic, torch.from_numpy(x).view(5, 3, 2, 2))
+    g = x @ (A + A.T) / 2 + b
+    assert penalty.dtype == torch.float64
+    assert penalty.item() == pytest.approx((g**2).sum(1).mean(), rel=1e-12)
+    penalty.backward()
+    np.testing.assert_allclose(vector.grad, 2 * g.mean(0), rtol=1e-12)
+    products = np.einsum("ni,nj->ij", g, x) / len(x)
+    np.testing.assert_allclose(matrix.grad, products + products.T, rtol=1e-12)
+
+
+def test_r1_of_many_logits_is_that_of_their_mean():
+    weight = torch.randn(7, 12, dtype=torch.float64)
+    penalty = r1_penalty(lambda x: (x.flatten(1) @ weight.T).view(-1, 1, 7, 1), torch.zeros(2, 3, 2, 2).double())
+    assert penalty.item() == pytest.approx(weight.mean(0).square().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("network", [PatchGAN(8, width=4, num_layers=1), ResidualDiscriminator(8, width=4)])
+def test_r1_equals_finite_differences(network):
+    network = network.double()
+    x = images(2, 8, seed=3).double()
+    shift = 1e-5 * torch.eye(192, dtype=torch.float64).view(192, 3, 8, 8)
+    with torch.no_grad():
+        slopes = [(network(i + shift) - network(i - shift)).flatten(1).mean(1) / 2e-5 for i in x.split(1)]
+    expected = torch.stack(slopes).square().sum(1).mean().item()
+    assert expected > 0
+    assert r1_penalty(network, x).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_r1_is_float32_under_autocast_and_reaches_the_weights(name):
+    discriminator, x = tiny(name).train(), images(2)
+    expected = r1_penalty(discriminator, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        penalty = r1_penalty(discriminator, x)
+    assert penalty.dtype == torch.float32
+    assert torch.equal(penalty, expected)
+    penalty.backward()
+    weights = {n: p for n, p in discriminator.named_parameters() if p.ndim > 1}
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in weights.values())
+
+
+def test_r1_goes_through_diffaugment():
+    discriminator = make_discriminator(AdversarialConfig(width=4, diffaugment=True), 32)
+    x = images(2)
+    torch.manual_seed(0)
+    first = r1_penalty(discriminator, x)
+    torch.manual_seed(0)
+    assert torch.equal(r1_penalty(discriminator, x), first)
+    assert not torch.equal(r1_penalty(discriminator, x), first)
+    assert not torch.equal(r1_penalty(discriminator.eval(), x), first)
+
+
 # --- PatchGAN ---------------------------------------------------------------------------------------------------------
 
 
@@ -201,16 +269,96 @@ def test_residual_needs_8_px():
 def test_dino_gives_a_logit_per_token_and_depth():
     discriminator = tiny("dino")
     assert isinstance(discriminator, DinoDiscriminator)
-    assert discriminator.depths == [0, 2, 3, 5]  # the quarters of 6 blocks
-    assert discriminator(images(2, 32)).shape == (2, 4, 100)  # resized to 160 px: 10 x 10 tokens
+    assert discriminator.depths == [-1, 0, 2, 3, 5]  # before, and at the quarters of 6 blocks
+    assert discriminator(images(2, 32)).shape == (2, 5, 100)  # resized to 160 px: 10 x 10 tokens
 
 
-def test_dino_small_is_tapped_at_2_5_8_11():
+def test_dino_small_is_tapped_before_its_blocks_and_at_2_5_8_11():
     config = AdversarialConfig(discriminator="dino", random_backbone=True)
     discriminator = make_discriminator(config, 64)
     assert isinstance(discriminator, DinoDiscriminator)
-    assert discriminator.depths == [2, 5, 8, 11]
+    assert discriminator.depths == [-1, 2, 5, 8, 11]
     assert (discriminator.backbone.width, discriminator.backbone.image_size) == (384, 224)
+
+
+def head_by_hand(head: nn.Module, x: Tensor) -> Tensor:
+    """StyleGAN-T's head with norms over channels, written with indices: (C, N) -> (N,), in float64."""
+    weights = {name: getattr(head, name).weight.detach() for name in ("embed", "mix", "head")}
+    N = x.shape[1]
+
+    def block(x: Tensor, name: str) -> Tensor:
+        layer, norm = getattr(head, name), getattr(head, f"{name}_norm")
+        taps = weights[name].shape[2]
+        y = torch.zeros(len(x), N, dtype=x.dtype)
+        for n in range(N):
+            for tap in range(taps):
+                y[:, n] += weights[name][:, :, tap] @ x[:, (n + tap - taps // 2) % N]  # round in a circle
+        y = y + layer.bias[:, None]
+        y = (y - y.mean(0)) / (y.var(0, unbiased=False) + norm.eps).sqrt()
+        y = y * norm.weight[:, None] + norm.bias[:, None]
+        return torch.where(y > 0, y, 0.2 * y)
+
+    x = block(x, "embed")
+    x = (x + block(x, "mix")) / 2**0.5
+    return weights["head"][0, :, 0] @ x + head.head.bias  # type: ignore[operator]
+
+
+def test_dino_equals_the_published_design_by_hand():
+    """Tokens of the ViT's own layers, the class token added to each, five heads; float64."""
+    discriminator = tiny("dino").double().eval()
+    assert isinstance(discriminator, DinoDiscriminator)
+    vit = discriminator.backbone._unregistered[0]
+    with torch.no_grad():
+        for norm in [m for m in discriminator.heads.modules() if isinstance(m, nn.LayerNorm)]:
+            norm.weight.normal_()
+            norm.bias.normal_()
+        x = images(1, 320).double()  # by area: means of 2 x 2
+        small = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+        mean, std = (torch.tensor(vit.pretrained_cfg[k], dtype=torch.float64).view(3, 1, 1) for k in ("mean", "std"))
+        tokens = vit.patch_embed(((small + 1) / 2 - mean) / std).flatten(1, -2)  # (1, 100, C)
+        tokens = torch.cat((vit.cls_token, tokens), 1) + vit.pos_embed
+        taken = [tokens]
+        for i, block in enumerate(vit.blocks):
+            tokens = block(tokens)
+            if i in (0, 2, 3, 5):
+                taken.append(tokens)
+        expected = [head_by_hand(h, (t[0, 1:] + t[0, 0]).mT) for h, t in zip(discriminator.heads, taken, strict=True)]
+        torch.testing.assert_close(discriminator(x)[0], torch.stack(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_dino_hears_the_class_token():
+    discriminator = tiny("dino").eval()
+    assert isinstance(discriminator, DinoDiscriminator)
+    x = images(1, 32)
+    before = discriminator(x)
+    with torch.no_grad():
+        discriminator.backbone._unregistered[0].cls_token += torch.randn(64)
+    assert ((discriminator(x) - before).abs().amax((0, 2)) > 0.05).all()  # at every depth
+
+
+def test_dino_cuts_half_of_the_batches_of_larger_images():
+    discriminator = tiny("dino").train()
+    x = images(1, 200)
+    resized = nn.functional.interpolate(x, (160, 160), mode="area")
+    torch.manual_seed(0)
+    whole = discriminator(resized)
+    equal = [torch.equal(discriminator(x), whole) for _ in range(24)]
+    assert 4 < sum(equal) < 20
+    assert torch.equal(discriminator.eval()(x), whole)
+    assert all(torch.equal(discriminator.eval()(x), whole) for _ in range(5))
+
+
+def test_random_crops_reach_every_place():
+    x = torch.arange(5.0)[:, None] * 10 + torch.arange(4.0)
+    places = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        crop = random_crop(x.expand(2, 3, 5, 4), 3)
+        assert crop.shape == (2, 3, 3, 3)
+        top, left = divmod(int(crop[0, 0, 0, 0]), 10)
+        assert torch.equal(crop[1, 2], x[top : top + 3, left : left + 3])
+        places.add((top, left))
+    assert places == {(i, j) for i in range(3) for j in range(2)}
 
 
 def test_dino_backbone_is_frozen_and_not_saved_but_passes_gradients():
@@ -221,7 +369,7 @@ def test_dino_backbone_is_frozen_and_not_saved_but_passes_gradients():
     assert not registered & {id(p) for p in network.parameters()}
     assert all(name.startswith("heads.") for name in discriminator.state_dict())
     saved = sum(t.numel() for t in discriminator.state_dict().values())
-    assert saved < 4 * (11 * 64 * 64)  # 1 x 1, kernel 9, and less than another 1 x 1 for all vectors
+    assert saved < 5 * (11 * 64 * 64)  # 1 x 1, kernel 9, and less than another 1 x 1 for all vectors
 
     x = images(2, 32).requires_grad_()
     generator_loss("hinge", discriminator(x)).backward()
@@ -244,6 +392,8 @@ def test_dino_reloads_without_its_backbone():
 def test_dino_without_weights_or_backbone(tmp_path: Path):
     with pytest.raises(ValueError, match=r"gan\.backbone: timm has no model 'test_vitt'; did you mean 'test_vit'"):
         make_discriminator(AdversarialConfig(discriminator="dino", backbone="test_vitt"), 64)
+    with pytest.raises(ValueError, match=r"gan\.backbone 'test_vit2' has no class token: take one that has"):
+        make_discriminator(AdversarialConfig(discriminator="dino", backbone="test_vit2", random_backbone=True), 64)
     with pytest.raises(FileNotFoundError, match=r"none\.pth, given as gan\.backbone_weights, does not exist"):
         make_discriminator(AdversarialConfig(discriminator="dino", backbone_weights=str(tmp_path / "none.pth")), 64)
 
@@ -597,17 +747,28 @@ def test_translation_moves_by_up_to_an_eighth_and_fills_with_grey():
     assert shifts == set(range(-4, 5))
 
 
-def test_cutout_takes_half_of_each_side_or_less_at_the_border():
+@pytest.mark.parametrize(("share", "height", "width"), [(0.5, 8, 12), (0.2, 3, 5)])
+def test_cutout_takes_its_share_of_each_side_or_less_at_the_border(share, height, width):
     torch.manual_seed(0)
     x = torch.ones(300, 3, 16, 24)
-    out = cutout(x)
+    out = cutout(x, share)
     hole = out[:, 0] == 0
     assert torch.equal(out == 0, hole[:, None].expand_as(out))
     heights, widths = hole.any(2).sum(1), hole.any(1).sum(1)
     assert torch.equal(hole.sum((1, 2)), heights * widths)  # a rectangle
-    assert (heights.max(), widths.max()) == (8, 12)
-    assert heights.min() == 4  # centred on an edge, half of it lies outside
+    assert (heights.max(), widths.max()) == (height, width)
+    assert heights.min() == (height + 1) // 2  # centred on an edge, half of it lies outside
     assert torch.equal(out[~hole[:, None].expand_as(out)].unique(), torch.ones(1))
+
+
+def test_dino_cuts_out_less():
+    """A fifth of the side, as StyleGAN-T; half elsewhere, as DiffAugment's authors."""
+    for name, side in (("patchgan", 16), ("dino", 6)):
+        augment = make_discriminator(replace(TINY[name], diffaugment=True), 32)[0]  # type: ignore[index]
+        torch.manual_seed(0)
+        holes = (augment(torch.full((200, 3, 32, 32), 9.0)) == 0).all(1)
+        inside = holes[:, 4:-4, 4:-4]  # beyond what translation fills
+        assert inside.any(2).sum(1).max() == side
 
 
 def test_diffaugment_refuses_what_is_no_image():
@@ -621,7 +782,9 @@ def test_diffaugment_refuses_what_is_no_image():
 def test_defaults_are_the_paper_s():
     config = AdversarialConfig()
     assert (config.weight, config.betas, config.warmup_ratio) == (0.6, (0.9, 0.95), 0.01)
-    assert (config.adaptive, config.diffaugment, config.lecam_weight) == (False, False, 0.0)
+    assert config.loss == "non-saturating"  # StyleGAN's
+    assert (config.adaptive, config.diffaugment, config.lecam_weight, config.r1_weight) == (False, False, 0.0, 0.0)
+    assert config.r1_interval == 16  # StyleGAN2's
 
 
 @pytest.mark.parametrize(
@@ -630,6 +793,8 @@ def test_defaults_are_the_paper_s():
         ({"weight": -0.1}, "gan.weight must not be negative, it is -0.1"),
         ({"weight": math.nan}, "gan.weight must not be negative, it is nan"),
         ({"lecam_weight": -1.0}, "gan.lecam_weight must not be negative"),
+        ({"r1_weight": -1.0}, "gan.r1_weight must not be negative"),
+        ({"r1_interval": 0}, "gan.r1_interval must be at least 1, not 0"),
         ({"generator_start": -1}, "gan.generator_start must not be negative"),
         ({"ramp_steps": -1}, "gan.ramp_steps must not be negative"),
         ({"weight_decay": -1.0}, "gan.weight_decay must not be negative"),

@@ -724,7 +724,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     exec(SCRIPT.format(folder=str(tmp_path), out="one", features=REAL))
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(folder=str(tmp_path), out="two", features=REAL))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -182,30 +182,32 @@ def test_kernel_distance_equals_torch_fidelity(n: int, m: int, monkeypatch: pyte
 def test_inception_score_known_answers() -> None:
     assert inception_score(torch.zeros(40, 8)) == pytest.approx(1)
     balanced = 100 * torch.eye(8).repeat(50, 1)
-    # Each split of the permutation is nearly balanced; its score cannot exceed the number of classes.
-    assert 7 < inception_score(balanced) <= 8
-    # One-hot, balanced inside every split: as many classes as there are.
-    order = torch.from_numpy(np.random.RandomState(2020).permutation(80))
-    logits = torch.empty(80, 8)
-    logits[order] = 100 * torch.eye(8).repeat(10, 1)
-    assert inception_score(logits) == pytest.approx(8)
+    assert inception_score(balanced) == pytest.approx(8)  # one-hot: as many as there are classes
+    # Two splits of the permutation, each of half of the classes.
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(10_000))
+    logits = torch.empty(10_000, 8)
+    logits[order] = 100 * torch.eye(8).repeat_interleave(1250, 0)
+    assert inception_score(logits) == pytest.approx(4)
 
 
 def test_inception_score_equals_independent_computation_and_torch_fidelity() -> None:
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    logits = 3 * normal(137, 9)
-    p = np.exp(logits.double().numpy())
-    p /= p.sum(1, keepdims=True)
-    p = p[np.random.RandomState(2020).permutation(137)]
-    scores = []
-    for i in range(10):
-        part = p[137 * i // 10 : 137 * (i + 1) // 10]
-        scores.append(np.exp(np.mean([np.sum(q * np.log(q / part.mean(0))) for q in part])))
-    assert inception_score(logits) == pytest.approx(np.mean(scores), rel=1e-12)
-    assert inception_score(logits) == pytest.approx(isc_features_to_metric(logits)["inception_score_mean"], rel=1e-12)
-    with pytest.raises(ValueError, match="at least 10 images, got 9"):
-        inception_score(logits[:9])
+    for n, splits in ((137, 1), (5_000, 1), (10_000, 2), (12_345, None)):
+        logits = 3 * normal(n, 9)
+        p = np.exp(logits.double().numpy())
+        p /= p.sum(1, keepdims=True)
+        p = p[np.random.RandomState(2020).permutation(n)]
+        scores = []
+        for start in range(0, n, 5_000):  # as ADM: 12,345 = 5,000 + 5,000 + 2,345, all of one weight
+            part = p[start : start + 5_000]
+            scores.append(np.exp(np.mean(np.sum(part * np.log(part / part.mean(0)), 1))))
+        assert inception_score(logits) == pytest.approx(np.mean(scores), rel=1e-12)
+        if splits:  # torch-fidelity's are all of one size
+            theirs = isc_features_to_metric(logits, splits=splits)["inception_score_mean"]
+            assert inception_score(logits) == pytest.approx(theirs, rel=1e-12)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        inception_score(logits[:1])
 
 
 def naive_precision(samples: Tensor, reference: Tensor) -> float:

@@ -1,13 +1,16 @@
 """Feature networks: Inception against torch-fidelity with one weights file, others by what they recognise."""
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from hieratok.checkpoint import read_tensors
@@ -17,6 +20,7 @@ from hieratok.evaluation.features import (
     INCEPTION_FILES,
     FeatureNetwork,
     Inception,
+    _imagenet,
     exact_float32,
     load_network,
     resize_tf1,
@@ -81,7 +85,6 @@ def test_inception_equals_torch_fidelity(seeded_inception: Path) -> None:
 
 def test_samples_equal_torch_fidelity_from_the_files_on(seeded_inception: Path, tmp_path: Path) -> None:
     """The same images and weights' file, each through its own reading, network and formulas."""
-    from PIL import Image
     from torch_fidelity import calculate_metrics
 
     for name, seed in (("samples", 0), ("reference", 1)):
@@ -254,24 +257,76 @@ def test_squeezenet_and_vgg16_in_torchvisions_layout(tmp_path: Path) -> None:
         (tmp_path / f"{name}.pth").unlink()
 
 
-def test_dinov2_in_timms_layout(tmp_path: Path) -> None:
+def cubic_matrix(old: int, new: int, offset: float) -> np.ndarray:
+    """(new, old): Keys' cubic convolution with a = -3/4, sampled at steps of old / (new + offset), edges repeated."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        position = (i + 0.5) * old / (new + offset) - 0.5
+        for j in range(math.floor(position) - 1, math.floor(position) + 3):
+            t = abs(position - j)
+            near, far = 1.25 * t**3 - 2.25 * t**2 + 1, -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
+            matrix[i, min(max(j, 0), old - 1)] += near if t <= 1 else far
+    return matrix
+
+
+def dinov2_by_hand(state: dict[str, Tensor], image: Tensor) -> np.ndarray:
+    """DINOv2's class token at 224 px from weights of 518 px, in float64 without torch: uint8 (3, H, W) -> (C,)."""
+    w = {name: value.double().numpy() for name, value in state.items()}
+    depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+    x = (np.asarray(picture) / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    patches = x.reshape(16, 14, 16, 14, 3).transpose(0, 2, 4, 1, 3).reshape(256, -1)
+    tokens = patches @ w["patch_embed.proj.weight"].reshape(len(w["patch_embed.proj.weight"]), -1).T
+    tokens = np.concatenate((w["cls_token"][0], tokens + w["patch_embed.proj.bias"]))
+    table, shrink = w["pos_embed"][0], cubic_matrix(37, 16, 0.1)
+    grid = np.einsum("ia,jb,abc->ijc", shrink, shrink, table[1:].reshape(37, 37, -1), optimize=True)
+    x = tokens + np.concatenate((table[:1], grid.reshape(256, -1)))
+    for block in (f"blocks.{i}" for i in range(depth)):
+        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").reshape(257, 3, -1, 64).transpose(1, 2, 0, 3)
+        attention = scipy.special.softmax(q @ k.transpose(0, 2, 1) / 8, axis=-1)
+        mixed = (attention @ v).transpose(1, 0, 2).reshape(257, -1)
+        x = x + w[f"{block}.ls1.gamma"] * linear(mixed, f"{block}.attn.proj")
+        hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        hidden = hidden * scipy.special.ndtr(hidden)  # GELU
+        x = x + w[f"{block}.ls2.gamma"] * linear(hidden, f"{block}.mlp.fc2")
+    return norm(x, "norm")[0]
+
+
+def test_dinov2_as_its_authors_compute_it(tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=518, num_classes=0).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # fresh ones would hardly look at the image
+            if name.endswith("gamma"):
+                p.uniform_(0.1, 0.4)
+            elif "pos_embed" in name or "bias" in name:
+                p.normal_(0, 0.2)
     save_file(model.state_dict(), tmp_path / "dinov2.safetensors")
     network = load_network("dinov2-small", tmp_path / "dinov2.safetensors")
     assert network.key("fid") == "fd-dinov2-small"
-    images = photos(1, 224)
+    images = photos(1, 256)
     features = network(images).pool
     assert features.shape == (1, 384)
-    # Brought to 224 px, the file's positions (37 x 37) are resampled to 16 x 16; all else is used as it is.
+    expected = dinov2_by_hand(model.state_dict(), images[0])[None]
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=2e-5)
+    # timm's own resampling of the positions is another function; so is a bilinear resize of the images.
     model.set_input_size(img_size=224)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.inference_mode():
-        expected = model((images / 255 - mean) / std)
-    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3)
+        others = model(network.prepare(images)), network.module(_imagenet(images))
+    for other in others:
+        assert np.abs(other.numpy() - expected).mean() > 5e-4
+    assert "dgm-eval" in network.description()["preprocessing"]
     with pytest.raises(ValueError, match=r"dinov2\.safetensors does not"):
         load_network("dinov2-base", tmp_path / "dinov2.safetensors")
 

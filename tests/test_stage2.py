@@ -44,6 +44,8 @@ GAN = AdversarialConfig(
     width=4,
     num_layers=1,
     lecam_weight=1e-3,
+    r1_weight=0.1,
+    r1_interval=2,
     diffaugment=True,
     generator_start=3,
     ramp_steps=4,
@@ -75,7 +77,7 @@ def test_stage_2_starts_from_stage_1(photos, stage1, tmp_path):  # noqa: F811
     assert {"discriminator/loss", "discriminator/lecam", "logits/real", "logits/fake", "loss"} <= records[0].keys()
     assert "adversarial" not in records[0]  # steps 1 and 2: the generator does not feel it yet
     assert [r.get("adversarial_weight", 0) > 0 for r in records] == [False, True, True, True, True, True]
-    assert records[-1]["adversarial_weight"] == pytest.approx(0.6)
+    assert records[-1]["adversarial_weight"] == pytest.approx(0.6 / 3)  # of the finest of three scales
     assert records[-1]["discriminator/gradient_norm"] > 0
     tokenizer = HieraTok.from_pretrained(tmp_path)
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), tokenizer.parameters()))
@@ -95,7 +97,7 @@ def test_the_gan_changes_the_tokenizer_and_not_the_other_way_round(photos, stage
     loss, terms = next(losses)
     loss.backward()
     assert all(p.grad is None for p in critic.parameters())
-    total = terms["l1"] + 0.4 * terms["mse"] + 1e-6 * terms["kl"] + 0.6 * terms["adversarial"]
+    total = terms["l1"] + 0.4 * terms["mse"] + (1e-6 * terms["kl"] + 0.6 * terms["adversarial"]) / 3
     torch.testing.assert_close(loss.detach(), total)
     before = [p.grad.clone() for p in tokenizer.parameters()]
     loss, _ = next(losses)
@@ -103,6 +105,21 @@ def test_the_gan_changes_the_tokenizer_and_not_the_other_way_round(photos, stage
     assert all(p.grad is not None for p in critic.parameters())
     assert all(torch.equal(p.grad, b) for p, b in zip(tokenizer.parameters(), before))
     assert next(losses, None) is None
+
+
+def test_r1_is_added_at_every_k_th_step_k_times(photos, stage1):  # noqa: F811
+    gan = replace(GAN, diffaugment=False, lecam_weight=0.0, r1_weight=3.0, r1_interval=4)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    objective = TokenizerObjective(replace(stage2_run(photos, stage1), gan=gan), HieraTok(small_run(photos).model))
+    critic = objective.networks["discriminator"]
+    found = [objective.discriminator_loss(critic, images, images.flip(0), step) for step in range(5)]
+    assert ["discriminator/r1" in terms for _, terms in found] == [True, False, False, False, True]
+    with_r1, terms = found[0]
+    plain = found[1][0]
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(x).flatten(1).mean(1).sum(), x)
+    torch.testing.assert_close(terms["discriminator/r1"], gradient.square().sum((1, 2, 3)).mean())
+    torch.testing.assert_close(with_r1 - plain, 3.0 / 2 * 4 * terms["discriminator/r1"], rtol=1e-4, atol=1e-6)
 
 
 def test_adaptive_weight_balances_gradients_at_the_pixel_head(photos, stage1):  # noqa: F811
@@ -114,10 +131,10 @@ def test_adaptive_weight_balances_gradients_at_the_pixel_head(photos, stage1):  
     _, terms = next(objective.losses(objective.networks, {"image": images}, step=0))
     torch.manual_seed(0)
     pyramid, posterior, _ = objective.tokenizer(to_float(images))
-    reconstruction, _ = objective.criterion(pyramid, to_float(images), posterior)
+    _, finest, _ = objective.criterion(pyramid, to_float(images), posterior)
     head = objective.tokenizer.decoder.head.weight
     adversarial = objective.adversarial_loss(objective.critic, pyramid[-1])
-    norms = [torch.autograd.grad(x, head, retain_graph=True)[0].norm() for x in (reconstruction, adversarial)]
+    norms = [torch.autograd.grad(x, head, retain_graph=True)[0].norm() for x in (finest, adversarial)]
     torch.testing.assert_close(terms["adversarial_weight"], 0.6 * norms[0] / (norms[1] + 1e-4))
 
 
@@ -295,9 +312,9 @@ def assert_same_losses(one: list[dict[str, float]], two: list[dict[str, float]])
 def test_two_processes_equal_two_micro_batches(photos, stage1, tmp_path, strategy):  # noqa: F811
     """Real torchrun with gloo, stage 2: the same losses to 1e-5; resumed half-way, bit-equal; one can go on with it."""
     run = stage2_run(photos, stage1, steps=6, log_every=1, micro_batch_size=2, picture_every=2, save_every=3)
-    # At first every logit lies within hinge's margins, so the last bias has a gradient of 1 - 1: rounding alone, which
-    # Adam scales up to a full step. The non-saturating loss has no such place.
-    run = replace(run, gan=replace(run.gan, loss="non-saturating"))
+    # Not hinge: at first every logit lies within its margins, so the last bias has a gradient of 1 - 1, rounding alone,
+    # which Adam scales up to a full step. The non-saturating loss has no such place.
+    assert run.gan.loss == "non-saturating"
     train_tokenizer(run, tmp_path / "one")
     run = replace(run, train=replace(run.train, parallel=strategy))
     config = write_run(run, tmp_path / "run.yaml")

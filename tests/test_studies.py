@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from scipy.stats import t as student
 
-from hieratok import HieraTok, cost, recipes, studies, study, study_runs
+from hieratok import HieraTok, cost, recipes, studies, study, study_page, study_runs
 from hieratok.analysis import convergence, density
 from hieratok.analysis.convergence import speed_up
 from hieratok.cli import main
@@ -99,6 +99,30 @@ def test_every_number_stands_in_the_papers_tables(shared):
     for single, multi in zip(studies.TABLE6.rows[::2], studies.TABLE6.rows[1::2]):
         (a, b), (c, d) = single.paper.values(), multi.paper.values()
         assert f"{a} {b} {c} {d}" in text
+
+
+def test_the_papers_probable_misprint_is_not_counted():
+    """Three numbers of one row are another table's, and no other row has such a twin."""
+    doubtful = {(name, row.name): row.doubtful for name, s in studies.STUDIES.items() for row in s.rows if row.doubtful}
+    assert doubtful == {("table3", "interpolate, full"): ("PSNR", "LPIPS", "SSIM")}
+    misprint, source = studies.TABLE3.rows[5].paper, studies.TABLE2.rows[5].paper
+    assert [misprint[m] == source[m] for m in studies.QUALITY] == [False, True, True, True, False, False]
+    assert "probably a misprint" in studies.TABLE3.note
+
+    setup = prepare(RunStudy(study="table3"))
+    measured = {
+        (i, 0): {"runs": [], "measured": {"reconstruction": {"psnr": 20.0 - i, "fd-x": 5.0 + i}}, "warnings": []}
+        for i in range(6)
+    }
+    result = study.assemble(setup, measured)
+    psnr = next(c for c in result["comparisons"] if c["measured"] == "psnr")
+    assert [(line["verdict"], line["counts"]) for line in psnr["rows"][1:]] == [("agrees", True)] * 4 + [
+        ("agrees", False)
+    ]
+    overview = {row[1]: row[2:] for row in study_page.overview_table(result).rows}
+    assert overview["psnr"] == ["4", "0", "0"]
+    assert overview["fd-x (not rFID)"] == ["5", "0", "0"]
+    assert [row[-1] for row in study_page.metric_table(result, psnr).rows][-2:] == ["agrees", "agrees (not counted)"]
 
 
 def test_rows_are_the_papers_runs():
@@ -510,6 +534,8 @@ def test_figure5_and_appendix_b(small_generators, base, tmp_path, many_images, m
     assert result is not None
     assert [c["measured"] for c in result["comparisons"]] == ["density_cv", "gini", "normalized_entropy"]
     measured = result["rows"][0]["seeds"][0]["measured"]["density"]
+    assert measured["manifest"]["protocol"] == "vavae", "the paper's"
+    assert "VA-VAE's published procedure" in (tmp_path / "out" / "figure5.md").read_text()
     with np.load(Path(measured["folder"]) / "embedding.npz") as arrays:
         assert density.evenness(density.kernel_density(arrays["points"])).density_cv == pytest.approx(
             measured["density_cv"], rel=1e-6
@@ -521,6 +547,7 @@ def test_figure5_and_appendix_b(small_generators, base, tmp_path, many_images, m
     result = study.run_study(RunStudy(study="appendix-b", **options))
     assert result is not None
     single, multi = (row["seeds"][0]["measured"]["commutation"] for row in result["rows"])
+    assert multi["manifest"]["protocol"] == "ours"
     assert "pyramid_error/16px" in multi
     assert "pyramid_error/16px" not in single
     text = (tmp_path / "out" / "appendix-b.md").read_text()
@@ -535,6 +562,26 @@ def test_table7_counts_and_trains_nothing(tmp_path):
     parameters = result["comparisons"][0]["rows"]
     assert [line["ours"]["mean"] for line in parameters] == pytest.approx([346.25, 401.18], rel=0.005)
     assert "| multi | 341 | 341 | +0 |" in (tmp_path / "table7.md").read_text()
+
+
+def test_size_paper_compares_samples_with_adms_statistics(tmp_path, many_images):
+    options = RunStudy(study="table6", size="paper", out=str(tmp_path / "out"), data=many_images, val=many_images,
+                       features=FEATURES)  # fmt: skip
+    setup = prepare(options)
+    assert study_runs.reference(setup) is None
+    with pytest.raises(
+        ValueError, match=r"VIRTUAL_imagenet256_labeled\.npz from https://.*: give it by --reference FILE"
+    ):
+        study.run_study(options)
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match=r"adm\.npz does not say of which network it is, so of FID's Inception"):
+        study.run_study(replace(options, reference=str(tmp_path / "adm.npz")))
+    assert not (tmp_path / "out").exists()
+    given = replace(options, reference="real")
+    generator = planned_runs(prepare(given), studies.TABLE6.rows[0], 0)[1].run
+    assert generator.eval.reference == "real"  # type: ignore[union-attr]
+    study_runs.check(prepare(replace(options, study="table2", features="none")))  # no samples: no reference
+    study_runs.check(prepare(replace(options, size="tiny")))  # the held-out images
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------

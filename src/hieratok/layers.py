@@ -13,8 +13,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: without biases in the tokenizer (paper, table 10), with them in DiT.
+    """Multi-head self-attention, without biases in the tokenizer, with them in DiT.
 
+    Queries, keys and values have none in the paper (table 10); that the output projection has none either is [ours].
     Who may look at whom, and rotary positions, are the caller's business: `attend` receives queries, keys and values.
     With `qk_norm`, queries and keys are RMS-normalised per head, which keeps long bf16 runs from diverging.
     """
@@ -37,7 +38,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear: without biases in the tokenizer (paper, table 10), with them and tanh's GELU in DiT."""
+    """Linear, GELU, linear: without biases in the tokenizer (paper, table 10), with them and tanh's GELU in DiT.
+
+    The tokenizer's exact GELU is [ours]: the paper does not name the function.
+    """
 
     def __init__(self, width: int, ratio: float, bias: bool = False, gelu: Literal["none", "tanh"] = "none"):
         super().__init__()

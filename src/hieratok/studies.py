@@ -70,6 +70,8 @@ class Row:
     """The paper's DiT on these latents; scaled up: XL, 5M steps instead of 400k."""
     stage2: bool = False
     """Train on with the scaled-up line's second stage."""
+    doubtful: tuple[str, ...] = ()
+    """Numbers of the paper, by the names of `METRICS`, that are probably misprints: effects on them do not count."""
 
     @property
     def name(self) -> str:
@@ -218,9 +220,13 @@ TABLE3 = Study(
             mixing("interpolate", "full"),
             numbers(QUALITY, 1.13, 23.0, 0.113, 0.68, 16.9, 55.7),
             0,
+            doubtful=("PSNR", "LPIPS", "SSIM"),
         ),
     ),
     ("reconstruction", "generation"),
+    "In the row interpolate, full the paper prints PSNR 23.0, LPIPS 0.113 and SSIM 0.68, which are table 2's of f16d32"
+    " multi to the digit and far from its neighbours: probably a misprint. Effects on these three are shown and not"
+    " counted.",
 )
 
 TABLE4 = Study(
@@ -253,6 +259,9 @@ TABLE5 = Study(
         Row(("f16d32", "multi"), kl(multi, 32, 1e-5), numbers(DENSITY, 0.435, 0.249, 0.988, 19.4), 2),
     ),
     ("density", "generation"),
+    "Measured as the paper says it did, by VA-VAE's published procedure (`hieratok analyze --protocol vavae`): a sample"
+    " of the posterior of each image or its mirror image at one random position, standardised by the statistics of"
+    " these images, t-SNE, kernel density. [ours]: averaged over several draws of such points.",
 )
 
 TABLE6 = Study(
@@ -373,6 +382,8 @@ class Size:
     """Sets of points that densities are averaged over."""
     note: str
     """What is not the paper's."""
+    gfid_reference: str | None = None
+    """What samples are compared with, in words, where it must be given by --reference. None: the held-out images do."""
 
 
 def tiny_base() -> TokenizerRun:
@@ -448,6 +459,9 @@ SIZES: dict[SizeName, Size] = {
         samples=50_000,
         curve_samples=5_000,
         draws=10,
-        note="Size paper: the paper's settings. Its learning rates are lost in the text, so those are this project's.",
+        note="Size paper: the paper's settings. Its learning rates are lost in the text, so those are this project's."
+        " gFID's reference is to be ADM's statistics of ImageNet's training set, as is usual; the paper does not say.",
+        gfid_reference="ADM's statistics of ImageNet's training set, VIRTUAL_imagenet256_labeled.npz from"
+        " https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/",
     ),
 }

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -104,9 +104,10 @@ def run_row(setup: Setup, row: Row, seed: int) -> dict[str, Any]:
     tokenizer = tokenizer_of(planned)
     if "reconstruction" in setup.study.needs:
         measured["reconstruction"] = reconstruction(setup, tokenizer)
-    for need in ("density", "commutation"):
-        if need in setup.study.needs:
-            measured[need] = latent_analysis(setup, tokenizer, setup.size.draws if need == "density" else 0)
+    if "density" in setup.study.needs:
+        measured["density"] = latent_analysis(setup, tokenizer, "vavae", setup.size.draws)
+    if "commutation" in setup.study.needs:
+        measured["commutation"] = latent_analysis(setup, tokenizer, "ours", draws=0)
     if wants_generator(setup):
         generator = planned[-1]
         if "generation" in setup.study.needs:
@@ -212,9 +213,9 @@ def consistency(setup: Setup, tokenizer: Planned, generator: Planned) -> dict[st
     return result
 
 
-def latent_analysis(setup: Setup, tokenizer: Planned, draws: int) -> dict[str, Any]:
+def latent_analysis(setup: Setup, tokenizer: Planned, protocol: Literal["ours", "vavae"], draws: int) -> dict[str, Any]:
     """`hieratok analyze` of the held-out images, and beside its page the embedding; by one process alone."""
-    options = Analyze(run=str(tokenizer.folder), data=setup.val, draws=draws)
+    options = Analyze(run=str(tokenizer.folder), data=setup.val, protocol=protocol, draws=draws)
 
     def measure(out: Path) -> None:
         codec, side, statistics = load_tokenizer(str(tokenizer.folder), options.device)
@@ -231,7 +232,8 @@ def latent_analysis(setup: Setup, tokenizer: Planned, draws: int) -> dict[str, A
 
     if os.environ.get("RANK", "0") != "0":
         return {}
-    return cached(tokenizer.folder, "analysis", {"draws": draws, "images": images_sha256(setup.val)}, measure)
+    settings = {"protocol": protocol, "draws": draws, "images": images_sha256(setup.val)}
+    return cached(tokenizer.folder, "analysis", settings, measure)
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -352,4 +354,4 @@ def comparison(
     effect = interval([ours[s] - base[s] for s in ours if s in base]) if set(ours) & set(base) else None
     paper_effect = None if paper is None or paper_base is None else paper - paper_base
     line |= {"paper_effect": paper_effect, "effect": effect._asdict() if effect else None}
-    return line | {"verdict": verdict(paper_effect, effect)}
+    return line | {"verdict": verdict(paper_effect, effect), "counts": name not in row.doubtful}

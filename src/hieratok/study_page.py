@@ -127,7 +127,7 @@ def overview_table(result: dict[str, Any]) -> Table:
     """How many effects agree, a row a measured number."""
     rows = []
     for c in result["comparisons"]:
-        verdicts = [line.get("verdict") for line in c["rows"]]
+        verdicts = [line["verdict"] for line in c["rows"] if line.get("counts")]
         counts = [str(verdicts.count(v)) if c["measured"] else "" for v in VERDICTS]
         what = c["measured"] or NOT_MEASURED.get(c["metric"], "not measured")
         if c["measured"] and not c["is_metric"]:
@@ -155,7 +155,7 @@ def metric_table(result: dict[str, Any], comparison: dict[str, Any]) -> Table:
         if has_effects and "verdict" in line:
             base = ", ".join(result["rows"][row["against"]]["label"])
             effects = [effect(line["paper_effect"], metric), estimate(line["effect"], is_effect=True)]
-            cells += [base, *effects, line["verdict"]]
+            cells += [base, *effects, line["verdict"] + " (not counted)" * (not line["counts"])]
         elif has_effects:
             cells += ["", "", "", ""]
         rows.append(cells)
@@ -258,8 +258,8 @@ def density_section(rows: dict[str, dict[str, Any]]) -> Section:
     table = Table(
         ["row", "density CV", "Gini", "entropy", "images"],
         cells,
-        "The first seed's latents, and the Gaussian floor: as many vectors of N(0, I). All three depend on how many"
-        " images there are; the paper has 10,000.",
+        "The first seed's latents, by VA-VAE's procedure, and the Gaussian floor: as many vectors of N(0, I). All three"
+        " depend on how many images there are; the paper has 10,000.",
     )
     pictures = []
     for row, numbers in rows.items():

@@ -20,6 +20,7 @@ from hieratok.checkpoint import write_json
 from hieratok.data.images import names_sha256, open_source
 from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
+from hieratok.evaluation.statistics import SetStatistics
 from hieratok.generation import diffusion, flow
 from hieratok.generation.dit import DiT
 from hieratok.latents import WriteLatents, write_latents
@@ -79,7 +80,8 @@ class RunStudy:
     lpips: list[str] = field(default_factory=list)
     """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
     reference: str | None = None
-    """Real images that samples are compared with, or an .npz of their statistics. Default: those of --val."""
+    """Real images that samples are compared with, or an .npz of their statistics. Default: those of --val; size paper
+    needs it: ADM's VIRTUAL_imagenet256_labeled.npz."""
 
     @property
     def steps_of_generators(self) -> int | None:
@@ -177,11 +179,18 @@ def check(setup: Setup) -> None:
     """What would else be found out after hours of training.
 
     Raises:
-        ValueError, FileNotFoundError: no such feature network or its weights, or too few held-out images for what the
-            study measures.
+        ValueError, FileNotFoundError: no such feature network or its weights, no reference where one must be given, one
+            of another network, or too few held-out images for what the study measures.
     """
     if setup.options.features != "none":
-        load_network(setup.options.features, setup.options.weights, "cpu")
+        network = load_network(setup.options.features, setup.options.weights, "cpu")
+        real = reference(setup)
+        if compares_samples(setup) and real is None:
+            raise ValueError(
+                f"size {setup.size_name} compares samples with {setup.size.gfid_reference}: give it by --reference FILE"
+            )
+        if compares_samples(setup) and real and real.endswith(".npz"):
+            SetStatistics.load(real, network)
     load_perceptual(setup.options.lpips, "cpu")
     if "density" in setup.study.needs:
         found = len(open_source(setup.val))
@@ -226,8 +235,12 @@ def settings_of(run: TokenizerRun | GeneratorRun) -> dict[str, Any]:
 
 def wants_generator(setup: Setup) -> bool:
     """Whether rows need a generator, and its samples can be judged if they must be."""
-    needs = set(setup.study.needs)
-    return "samples" in needs or (setup.options.features != "none" and bool(needs & {"generation", "guided", "curves"}))
+    return "samples" in setup.study.needs or compares_samples(setup)
+
+
+def compares_samples(setup: Setup) -> bool:
+    """Whether samples of generators are compared with real images."""
+    return setup.options.features != "none" and not {"generation", "guided", "curves"}.isdisjoint(setup.study.needs)
 
 
 def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Planned:
@@ -266,8 +279,8 @@ def planned_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
 
 
 def reference(setup: Setup) -> str | None:
-    """What samples are compared with."""
-    return setup.options.reference or setup.base.data.val_path
+    """What samples are compared with; None if it is still to be given."""
+    return setup.options.reference or (None if setup.size.gfid_reference else setup.base.data.val_path)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from hieratok.evaluation.statistics import (
     float64,
 )
 
-IS_SPLITS = 10
+IS_SPLIT_SIZE = 5000
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 NEIGHBOURS = 3  # k of precision and recall
@@ -29,7 +29,7 @@ NEIGHBOURS = 3  # k of precision and recall
 DISTRIBUTION_PROTOCOL = {
     "frechet": "float64, covariance with ddof 1",
     "kernel": f"polynomial degree 3, gamma 1/d, coef 1, unbiased, {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE}",
-    "inception score": f"mean over {IS_SPLITS} splits of a seeded permutation",
+    "inception score": f"mean over splits of {IS_SPLIT_SIZE} images of a seeded permutation, the last of what is left",
     "precision and recall": f"k = {NEIGHBOURS}, all samples against at most {REFERENCE_FEATURES} reference images",
     "seed": SEED,
 }
@@ -93,18 +93,21 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp(E_x KL(p(y|x) | p(y))), averaged over 10 splits of a seeded permutation (Salimans et al. 2016).
+    """exp(E_x KL(p(y|x) | p(y))), averaged over splits of 5,000 images (Salimans et al. 2016).
 
-    Args: logits (n, classes) of images in a defined order; n at least 10. Raises ValueError for fewer or bad logits.
+    Splits as ADM's evaluator makes them: the last has what is left, and below 5,000 images it is the only one. It takes
+    images in their order, we a seeded permutation of it, as samples may be sorted by class. The score rises with the
+    size of a split: scores of few images are not those of 50,000.
+
+    Args: logits (n, classes) of images in a defined order; n at least 2. Raises ValueError for fewer or bad logits.
     """
     check_features(logits, "logits")
-    if len(logits) < IS_SPLITS:
-        raise ValueError(f"the Inception Score needs at least {IS_SPLITS} images, got {len(logits)}")
+    if len(logits) < 2:
+        raise ValueError(f"the Inception Score needs at least 2 images, got {len(logits)}")
     order = torch.from_numpy(np.random.RandomState(SEED).permutation(len(logits)))
     log_p = float64(logits.cpu()[order]).log_softmax(1)
     scores = []
-    for i in range(IS_SPLITS):
-        split = log_p[i * len(log_p) // IS_SPLITS : (i + 1) * len(log_p) // IS_SPLITS]
+    for split in log_p.split(IS_SPLIT_SIZE):
         log_mean = split.logsumexp(0) - math.log(len(split))
         scores.append((split.exp() * (split - log_mean)).sum(1).mean().exp().item())
     return math.fsum(scores) / len(scores)
@@ -149,8 +152,8 @@ def distances(samples: SetStatistics, reference: SetStatistics, network: Feature
     """Every metric that the two sets' statistics allow, under the name it has with this network.
 
     The Frechet distance always; sFID where the network has spatial features; the Inception Score where it has classes
-    and the samples' features were kept; KID, precision and recall where those of both sets were. The Inception Score
-    needs 10 images, precision and recall 4 in each set.
+    and the samples' features were kept; KID, precision and recall where those of both sets were. Precision and recall
+    need 4 images in each set.
 
     Raises ValueError for statistics of two networks or image sizes.
     """
@@ -165,7 +168,7 @@ def distances(samples: SetStatistics, reference: SetStatistics, network: Feature
         result[network.key("sfid")] = frechet_distance(samples.spatial, reference.spatial)
     if samples.features is None:
         return result
-    if network.class_weights is not None and len(samples.features) >= IS_SPLITS:
+    if network.class_weights is not None:
         result[network.key("is")] = inception_score(samples.features @ network.class_weights.cpu().T)
     if reference.features is not None:
         result[network.key("kid")] = kernel_distance(samples.features, reference.features)

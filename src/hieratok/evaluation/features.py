@@ -21,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import inception as tv
 
@@ -40,6 +42,7 @@ SPATIAL_CHANNELS = 7  # of the layer behind sFID; 7 x 17 x 17 = 2023 dimensions,
 CAFFE_MEAN_BGR = (104.0, 117.0, 123.0)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DINOV2_OFFSET = 0.1  # `interpolate_offset` of the published models without registers
 
 
 class Features(NamedTuple):
@@ -330,18 +333,48 @@ def _load_mobilenetv2(path: Path) -> FeatureNetwork:
 
 
 def _load_dinov2(size: str, path: Path) -> FeatureNetwork:
-    """DINOv2's class token, 384-, 768- or 1024-d, from the published weights in timm's or Meta's layout."""
-    import timm
+    """DINOv2's class token, 384-, 768- or 1024-d, from the published weights in timm's or Meta's layout.
 
-    network = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, img_size=224, num_classes=0)
+    At 224 px, as the authors of FD-DINOv2 compute it (Stein et al. 2023, arXiv 2306.04675; their code is dgm-eval).
+    """
+    import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
+    network: Any = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, img_size=518, num_classes=0)
     try:
         tensors = checkpoint_filter_fn(read_tensors(path), network)  # type: ignore[arg-type]
     except Exception as error:  # timm looks up tensors of the size it expects
         raise ValueError(f"{path} does not hold the weights of DINOv2 {size}: {error}") from error
     _load_state(network, tensors, path)
-    return FeatureNetwork(f"dinov2-{size}", network, _imagenet, _IMAGENET_WORDS, file_sha256(path))
+    _shrink_positions(network, 224)
+    words = (
+        "as dgm-eval: Pillow's bicubic to 224 px in 8 bits, ImageNet mean and standard deviation; learned positions"
+        f" resampled by (16 + {DINOV2_OFFSET}) / 37, bicubic without antialias"
+    )
+    return FeatureNetwork(f"dinov2-{size}", network, _imagenet_by_pillow, words, file_sha256(path))
+
+
+def _imagenet_by_pillow(images: Tensor) -> Tensor:
+    """Resized in 8 bits, then as `_imagenet`."""
+    pictures = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    resized = [np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC)) for picture in pictures]
+    return _imagenet(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images.device))
+
+
+def _shrink_positions(network: Any, side: int) -> None:
+    """Have a ViT of timm's, trained at a larger size, take images of `side` px as DINOv2's own code does.
+
+    That code adds an offset to the number of tokens per side and hands their ratio to the interpolation, which then
+    samples at steps of old / (new + offset). timm's own resampling has neither the offset nor aliasing: 2% apart in
+    features.
+    """
+    old, prefix = network.patch_embed.grid_size[0], network.num_prefix_tokens
+    new = side // network.patch_embed.patch_size[0]
+    positions = network.pos_embed.detach()  # (1, prefix + old^2, C)
+    grid = positions[:, prefix:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(new + DINOV2_OFFSET) / old, mode="bicubic")  # (1, C, new, new)
+    network.set_input_size(img_size=side)
+    network.pos_embed = nn.Parameter(torch.cat((positions[:, :prefix], grid.flatten(2).mT), dim=1))
 
 
 # --- By name -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class DiTConfig:
     latent_size: int = 16
     """Side of the (square) latent grid."""
     patch_size: int = 1
-    """Latent positions per token side."""
+    """Latent positions per token side. [ours]: the paper does not say; 1 gives the 256 tokens of DiT-XL/2."""
     width: int = 1152
     """Channels of the tokens."""
     depth: int = 28
@@ -131,6 +131,8 @@ class DiTConfig:
 @dataclass(frozen=True)
 class LatentSpace:
     """The latents that a generator has learned: whose they are, and how they were normalised.
+
+    [ours] Each channel has its own mean and deviation, as in LightningDiT; DiT scales all by one number.
 
     Raises:
         ValueError: a channel without variance, which cannot be normalised.

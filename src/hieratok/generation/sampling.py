@@ -19,16 +19,17 @@ LEGACY_CHANNELS = 3  # what DiT, SiT and LightningDiT guide
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How latents are sampled. Defaults: the paper's protocol for gFID, 250 DDPM steps without guidance.
+    """How latents are sampled. Defaults: DiT's protocol for gFID, 250 DDPM steps, without guidance as in the paper.
 
     Raises:
         ValueError: settings out of range, or that the sampler does not have.
     """
 
     sampler: Sampler = "ddpm"
-    """ddpm or ddim for a generator trained with objective ddpm; euler, heun (ODE) or sde for flow."""
+    """ddpm or ddim for a generator trained with objective ddpm; euler, heun (ODE) or sde for flow. [ours]"""
     steps: int = 250
-    """Steps from noise to latent, at most 1000 with ddpm and ddim; heun evaluates the generator twice in each."""
+    """Steps from noise to latent, at most 1000 with ddpm and ddim; heun evaluates the generator twice in each. [ours]:
+    the paper does not say."""
     cfg: float = 1.0
     """Guidance weight w: unconditional + w (conditional - unconditional). 1: none. The paper's pictures have 4.2."""
     cfg_interval: tuple[float, float] | None = None

@@ -1,12 +1,14 @@
 """The GAN loss, L_adv of eq. 3: discriminators by name, losses, and what keeps them stable.
 
-The paper gives its weight, optimiser and warm-up (table 9) and names no discriminator beyond "like StyleGAN"; sizes and
-schedules are [ours] or from the papers cited. No discriminator has batch statistics: a logit depends on its own image
-alone, so the number of processes and micro-batches does not change a run.
+The paper gives its weight, optimiser and warm-up (tables 8 and 9) and describes it as "like the discriminator loss in
+StyleGAN" (section 3.1): the non-saturating loss is the default here. The discriminator, sizes and schedules are [ours]
+or from the papers cited. No discriminator has batch statistics: a logit depends on its own image alone, so the number
+of processes and micro-batches does not change a run.
 """
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from hieratok.layers import LayerNorm2d, init_weights
@@ -23,6 +26,8 @@ DiscriminatorName = Literal["patchgan", "residual", "dino"]
 GanLoss = Literal["hinge", "non-saturating"]
 
 LEAK = 0.2  # slope of every LeakyReLU below zero, as in pix2pix, StyleGAN2 and StyleGAN-T
+DIFFAUGMENT_CUTOUT = 0.5  # of the side, in DiffAugment's paper and code
+STYLEGAN_T_CUTOUT = 0.2  # of the side, in StyleGAN-T's code
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,22 @@ class AdversarialConfig:
     weight: float = 0.6
     """l_adv (paper, table 9), times the adaptive weight if that is on; 0: no GAN."""
     discriminator: DiscriminatorName = "patchgan"
-    """patchgan: convolutions on patches; residual: StyleGAN2's, on the image; dino: heads on frozen DINO features."""
-    loss: GanLoss = "hinge"
-    """Of discriminator and generator."""
+    """patchgan: convolutions on patches; residual: StyleGAN2's, on the image; dino: StyleGAN-T's, heads on frozen DINO
+    features. [ours]: the paper names none."""
+    loss: GanLoss = "non-saturating"
+    """Of discriminator and generator. non-saturating: StyleGAN's, which the paper names; hinge: StyleGAN-T's, usual
+    with dino."""
+    r1_weight: float = 0.0
+    """gamma of the R1 gradient penalty on real images, in the discriminator's loss; StyleGAN uses 10; 0: none. [ours]:
+    the paper does not mention it."""
+    r1_interval: int = 16
+    """Steps from one R1 penalty to the next, each then so many times as heavy, as in StyleGAN2; 1: every step."""
     adaptive: bool = False
     """VQGAN's weight: the GAN's gradient at the pixel head as large as the reconstruction's. The paper's is fixed."""
     diffaugment: bool = False
-    """Augment what the discriminator sees, real and generated; usual with dino."""
+    """Augment what the discriminator sees, real and generated: colour, translation, cutout. [ours]; usual with dino."""
     lecam_weight: float = 0.0
-    """Of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none."""
+    """Of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none. [ours]"""
     generator_start: int = 5_000
     """The generator feels the discriminator from this step on; the discriminator trains from step 0. [ours]"""
     ramp_steps: int = 5_000
@@ -54,13 +66,13 @@ class AdversarialConfig:
     discriminator_min_learning_rate: float = 1e-6
     """At the end of the cosine. [ours]: the paper's value is lost."""
     warmup_ratio: float = 0.01
-    """Share of the steps in which the discriminator's learning rate rises linearly (paper, table 9)."""
+    """Share of the steps in which the discriminator's learning rate rises linearly (paper, table 8)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas (paper, table 9)."""
+    """AdamW's betas (paper, table 8)."""
     weight_decay: float = 0.05
     """AdamW's weight decay. [ours]: the paper's value is lost; this is the tokenizer's."""
     width: int = 64
-    """Channels of the first layer of patchgan and residual; deeper ones have up to 8 times as many."""
+    """Channels of the first layer of patchgan and residual; deeper ones have up to 8 times as many. [ours]"""
     num_layers: int = 3
     """Halvings in patchgan: a logit sees 16, 34, 70 or 142 px with 1, 2, 3 or 4."""
     backbone: str = "vit_small_patch16_224.dino"
@@ -78,6 +90,7 @@ class AdversarialConfig:
         for name in (
             "weight",
             "lecam_weight",
+            "r1_weight",
             "generator_start",
             "ramp_steps",
             "discriminator_min_learning_rate",
@@ -85,7 +98,7 @@ class AdversarialConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"gan.{name} must not be negative, it is {getattr(self, name)}")
-        for name in ("width", "num_layers"):
+        for name in ("width", "num_layers", "r1_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"gan.{name} must be at least 1, not {getattr(self, name)}")
         if not self.discriminator_learning_rate > 0:
@@ -107,12 +120,13 @@ def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:
 
     Returns:
         A module from images (B, 3, H, W) in [-1, 1] to logits, high for real: (B, 1, h, w) one per patch (patchgan),
-        (B, 1) (residual) or (B, 4, N), one per token and depth (dino).
+        (B, 1) (residual) or (B, 5, N), one per token and depth (dino).
 
     Raises:
         ValueError: images too small for it, or no such backbone.
         FileNotFoundError: no weights for the backbone.
     """
+    cutout_share = DIFFAUGMENT_CUTOUT
     match config.discriminator:
         case "patchgan":
             network = PatchGAN(image_size, config.width, config.num_layers)
@@ -120,7 +134,8 @@ def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:
             network = ResidualDiscriminator(image_size, config.width)
         case "dino":
             network = DinoDiscriminator(config.backbone, config.backbone_weights, config.random_backbone)
-    return nn.Sequential(DiffAugment(), network) if config.diffaugment else network
+            cutout_share = STYLEGAN_T_CUTOUT
+    return nn.Sequential(DiffAugment(cutout_share), network) if config.diffaugment else network
 
 
 # --- discriminators ---------------------------------------------------------------------------------------------------
@@ -236,28 +251,50 @@ class Blur(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Judges a frozen DINO's features at four depths: StyleGAN-T's discriminator (arXiv 2301.09515).
+    """Judges a frozen DINO's tokens at five depths: StyleGAN-T's discriminator without its text (arXiv 2301.09515).
 
-    The backbone is no part of `parameters()` or `state_dict()`. Features enter a head under the backbone's final norm,
-    which stands for the heads' batch norms [ours].
+    As published: a head on what enters the first block and on what leaves the last block of each quarter, without the
+    final norm; the class token is added to every patch's token; images are resized by area, and where they are larger
+    than the backbone's, half of the batches are cut to its size at random instead, in training mode; in a head,
+    convolutions go round the sequence in a circle.
+
+    [ours] Its heads have batch norms over 8 images and all tokens, under which a logit depends on other images. Here
+    each is a norm over the channels of one token, as in `PatchGAN`; over the tokens of one image it would take away the
+    class token, which is the same for all of them.
+
+    The backbone is no part of `parameters()` or `state_dict()`.
 
     Raises:
-        ValueError: no such backbone, or weights that are not its.
+        ValueError: no such backbone, one without a class token, or weights that are not its.
         FileNotFoundError: no weights.
     """
 
     def __init__(self, backbone: str, backbone_weights: str | None = None, random_backbone: bool = False):
         super().__init__()
         self.backbone = FoundationModel("gan.backbone", backbone, backbone_weights, random_backbone)
-        self.depths = [self.backbone.depth * i // 4 - 1 for i in (1, 2, 3, 4)]  # 2, 5, 8, 11 of DINO-S's 12 blocks
+        if not self.backbone.has_class_token:
+            raise ValueError(f"gan.backbone {backbone!r} has no class token: take one that has, such as DINO's")
+        self.depths = [self.backbone.depth * i // 4 - 1 for i in range(5)]  # -1, 2, 5, 8, 11 of DINO-S's 12 blocks
         self.heads = nn.ModuleList(DinoHead(self.backbone.width) for _ in self.depths)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1], resized for the backbone -> logits (B, 4, N), a row per depth."""
+        """(B, 3, H, W) in [-1, 1] -> logits (B, 5, N), a row per depth."""
         check_images(images, 1)
         side = self.backbone.image_size
-        features = self.backbone(images, (side, side), self.depths)  # four of (B, C, h, w)
-        return torch.stack([head(f.flatten(2)) for head, f in zip(self.heads, features, strict=True)], dim=1)
+        if self.training and min(images.shape[-2:]) > side and torch.rand(()) < 0.5:
+            images = random_crop(images, side)
+        images = F.interpolate(images, (side, side), mode="area")
+        logits = []
+        for head, tokens in zip(self.heads, self.backbone.tokens(images, self.depths), strict=True):
+            patches = tokens[:, self.backbone.num_prefix_tokens :] + tokens[:, :1]  # (B, N, C)
+            logits.append(head(patches.mT))
+        return torch.stack(logits, dim=1)
+
+
+def random_crop(images: Tensor, side: int) -> Tensor:
+    """The same square of all images, (B, C, H, W) -> (B, C, side, side), at a place drawn from torch's generator."""
+    top, left = (int(torch.randint(length - side + 1, ())) for length in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
 
 
 class DinoHead(nn.Module):
@@ -266,13 +303,15 @@ class DinoHead(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.embed = spectral_norm(nn.Conv1d(width, width, kernel_size=1))
-        self.mix = spectral_norm(nn.Conv1d(width, width, kernel_size=9, padding=4))
+        self.embed_norm = nn.LayerNorm(width)
+        self.mix = spectral_norm(nn.Conv1d(width, width, kernel_size=9, padding=4, padding_mode="circular"))
+        self.mix_norm = nn.LayerNorm(width)
         self.head = spectral_norm(nn.Conv1d(width, 1, kernel_size=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, N) -> (B, N)."""
-        x = F.leaky_relu(self.embed(x), LEAK)
-        x = (x + F.leaky_relu(self.mix(x), LEAK)) / math.sqrt(2)
+        x = F.leaky_relu(self.embed_norm(self.embed(x).mT).mT, LEAK)
+        x = (x + F.leaky_relu(self.mix_norm(self.mix(x).mT).mT, LEAK)) / math.sqrt(2)
         return self.head(x).squeeze(1)
 
 
@@ -359,6 +398,33 @@ def generator_loss(kind: GanLoss, fake_logits: Tensor) -> Tensor:
     if kind == "non-saturating":
         return F.softplus(-fake).mean()
     raise ValueError(f"no GAN loss is called {kind!r}: choose from {', '.join(get_args(GanLoss))}")
+
+
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """R1 = mean over images of |grad_x D(x)|^2, the gradient penalty on real images (arXiv 1801.04406).
+
+    The discriminator's loss gets gamma / 2 of it, times k where it is added at every k-th step alone ("lazy
+    regularisation", arXiv 1912.04958; gamma 10 and k 16 there). [ours] D(x) is the mean of an image's logits, where a
+    discriminator gives several, so that gamma does not depend on how many they are.
+
+    In float32 under autocast too. Call it with the discriminator itself and not with its DDP wrapper, and put it into
+    the same backward pass as the loss of the wrapper's output: DDP then averages the sum of their gradients.
+
+    Args:
+        discriminator: from images to logits (B, ...), each of its own image alone.
+        images: real ones, (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        A scalar with a graph to the discriminator's parameters.
+    """
+    with (
+        torch.autocast(images.device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # others have no 2nd derivative
+        x = at_least_float32(images).detach().requires_grad_()
+        logits = discriminator(x).flatten(1).mean(1)  # (B,)
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)  # (B, 3, H, W)
+        return gradient.square().flatten(1).sum(1).mean()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -468,14 +534,21 @@ class DiffAugment(nn.Module):
     """Colour, translation and cutout, drawn anew for each image and call (DiffAugment, arXiv 2006.10738).
 
     Differentiable. Draws from torch's global generator; in evaluation mode it returns the images as they are.
+
+    Args:
+        cutout_share: sides of what is cut out, as a share of the image's.
     """
+
+    def __init__(self, cutout_share: float = DIFFAUGMENT_CUTOUT):
+        super().__init__()
+        self.cutout_share = cutout_share
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> the same shape; values may leave the range."""
         check_images(images, 1)
         if not self.training:
             return images
-        return cutout(translate(jitter_colour(at_least_float32(images))))
+        return cutout(translate(jitter_colour(at_least_float32(images))), self.cutout_share)
 
 
 def jitter_colour(images: Tensor) -> Tensor:
@@ -492,7 +565,7 @@ def translate(images: Tensor) -> Tensor:
     """Moved by up to an eighth of the side in both directions; what was outside is 0, grey."""
     for dim in (2, 3):
         B, side = images.shape[0], images.shape[dim]
-        reach = side // 8
+        reach = int(side / 8 + 0.5)
         padding = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
         shift = torch.randint(2 * reach + 1, (B, 1), device=images.device)
         index = torch.arange(side, device=images.device) + shift  # (B, side), into the padded side
@@ -501,13 +574,15 @@ def translate(images: Tensor) -> Tensor:
     return images
 
 
-def cutout(images: Tensor) -> Tensor:
-    """A rectangle of half the sides set to 0, around any point of the image."""
+def cutout(images: Tensor, share: float) -> Tensor:
+    """A rectangle of `share` of the sides set to 0, around any point of the image."""
     B, _, H, W = images.shape
     inside = []
     for side in (H, W):
-        start = torch.randint(side + 1, (B, 1), device=images.device) - side // 4
+        hole = int(side * share + 0.5)
+        centre = torch.randint(side + 1 - hole % 2, (B, 1), device=images.device)  # between pixels if `hole` is even
         position = torch.arange(side, device=images.device)
-        inside.append((position >= start) & (position < start + side // 2))  # (B, side)
+        start = centre - hole // 2
+        inside.append((position >= start) & (position < start + hole))  # (B, side)
     rectangle = inside[0].unsqueeze(2) & inside[1].unsqueeze(1)  # (B, H, W)
     return images * ~rectangle.unsqueeze(1)

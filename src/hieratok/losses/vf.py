@@ -26,7 +26,7 @@ VF_MAX_WEIGHT = 1e8
 
 @dataclass(frozen=True)
 class VFConfig:
-    """The vision-foundation loss.
+    """The vision-foundation loss. The paper names it and gives neither weight nor margins: those of recipes are [ours].
 
     Raises:
         ValueError: settings out of range.
@@ -127,6 +127,8 @@ class FoundationModel(nn.Module):
 
     Attributes:
         depth, width, patch_size: blocks, channels, pixels per token side.
+        num_prefix_tokens, has_class_token: how many tokens stand before the patches', and whether the first of them is
+            a class token; the others are registers.
         image_size: side in pixels of the images the model was trained on.
 
     Raises:
@@ -152,6 +154,8 @@ class FoundationModel(nn.Module):
         self.depth = len(network.blocks)
         self.width = network.embed_dim
         self.patch_size = network.patch_embed.feat_ratio()
+        self.num_prefix_tokens = network.num_prefix_tokens
+        self.has_class_token = getattr(network, "cls_token", None) is not None
         pretraining = network.pretrained_cfg
         self.image_size = pretraining["input_size"][-1]
         mean, std = (pretraining["mean"], pretraining["std"]) if normalize else ((0.5,) * 3, (0.5,) * 3)
@@ -179,14 +183,43 @@ class FoundationModel(nn.Module):
         Raises:
             ValueError: images of another shape.
         """
+        network: Any = self._unregistered[0]
+        images = self._prepare(images, size)
+        return network.forward_intermediates(images, indices=list(blocks), norm=True, intermediates_only=True)
+
+    def tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """All tokens after some of the blocks, as the blocks leave them, without the final norm.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], resized to `image_size` (bicubic, antialiased) if they have another size.
+            blocks: which, counted from 0; -1: what enters the first block, embedded patches with their positions.
+
+        Returns:
+            (B, num_prefix_tokens + N, C) per block; the patches' tokens row by row.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        network: Any = self._unregistered[0]
+        found: dict[int, Tensor] = {}
+        hooks = [network.blocks[0].register_forward_pre_hook(lambda _, inputs: found.update({-1: inputs[0]}))]
+        for i, block in enumerate(network.blocks):
+            hooks.append(block.register_forward_hook(lambda _, __, output, i=i: found.update({i: output})))
+        try:
+            network.forward_features(self._prepare(images, (self.image_size, self.image_size)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[i] for i in blocks]
+
+    def _prepare(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Images in [-1, 1] -> what the network was trained on, at `size`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, H, W) float in [-1, 1], not {tuple(images.shape)} {images.dtype}")
         images = images.to(self.mean.dtype)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        images = ((images + 1) / 2 - self.mean) / self.std
-        network: Any = self._unregistered[0]
-        return network.forward_intermediates(images, indices=list(blocks), norm=True, intermediates_only=True)
+        return ((images + 1) / 2 - self.mean) / self.std
 
 
 def _load_vit(setting: str, name: str, weights: str | Path | None, random_weights: bool) -> Any:

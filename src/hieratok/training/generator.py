@@ -100,7 +100,8 @@ class GeneratorRun:
             weight_decay=0.0,
         )
     )
-    """How."""
+    """How. Steps, batch and optimiser are the paper's (appendix F), the averaging of weights is DiT's; bf16 and the
+    clipping of gradients are [ours]."""
     eval: GeneratorEval = field(default_factory=GeneratorEval)
     """How it is judged meanwhile."""
 

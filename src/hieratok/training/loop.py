@@ -52,11 +52,11 @@ class DataConfig:
     val_path: str | None = None
     """Images never trained on, for the pictures during training. None: of `path`, centre-cropped."""
     crop: Literal["random-resized", "center"] = "random-resized"
-    """Training crop; evaluation always takes the ADM centre crop."""
+    """Training crop; evaluation always takes the ADM centre crop. [ours]: the paper names no crop; DiT's is center."""
     min_area: float = 0.5
-    """Smallest share of an image's area that a random-resized crop may keep."""
+    """Smallest share of an image's area that a random-resized crop may keep. [ours]"""
     flip: bool = True
-    """Mirror half of the images."""
+    """Mirror half of the images. [ours]: the paper does not say; DiT does."""
     on_bad_image: Literal["error", "skip"] = "error"
     """Stop at an unreadable image and name it, or go on without it and count."""
     num_workers: int = 8
@@ -71,7 +71,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Optimization:
-    """One network's optimiser, AdamW, and its schedule. Defaults: the paper's stage 1 (tables 8 and 9).
+    """One network's optimiser, AdamW, and its schedule. Defaults: the paper's stage 1 (table 8), but for [ours].
 
     Raises:
         ValueError: settings out of range.
@@ -86,9 +86,9 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = 0.05
-    """AdamW's weight decay, on matrices and convolutions; not on norms, biases, positions. [ours]"""
+    """AdamW's weight decay. It spares norms, biases, positions and scale embeddings. [ours]: the paper does not say."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this norm. [ours]"""
+    """Gradients are scaled down to this norm. [ours]: the paper mentions no clipping, and DiT has none."""
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -116,13 +116,13 @@ class TrainConfig(Optimization):
     steps: int = 500_456
     """Optimiser steps; the paper's 100 epochs of 1,281,167 images at batch 256."""
     batch_size: int = 256
-    """Images per step over all processes."""
+    """Images per step over all processes (paper, appendices E and F)."""
     micro_batch_size: int | None = None
     """Images per forward pass; gradients are accumulated over the rest. None: a process's whole share."""
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights, which are what is saved as the model; lower in the first steps. [ours]"""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast; norms, softmax and losses stay in float32."""
+    """bf16: autocast; norms, softmax and losses stay in float32. [ours], for DiT too: the paper does not say."""
     compile: bool = False
     """torch.compile: slow to start, faster to run."""
     activation_checkpointing: bool = False
@@ -208,7 +208,7 @@ def learning_rate(step: int, config: Optimization, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: Optimization, device: torch.device) -> torch.optim.AdamW:
-    """AdamW on what is trained of a network, with weight decay on matrices and convolutions alone."""
+    """AdamW on what is trained of a network, with weight decay on matrices and convolutions alone. [ours]"""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -224,7 +224,7 @@ def make_optimizer(model: nn.Module, config: Optimization, device: torch.device)
 
 
 def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)): early averages forget quickly."""
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)): early averages forget quickly. [ours]"""
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     average([p.detach() for p in ema.parameters()], [p.detach() for p in model.parameters()], step)
 

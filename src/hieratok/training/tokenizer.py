@@ -34,6 +34,7 @@ from hieratok.losses.adversarial import (
     generator_loss,
     generator_weight,
     make_discriminator,
+    r1_penalty,
 )
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.losses.vf import VF_MAX_WEIGHT, VFConfig, VFLoss
@@ -282,7 +283,7 @@ class TokenizerObjective(Objective):
             terms |= {"adversarial": adversarial.detach(), "adversarial_weight": weight.detach()}
         yield loss, {"loss": loss.detach(), **terms}
         if self.critic:
-            yield self.discriminator_loss(networks["discriminator"], images, pyramid[-1].detach())
+            yield self.discriminator_loss(networks["discriminator"], images, pyramid[-1].detach(), step)
 
     def weight(
         self, weight: float, adaptive: bool, finest: Tensor, other: Tensor, last_layer: Tensor, most: float = 1e4
@@ -299,18 +300,29 @@ class TokenizerObjective(Objective):
         critic.requires_grad_(True)
         return loss
 
-    def discriminator_loss(self, critic: nn.Module, images: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss; one forward pass for both kinds of image, as DDP wants it."""
+    def discriminator_loss(
+        self, critic: nn.Module, images: Tensor, fake: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss; one forward pass for both kinds of image, as DDP wants it.
+
+        R1's penalty comes on top at every `r1_interval`-th step, in the same backward pass. [ours]: StyleGAN2 makes an
+        optimiser step of its own of it, and lowers learning rate and betas for that.
+        """
         assert self.critic is not None
+        gan = self.run.gan
         real_logits, fake_logits = critic(torch.cat((images, fake.float()))).chunk(2)
-        loss = discriminator_loss(self.run.gan.loss, real_logits, fake_logits)
+        loss = discriminator_loss(gan.loss, real_logits, fake_logits)
         means = torch.stack((real_logits.detach().float().mean(), fake_logits.detach().float().mean()))
         terms = {"discriminator/loss": loss.detach(), "logits/real": means[0], "logits/fake": means[1]}
-        if self.run.gan.lecam_weight:
+        if gan.lecam_weight:
             lecam = self.critic.lecam(real_logits, fake_logits)
-            loss = loss + self.run.gan.lecam_weight * lecam
+            loss = loss + gan.lecam_weight * lecam
             terms["discriminator/lecam"] = lecam.detach()
             self.logit_means.append(means)
+        if gan.r1_weight and step % gan.r1_interval == 0:
+            r1 = r1_penalty(self.critic, images)
+            loss = loss + gan.r1_weight / 2 * gan.r1_interval * r1
+            terms["discriminator/r1"] = r1.detach()
         return loss, terms
 
     def finish_step(self, bad: Tensor) -> None:
