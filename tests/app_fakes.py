@@ -1,4 +1,4 @@
-"""Stand-ins for the app's `Demo` that hang, crash and fail. The worker's process imports them, so nothing heavy here."""
+"""Stand-ins for the app's `Demo` that hang, crash and fail. The worker imports them, so nothing heavy here."""
 
 import os
 import signal

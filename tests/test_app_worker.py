@@ -92,7 +92,9 @@ def test_models_that_do_not_load():
 
 
 def test_it_ends_with_a_server_that_was_killed():
-    path = f"import sys; sys.path = {sys.path!r}; import runpy; runpy.run_path({app_fakes.__file__!r}, {{}}, '__main__')"
+    path = (
+        f"import sys; sys.path = {sys.path!r}; import runpy; runpy.run_path({app_fakes.__file__!r}, {{}}, '__main__')"
+    )
     parent = subprocess.Popen([sys.executable, "-c", path], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     with parent.stdout:

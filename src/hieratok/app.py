@@ -183,8 +183,9 @@ def running(worker: Worker, uploads: Uploads, options: ServeApp, listener: socke
         pwa=False,
     )
     hosts = [*options.allowed_hosts] + [options.host] * (options.host not in ("", "0.0.0.0", "::"))
+    functions = {number: str(function.api_name) for number, function in blocks.fns.items()}
     config = uvicorn.Config(
-        gated(page, uploads, visits, hosts, lambda _: page.router.lifespan_context(page)),
+        gated(page, uploads, visits, functions, hosts, lambda _: page.router.lifespan_context(page)),
         log_level="warning",
         access_log=False,
         ws="none",

@@ -8,10 +8,9 @@ easier to keep right than a list of what may not.
 import asyncio
 import contextlib
 import json
-import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,6 +41,8 @@ PASSED = (
     "/gradio_api/info",
     "/gradio_api/heartbeat/{session}",
 )
+HANDLERS = {"photo": ["photo"], "two_photos": ["photo", "photo"], "generate": ["number"] * 4}  # and what they take
+SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LOCAL = ("localhost", "127.0.0.1", "::1")
 ENVELOPE = 2**16  # bytes of an upload besides the file
 CALL_BYTES = 2**14  # of a call; two photos are named in less than 1 kB
@@ -118,10 +119,14 @@ class Visits:
         visit = self._visits.setdefault(session, Visit(0.0))
         visit.since = time.monotonic()
 
+    def knows(self, session: str) -> bool:
+        """Whether they have asked for something, and have not left for good."""
+        return session in self._visits
+
     @contextlib.contextmanager
-    def listening(self, session: str):
+    def listening(self, session: str) -> Iterator[None]:
         """They listen, while the block runs. Then they may ask for something else, or have left."""
-        visit = self._visits.setdefault(session, Visit(time.monotonic()))
+        visit = self._visits[session]
         visit.listeners += 1
         try:
             yield
@@ -157,10 +162,12 @@ class Gate:
         page: gradio's server.
         uploads: where photos are kept.
         visits: is told who comes and goes.
+        functions: gradio's numbers of handlers, and their names.
     """
 
-    def __init__(self, page: ASGIApp, uploads: Uploads, visits: Visits):
+    def __init__(self, page: ASGIApp, uploads: Uploads, visits: Visits, functions: dict[int, str]):
         self.page = page
+        self.functions = functions
         self.uploads = uploads
         self.visits = visits
         self.arriving = 0  # bytes of uploads that are on their way
@@ -175,9 +182,9 @@ class Gate:
             Route("/gradio_api/upload", self.upload, methods=["POST"]),
             Route("/gradio_api/file={path:path}", self.file),
             Route("/gradio_api/queue/join", self.ask, methods=["POST"]),
-            Route("/gradio_api/call/{name}", self.ask, methods=["POST"]),
-            Route("/gradio_api/queue/data", Listening(self)),
-            Route("/gradio_api/call/{name}/{session}", Listening(self)),
+            Route("/gradio_api/queue/data", Listening(self), methods=["GET"]),
+            *(Route(f"/gradio_api/call/{name}", self.ask, methods=["POST"]) for name in HANDLERS),
+            *(Route(f"/gradio_api/call/{name}/{{session}}", Listening(self), methods=["GET"]) for name in HANDLERS),
             *(Route(path, self.page, methods=["GET"]) for path in PASSED),
         ]
 
@@ -193,7 +200,7 @@ class Gate:
                     if (photo.size or 0) > MAX_BYTES:
                         raise HTTPException(413, f"the limit is {MAX_BYTES // 2**20} MB")
                     try:
-                        path = await run_in_threadpool(self.uploads.keep, photo.file, photo.filename or "", client)
+                        path = await run_in_threadpool(self.uploads.keep, photo.file, client)
                     except OSError as error:
                         raise HTTPException(507, "there is no room for the photo") from error
                     paths.append(str(path))
@@ -202,7 +209,7 @@ class Gate:
         return JSONResponse(paths)
 
     @contextlib.contextmanager
-    def limited(self, request: Request, size: int):
+    def limited(self, request: Request, size: int) -> Iterator[Request]:
         """The request, with an error if its body or those of all uploads on their way get too large."""
         received = 0
 
@@ -229,19 +236,19 @@ class Gate:
         path = self.uploads.find(request.path_params["path"])
         if path is None:
             return PlainTextResponse(GONE, 404)
-        kind = None if path.suffix else "application/octet-stream"
-        return FileResponse(
-            path, media_type=kind, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
-        )
+        # Nothing that a visitor sends may run as a page or script of ours; an <img> shows it all the same.
+        headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment", "Cache-Control": "private"}
+        return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
     async def ask(self, request: Request) -> Response:
         """Put a call into gradio's queue, after those have been taken out of it who do not listen any more."""
         with self.limited(request, CALL_BYTES) as limited:
             async with within(CALL_SECONDS):
                 body = await limited.body()
-        call = self.checked(body)
-        if "name" in request.path_params:
-            call["session_hash"] = None  # gradio's word for it is then the event's own id
+        _, _, name = request.url.path.partition("/call/")
+        call = self.checked(body, name)
+        if name:
+            call["session_hash"] = None  # gradio then takes the event's own id for it
         elif call["session_hash"] is None:
             raise HTTPException(400, "session_hash is missing")
         await self.clear_queue()
@@ -258,8 +265,12 @@ class Gate:
         async with self.turn:  # or somebody might ask again for what is being cleared away
             await asyncio.gather(*map(self.hang_up, self.visits.take_left()))
 
-    def checked(self, body: bytes) -> dict[str, Any]:
-        """A call with nothing in it but what our handlers need: numbers, and photos that were uploaded.
+    def checked(self, body: bytes, name: str) -> dict[str, Any]:
+        """A call with nothing in it but what its handler needs: numbers, or photos that were uploaded.
+
+        Args:
+            body: JSON.
+            name: of the handler; empty if the body names it by gradio's number.
 
         Raises:
             HTTPException: it is not such a call.
@@ -267,25 +278,30 @@ class Gate:
         try:
             call = json.loads(body)
             session, function, trigger = (call.get(key) for key in ("session_hash", "fn_index", "trigger_id"))
-            data = [self.value(value) for value in call["data"]]
-            if session is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", session):
+            kinds = HANDLERS[name or self.functions[function]]
+            data = [self.value(value, kind) for value, kind in zip(call["data"], kinds, strict=True)]
+            if session is not None and not SESSION.fullmatch(session):
                 raise ValueError
-            if not all(value is None or type(value) is int for value in (function, trigger)):
+            if trigger is not None and type(trigger) is not int:
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise HTTPException(400, "not a call of this page") from None
-        return {"data": data, "session_hash": session, "fn_index": function, "trigger_id": trigger}
+        return {"data": data, "session_hash": session, "fn_index": None if name else function, "trigger_id": trigger}
 
-    def value(self, value: Any) -> Any:
+    def value(self, value: Any, kind: str) -> Any:
         """One argument of a call. A photo is named as the handlers read it, which is not gradio's way of naming files:
         gradio would copy, fetch or open what a record of its own kind names.
 
         Raises:
             HTTPException: a photo that is not kept here.
-            ValueError: something else that no handler takes.
+            ValueError: something else that the handler does not take.
         """
-        if value is None or (isinstance(value, int | float) and math.isfinite(value)):
-            return value
+        if value is None:
+            return None
+        if kind == "number":
+            if isinstance(value, int | float) and abs(value) < 2**53:
+                return value
+            raise ValueError
         if not isinstance(value, dict):
             raise ValueError
         path = self.uploads.find(value.get("path"))
@@ -332,6 +348,9 @@ class Listening:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         session = request.path_params.get("session") or request.query_params.get("session_hash", "")
+        if not self.gate.visits.knows(session):
+            await PlainTextResponse("no such session", 404)(scope, receive, send)
+            return
 
         with self.gate.visits.listening(session), contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None) as patience:
@@ -358,6 +377,7 @@ def gated(
     page: ASGIApp,
     uploads: Uploads,
     visits: Visits,
+    functions: dict[int, str],
     allowed_hosts: Iterable[str],
     lifespan: Callable[[Any], contextlib.AbstractAsyncContextManager[Any]],
 ) -> Starlette:
@@ -367,11 +387,12 @@ def gated(
         page: gradio's server.
         uploads: where photos are kept.
         visits: is told who comes and goes.
+        functions: gradio's numbers of handlers, and their names.
         allowed_hosts: names under which the app may be asked for, besides localhost.
         lifespan: gradio's.
     """
 
-    gate = Gate(page, uploads, visits)
+    gate = Gate(page, uploads, visits, functions)
 
     async def keep_cleaning() -> None:
         while True:

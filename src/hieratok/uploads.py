@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hieratok.data.pixels import FORMATS, BadImageError, decode_image, has_image_suffix
+from hieratok.data.pixels import FORMATS, BadImageError, decode_image
 from hieratok.pictures import to_pil
 
 MAX_BYTES = 20 * 2**20
@@ -53,20 +53,17 @@ class Uploads:
         self._kept: dict[Path, Kept] = {}  # the oldest first
         self._lock = threading.Lock()
 
-    def keep(self, content: BinaryIO, name: str, client: str) -> Path:
+    def keep(self, content: BinaryIO, client: str) -> Path:
         """Write a photo under a name that cannot be guessed; older ones make room for it.
 
         Args:
             content: of the file, at its start.
-            name: as the sender calls it; only a known suffix is kept of it.
             client: the sender's address.
 
         Raises:
             OSError: the disk is full.
         """
         path = self.folder / secrets.token_hex(16)
-        if has_image_suffix(name):
-            path = path.with_suffix(Path(name).suffix.lower())
         try:
             with path.open("xb") as file:
                 shutil.copyfileobj(content, file)
@@ -136,10 +133,11 @@ def content_of(path: object, name: str, folder: Path) -> bytes:
         file = os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError, RuntimeError):  # missing, not readable, no path at all, links in a circle
         raise BadImageError(GONE) from None
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(file)
+        raise BadImageError(GONE)
     with open(file, "rb") as opened:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImageError(GONE)
         if status.st_size > MAX_BYTES:
             size = f"{status.st_size / 2**20:,.1f} MB"
             raise BadImageError(f"{name} has {size}; the limit is {MAX_BYTES // 2**20} MB")
