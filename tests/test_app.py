@@ -341,6 +341,12 @@ def test_without_gradio_one_line_says_what_to_install(run, monkeypatch, capsys):
         serve(ServeApp(run=str(run)))
 
 
+def test_options_are_checked(run, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    assert cli.main(["app", str(run), "--time_limit", "0", "--allowed_hosts", "[photos.example.org, 10.0.0.1]"]) == 2
+    assert capsys.readouterr().err == "hieratok: time_limit must be above 0 seconds, not 0\n"
+
+
 def test_port_in_use_is_one_line(run, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)  # it is not imported before the port is known
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -370,15 +376,16 @@ class Server:
         self.temporary.mkdir()
         self.place.mkdir()
         command = [sys.executable, "-m", "hieratok", "app", str(run), "--generator", str(run), "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [*command, "--device", "cpu", *options],
-            cwd=self.place,
-            env={**os.environ, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=(home / "log").open("w"),
-            text=True,
-        )
         self.log = home / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--device", "cpu", *options],
+                cwd=self.place,
+                env={**os.environ, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line == f"hieratok app: {self.url} (Ctrl+C ends it)\n", line + self.log.read_text()

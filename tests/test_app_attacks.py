@@ -348,7 +348,7 @@ def test_the_servers_files_are_out_of_reach(server, route, tmp_path):
             answers.add(refusal(server, route, {"path": path, **more}))
     assert [(status, json.loads(body)) for status, body in answers] == [(400, {"detail": GONE})], "one answer for all"
     nested = {"image": {"path": str(secret), **META}}
-    for record in (nested, [nested], [{"path": str(secret)}], str(secret), True, "x" * 9999):
+    for record in (nested, [nested], [{"path": str(secret)}], str(secret), True, "x" * 999):
         status, body = refusal(server, route, record)
         assert status == 400
         assert str(secret).encode() not in body
@@ -380,7 +380,7 @@ def test_uploads_can_be_looked_at_and_nothing_else(server, tmp_path):
 # What gradio serves besides. Some write to the disk, some fetch addresses, some call handlers past the queue.
 API = """file/etc/passwd proxy=http://127.0.0.1:9/ stream/a/b/1/playlist.m3u8 stream/a/b/1/playlist-file openapi.json
     runs deep_link?session_hash=x
-    custom_component/a/client/b/c dev/reload queue/status token upload_progress?upload_id=x
+    custom_component/a/client/b/c dev/reload queue/status token
     app_id user vibe-code startup-events profiling/traces run-history/buckets run-history/records"""
 API_POST = """run/photo api/photo call/v2/photo component_server process_recording cancel reset stream/x stream/x/close
     vibe-edit vibe-code run-history/connect"""
@@ -511,6 +511,7 @@ def bad_request(number: int, server: Server, upload: dict) -> tuple[str, str, di
             json.dumps({"data": [upload], "session_hash": "s", "fn_index": 0, key: dice.choice(values)}).encode()
         )
     bodies.append(b'{"data": ["' + b"x" * 200_000 + b'"]}')
+    bodies.append(json.dumps({"data": [{**upload, "orig_name": dice.choice(values)}]}).encode())
     name = dice.choice(["photo", "two_photos", "generate", "none", "%00", "..", "photo/x", "v2/photo"])
     path = dice.choice([f"/gradio_api/call/{name}", "/gradio_api/queue/join", "/gradio_api/upload"])
     headers = {"Content-Type": dice.choice(["application/json", "text/plain", "multipart/form-data; boundary=b", ""])}
@@ -522,7 +523,6 @@ def bad_request(number: int, server: Server, upload: dict) -> tuple[str, str, di
     return "POST", path, headers, dice.choice(bodies)
 
 
-@pytest.mark.slow
 def test_a_thousand_bad_requests(server, tmp_path):
     upload = server.upload("a.png", photo(tmp_path / "a.png").read_bytes())
     before = server.megabytes()
@@ -564,6 +564,7 @@ def test_sixty_clients_at_once_and_the_memory_that_they_leave(run, tmp_path):
         assert all(page.count("<section") == 4 for number, page in enumerate(pages) if number % 3 != 2)
         time.sleep(5)
         after = server.megabytes()
+        print(f"{before:.0f} MB before, {after:.0f} MB after")
         assert after < 1.2 * before, f"{before:.0f} MB before, {after:.0f} MB after"
         assert server.end(timeout=5) == 0
     finally:

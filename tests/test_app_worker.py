@@ -62,6 +62,15 @@ def test_who_leaves_ends_the_request(worker):
     assert list(worker.run("two_photos", None, None)) == ["two photos"]
 
 
+def test_a_failing_caller_gets_no_later_answer_mixed_up(worker):
+    def fail(*_: int) -> None:
+        raise KeyError("progress")
+
+    with pytest.raises(KeyError):
+        list(worker.run("generate", 60, progress=fail))
+    assert list(worker.run("two_photos", None, None)) == ["two photos"]
+
+
 def test_an_older_request_gets_nothing_of_a_newer_one(worker):
     older = worker.run("photo", "older")
     next(older)

@@ -50,7 +50,7 @@ class ServeApp:
     generator: str | None = None
     """A generator of its latents: a run's folder, a generator's folder or a hub id. Default: no samples."""
     host: str = "127.0.0.1"
-    """Address to listen on: this machine alone. 0.0.0.0 lets everybody in who reaches it; there is no password."""
+    """Address to listen on: this machine alone. 0.0.0.0 listens to everybody who reaches it; there is no password."""
     port: int = 7860
     """Port to listen on."""
     allowed_hosts: tuple[str, ...] = ()

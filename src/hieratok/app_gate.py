@@ -180,6 +180,7 @@ class Gate:
         """Everything else is answered by 404, by another method by 405."""
         return [
             Route("/gradio_api/upload", self.upload, methods=["POST"]),
+            Route("/gradio_api/upload_progress", self.progress),
             Route("/gradio_api/file={path:path}", self.file),
             Route("/gradio_api/queue/join", self.ask, methods=["POST"]),
             Route("/gradio_api/queue/data", Listening(self), methods=["GET"]),
@@ -207,6 +208,10 @@ class Gate:
         if not paths:
             raise HTTPException(400, "a file is needed")
         return JSONResponse(paths)
+
+    async def progress(self, _: Request) -> Response:
+        """What the page asks for during an upload; gradio would remember every piece of every upload for it."""
+        return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
     @contextlib.contextmanager
     def limited(self, request: Request, size: int) -> Iterator[Request]:
@@ -307,7 +312,8 @@ class Gate:
         path = self.uploads.find(value.get("path"))
         if path is None:
             raise HTTPException(400, GONE)
-        return {"path": str(path), "orig_name": str(value.get("orig_name") or "")[-200:]}
+        name = str(value.get("orig_name") or "")[-200:]
+        return {"path": str(path), "orig_name": name.encode(errors="replace").decode()}
 
     async def hang_up(self, session: str) -> None:
         """Listen and leave, as a browser does: so gradio learns that nobody waits for this session's answers."""

@@ -99,7 +99,11 @@ class Worker:
                     if question[0] == "start":
                         self._revive()
                         deadline = time.monotonic() + self.time_limit
-                    answer = self._ask(question, deadline, progress, wanted)
+                    try:
+                        answer = self._ask(question, deadline, progress, wanted)
+                    except BaseException:
+                        self._end()  # or the next request would get this one's answer
+                        raise
                 if answer[0] != "page":
                     break
                 yield answer[1]
@@ -138,7 +142,7 @@ class Worker:
         """The answer to a question.
 
         Raises:
-            TimeoutError: there is none by the deadline; the process has been killed.
+            TimeoutError: there is none by the deadline.
             EOFError, OSError: the process has ended.
         """
         self._tell(question)
@@ -146,8 +150,6 @@ class Worker:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                self._process.kill()
-                self._process.join()
                 raise TimeoutError
             if self._connection.poll(min(left, POLL_SECONDS)):
                 answer = json.loads(self._connection.recv_bytes())
@@ -161,6 +163,9 @@ class Worker:
     def close(self) -> None:
         """End the process at once. A request in progress ends without a further page."""
         self.closed = True
+        self._end()
+
+    def _end(self) -> None:
         self._process.kill()
         self._process.join()
 
