@@ -19,18 +19,21 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.datastructures import Headers
 
 from hieratok import uploads
 from hieratok.app import ServeApp
-from hieratok.app_gate import GRACE_SECONDS, LOCAL, KnownHosts, Visits
 from hieratok.app_handlers import Demo
 from hieratok.data.pixels import BadImageError
 from hieratok.uploads import GONE, KEPT_SECONDS, LEAST_BYTES, Uploads, content_of, read_upload
 from test_app import Server, photo, pictures
 from test_latents import save_tokenizer
 from test_sample import save_generator
+
+pytest.importorskip("starlette", reason="the app needs gradio, which brings it")
+from starlette.applications import Starlette  # noqa: E402
+from starlette.datastructures import Headers  # noqa: E402
+
+from hieratok.app_gate import GRACE_SECONDS, LOCAL, KnownHosts, Visits  # noqa: E402
 
 META = {"meta": {"_type": "gradio.FileData"}}
 BUSY = 60.0  # seconds that an answer may take on a machine that does other things besides
