@@ -30,10 +30,10 @@ from test_latents import save_tokenizer
 from test_sample import save_generator
 
 pytest.importorskip("starlette", reason="the app needs gradio, which brings it")
-from starlette.applications import Starlette  # noqa: E402
-from starlette.datastructures import Headers  # noqa: E402
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
 
-from hieratok.app_gate import GRACE_SECONDS, LOCAL, KnownHosts, Visits  # noqa: E402
+from hieratok.app_gate import GRACE_SECONDS, LOCAL, KnownHosts, Visits
 
 META = {"meta": {"_type": "gradio.FileData"}}
 BUSY = 60.0  # seconds that an answer may take on a machine that does other things besides
