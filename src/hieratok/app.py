@@ -4,32 +4,38 @@ The page is gradio's, of which all is switched off that would go out to the netw
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hieratok.app_handlers import SAMPLERS, SAMPLES, Demo
-from hieratok.app_page import STYLE, status
+from hieratok.app_handlers import GUIDANCE, SAMPLERS, SAMPLES, SEEDS, STEPS, Demo, ModelFacts
+from hieratok.app_page import STYLE, message, status
+from hieratok.app_worker import Worker, WorkerError
 from hieratok.generation.dit import DiT
 from hieratok.reconstruct import best_device
 from hieratok.sample import Sample, check_models
 from hieratok.tokenizer.model import HieraTok
-from hieratok.uploads import MAX_BYTES, MAX_PIXELS
+from hieratok.uploads import KEPT_SECONDS, MAX_BYTES, MAX_PIXELS, Uploads
 
 if TYPE_CHECKING:
     import gradio
     from gradio.themes import Base
 
-WAITING = 32  # people in the queue; whoever comes then is told to try again
-SESSIONS = 100  # whose last page is remembered
-KEPT_SECONDS = 1800  # how long an upload lies in the temporary folder
+    from hieratok.app_gate import Visits
+
+WAITING = 100  # people in the queue; whoever comes then is told to try again
+SESSIONS = 4  # whose last page gradio remembers, though nothing asks for it; a page has some megabytes
+CONNECTIONS = 500  # a browser needs three
+END_SECONDS = 4.0  # from SIGTERM to the end, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +50,14 @@ class ServeApp:
     generator: str | None = None
     """A generator of its latents: a run's folder, a generator's folder or a hub id. Default: no samples."""
     host: str = "127.0.0.1"
-    """Address to listen on: this machine alone. 0.0.0.0 lets everybody in who reaches it; there is no password."""
+    """Address to listen on: this machine alone. 0.0.0.0 listens to everybody who reaches it; there is no password."""
     port: int = 7860
     """Port to listen on."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which others reach the app, such as '[photos.example.org]'. Requests for any other name than these,
+    localhost and --host are refused."""
+    time_limit: float = 120.0
+    """Seconds that one request may take; then it is stopped."""
     device: str | None = None
     """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
 
@@ -59,28 +70,59 @@ def serve(options: ServeApp) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the app needs gradio: pip install 'hieratok[demo]'")
-    check_port(options.host, options.port)
-    demo = load(options)
-    stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    if not options.time_limit > 0:
+        raise ValueError(f"time_limit must be above 0 seconds, not {options.time_limit:g}")
+    with (
+        ended_by_sigterm(),
+        listen(options.host, options.port) as listener,
+        served(options, listener) as url,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        print(f"hieratok app: {url} (Ctrl+C ends it)", flush=True)
+        threading.Event().wait()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl+C does, and then end the process, whatever its threads still do."""
+    ended = False
+
+    def end(*_: object) -> None:
+        nonlocal ended
+        ended = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not disturb the cleaning up
+        last = threading.Timer(END_SECONDS, os._exit, [0])  # if the cleaning up hangs
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        with served(demo, options.host, options.port) as url, contextlib.suppress(KeyboardInterrupt):
-            print(f"hieratok app: {url} (Ctrl+C ends it)", flush=True)
-            stop.wait()
+        yield
     finally:
+        if ended:
+            os._exit(0)
         signal.signal(signal.SIGTERM, before)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ValueError unless the port can be listened on, before models take their time to load."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, before models take their time to load.
+
+    Raises:
+        ValueError: the port is in use, or the host is not of this machine.
+    """
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {host}, port {port} ({error}): give another --port or --host") from error
 
 
-def load(options: ServeApp) -> Demo:
+def load(options: ServeApp, uploads: Path) -> Demo:
     """The models.
+
+    Args:
+        options: name them.
+        uploads: the folder that photos are read from.
 
     Raises:
         FileNotFoundError, ValueError: as `serve`.
@@ -88,41 +130,82 @@ def load(options: ServeApp) -> Demo:
     device = options.device or best_device()
     tokenizer = HieraTok.from_pretrained(options.run, device=device)
     if options.generator is None:
-        return Demo(tokenizer)
+        return Demo(tokenizer, uploads)
     generator = DiT.from_pretrained(options.generator, device=device)
     sampler = SAMPLERS[generator.config.objective]
     check_models(generator, tokenizer, Sample(run=options.generator, tokenizer=options.run, out="", sampler=sampler))
-    return Demo(tokenizer, generator)
+    return Demo(tokenizer, uploads, generator)
 
 
 @contextlib.contextmanager
-def served(demo: Demo, host: str, port: int) -> Iterator[str]:
+def served(options: ServeApp, listener: socket.socket) -> Iterator[str]:
     """Serve the page while the block runs; yields its address. Uploads lie in a folder that goes with the block."""
     with tempfile.TemporaryDirectory(prefix="hieratok-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported, so not before, and when a page is built
-        blocks = build(demo)
-        _, url, _ = blocks.queue(max_size=WAITING).launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            theme=theme(),
-            css=STYLE,
-            js=PASTE,
-            footer_links=[],
-            max_file_size=MAX_BYTES,
-            state_session_capacity=SESSIONS,
-            share=False,
-            enable_monitoring=False,
-            run_history=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-        )
+        uploads = Path(folder) / "uploads"
+        uploads.mkdir()
+        worker = Worker(functools.partial(load, options, uploads), options.time_limit)
         try:
-            yield url
+            os.environ["GRADIO_TEMP_DIR"] = folder  # read when gradio is imported, so not before
+            with running(worker, Uploads(uploads), options, listener):
+                port = listener.getsockname()[1]
+                name = "localhost" if options.host == "0.0.0.0" else options.host
+                yield f"http://[{name}]:{port}/" if ":" in name else f"http://{name}:{port}/"
         finally:
-            blocks.close(verbose=False)
+            worker.close()
+
+
+@contextlib.contextmanager
+def running(worker: Worker, uploads: Uploads, options: ServeApp, listener: socket.socket) -> Iterator[None]:
+    """The server, in a thread of its own, so that this one hears signals whatever the other does."""
+    import uvicorn
+    from fastapi import FastAPI
+    from gradio import mount_gradio_app
+
+    from hieratok.app_gate import Visits, gated
+
+    visits = Visits()
+    blocks = build(worker, visits).queue(max_size=WAITING)
+    blocks.state_session_capacity = SESSIONS
+    page = mount_gradio_app(
+        FastAPI(openapi_url=None),
+        blocks,
+        path="/",
+        show_error=False,
+        theme=theme(),
+        css=STYLE,
+        js=PASTE,
+        footer_links=[],
+        max_file_size=MAX_BYTES,
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+    )
+    hosts = [*options.allowed_hosts] + [options.host] * (options.host not in ("", "0.0.0.0", "::"))
+    functions = {number: str(function.api_name) for number, function in blocks.fns.items()}
+    config = uvicorn.Config(
+        gated(page, uploads, visits, functions, hosts, lambda _: page.router.lifespan_context(page)),
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise ValueError("the server did not start; the lines above say why")
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        worker.close()  # handlers wait for it
+        thread.join(END_SECONDS / 2)
 
 
 def theme() -> "Base":
@@ -138,86 +221,94 @@ def theme() -> "Base":
     return plain.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
 
 
-def build(demo: Demo) -> "gradio.Blocks":
-    """The page: components, and which of them starts which of the demo's methods."""
+def build(worker: Worker, visits: "Visits") -> "gradio.Blocks":
+    """The page: components, and which of them starts which of the worker's methods."""
     import gradio as gr
 
-    one_queue: dict[str, Any] = dict(concurrency_limit=1, concurrency_id="model")
-    with gr.Blocks(title="hieratok", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as blocks:
+    def photo(photo: Any, request: gr.Request) -> Iterator[str]:
+        yield from answer(request, "photo", photo)
+
+    def two_photos(first: Any, second: Any, request: gr.Request) -> Iterator[str]:
+        yield from answer(request, "two_photos", first, second)
+
+    def generate(
+        label: Any,
+        guidance: Any,
+        steps: Any,
+        seed: Any,
+        request: gr.Request,
+        progress=gr.Progress(),  # noqa: B008
+    ) -> Iterator[str]:
+        def show(done: int, total: int) -> None:
+            progress((done, total), "Sampling", unit="steps")
+
+        yield from answer(request, "generate", label, guidance, steps, seed, progress=show)
+
+    def answer(request: gr.Request, method: str, *arguments: Any, **options: Any) -> Iterator[str]:
+        session = request.session_hash or ""
+        if not visits.wait(session):
+            return
+        try:
+            yield from worker.run(method, *arguments, wanted=lambda: visits.is_there(session), **options)
+        except WorkerError as error:
+            yield message(str(error))
+
+    # Handlers get what a request says, as our own code checks it. gradio's would open and copy files by its own rules.
+    shared: dict[str, Any] = dict(
+        preprocess=False, show_progress="minimal", concurrency_limit=1, concurrency_id="model"
+    )
+    with gr.Blocks(title="hieratok", analytics_enabled=False) as blocks:
         result(HEADING)
         with gr.Tab("Photo"), gr.Row():
             with gr.Column(scale=1, min_width=260):
-                photo = upload("Photo")
-                result(limits(demo))
+                image = upload("Photo")
+                result(limits(worker.facts))
             with gr.Column(scale=3, min_width=320):
                 page = result(status("No photo yet."))
-            photo.change(
-                demo.photo, photo, page, preprocess=False, api_name="photo", show_progress="minimal", **one_queue
-            )
+            image.change(photo, image, page, api_name="photo", **shared)
         with gr.Tab("Two photos"), gr.Row():
             with gr.Column(scale=1, min_width=260):
                 first, second = upload("First photo"), upload("Second photo")
             with gr.Column(scale=3, min_width=320):
                 page = result(status("Two photos are needed."))
-            gr.on(
-                [first.change, second.change],
-                demo.two_photos,
-                [first, second],
-                page,
-                preprocess=False,
-                api_name="two_photos",
-                show_progress="minimal",
-                **one_queue,
-            )
-        if demo.generator is not None:
+            gr.on([first.change, second.change], two_photos, [first, second], page, api_name="two_photos", **shared)
+        if worker.facts.classes is not None:
             with gr.Tab("Generate"), gr.Row():
-                generate_tab(demo, demo.generator, one_queue)
+                inputs = settings(worker.facts.classes, worker.facts.guided)
+                with gr.Column(scale=3, min_width=320):
+                    page = result(status(f"{SAMPLES} samples at every scale."), min_height=160)
+                *values, button = inputs
+                button.click(generate, values, page, api_name="generate", **shared)
     return blocks
 
 
-def generate_tab(demo: Demo, generator: DiT, one_queue: dict[str, Any]) -> None:
-    """The tab of the generator."""
+def settings(classes: int, guided: bool) -> "list[Any]":
+    """The column of the generator's settings: class, guidance, steps, seed, and the button."""
     import gradio as gr
 
-    last, guides = generator.config.num_classes - 1, generator.config.label_dropout > 0
+    last = classes - 1
     with gr.Column(scale=1, min_width=260):
-        label = gr.Slider(0, max(last, 1), value=0, step=1, label=f"Class, 0 to {last}", visible=last > 0)
-        guidance = gr.Slider(1, 10, value=2 if guides else 1, step=0.1, label="Guidance, 1 is none", visible=guides)
-        steps = gr.Slider(5, 250, value=50, step=1, label="Steps from noise to latent")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-        button = gr.Button("Generate", variant="primary")
-    with gr.Column(scale=3, min_width=320):
-        page = result(status(f"{SAMPLES} samples at every scale."), min_height=160)
-
-    def generate(label: float, guidance: float, steps: float, seed: float, progress=gr.Progress()) -> Iterator[str]:  # noqa: B008
-        yield from demo.generate(
-            label, guidance, steps, seed, lambda done, total: progress((done, total), "Sampling", unit="steps")
-        )
-
-    button.click(generate, [label, guidance, steps, seed], page, api_name="generate", **one_queue)
+        return [
+            gr.Slider(0, max(last, 1), value=0, step=1, label=f"Class, 0 to {last}", visible=last > 0),
+            gr.Slider(*GUIDANCE, value=2 if guided else 1, step=0.1, label="Guidance, 1 is none", visible=guided),
+            gr.Slider(*STEPS, value=50, step=1, label="Steps from noise to latent"),
+            gr.Number(0, label="Seed", precision=0, minimum=SEEDS[0], maximum=SEEDS[1]),
+            gr.Button("Generate", variant="primary"),
+        ]
 
 
 def upload(label: str) -> "gradio.Image":
-    """Where a photo is dropped, pasted or chosen. Its handlers get gradio's record of the file, not yet opened."""
+    """Where a photo is dropped, pasted or chosen."""
     import gradio as gr
 
-    image = gr.Image(label=label, sources=["upload", "clipboard"], buttons=[], height=260, placeholder=PLACEHOLDER)
-    move_to_cache = image.async_move_resource_to_block_cache
-
-    async def uploads_only(url_or_file_path: str | Path | None) -> str | None:
-        """Without this gradio would download what a request names by an http address."""
-        is_url = str(url_or_file_path).startswith(("http:", "https:"))
-        return None if is_url else await move_to_cache(url_or_file_path)
-
-    image.async_move_resource_to_block_cache = uploads_only
-    return image
+    return gr.Image(label=label, sources=["upload", "clipboard"], buttons=[], height=260, placeholder=PLACEHOLDER)
 
 
-def limits(demo: Demo) -> str:
+def limits(facts: ModelFacts) -> str:
     """What may be sent, and what becomes of it."""
     return (
         f"<p><small>{MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels at most; what is longer than"
-        f" {demo.max_side} px is scaled down to that. Photos stay on the machine that runs this page and are deleted"
+        f" {facts.max_side} px is scaled down to that. Photos stay on the machine that runs this page and are deleted"
         f" within {KEPT_SECONDS // 60 + 1} minutes.</small></p>"
     )
 

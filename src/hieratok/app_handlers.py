@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -33,11 +34,12 @@ SAMPLERS: dict[str, Sampler] = {"ddpm": "ddim", "flow": "heun"}  # by the genera
 MAX_SIDE = 1024  # pixels of a photo that is encoded whole
 MAX_TOKENS = 64  # and tokens a side: attention's cost grows with the fourth power of it
 SAMPLES = 4  # drawn at a time
+STEPS, GUIDANCE, SEEDS = (5, 250), (1, 10), (0, 2**31 - 1)  # least and greatest
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)  # of the noise on z
 BLENDS = 9  # from one photo to the other, both included
 
 Progress = Callable[[int, int], object]  # done, of how many
-Upload = dict[str, Any]  # gradio's record of an uploaded file
+Upload = dict[str, Any]  # an uploaded file: its "path" on the server, and "orig_name" as the sender calls it
 P = ParamSpec("P")
 
 
@@ -54,18 +56,40 @@ def in_one_line(handler: Callable[P, Iterator[str]]) -> Callable[P, Iterator[str
     return handle
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the page says of the models."""
+
+    max_side: int
+    """Of a photo that is encoded, in pixels."""
+    classes: int | None
+    """That the generator knows; None without a generator."""
+    guided: bool
+    """Whether guidance does anything to the generator's samples."""
+
+
 class Demo:
     """What the page asks for. Every method yields HTML that takes the place of what it yielded before.
 
     Args:
         tokenizer: in evaluation mode, on any device.
+        uploads: the folder of photos; no file outside of it is read.
         generator: of its latents, in evaluation mode, on the same device.
     """
 
-    def __init__(self, tokenizer: HieraTok, generator: DiT | None = None):
+    def __init__(self, tokenizer: HieraTok, uploads: Path, generator: DiT | None = None):
         self.tokenizer = tokenizer
+        self.uploads = uploads
         self.generator = generator
         self.max_side = min(MAX_SIDE, MAX_TOKENS * tokenizer.config.patch_size)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the page says of the models."""
+        config = self.generator.config if self.generator else None
+        return ModelFacts(
+            self.max_side, config.num_classes if config else None, config is not None and config.label_dropout > 0
+        )
 
     @in_one_line
     @torch.inference_mode()
@@ -138,6 +162,15 @@ class Demo:
         generator = self.generator
         assert generator is not None
         assert generator.latents is not None
+        for value, (low, high), name in (
+            (guidance, GUIDANCE, "guidance"),
+            (steps, STEPS, "steps"),
+            (seed, SEEDS, "seed"),
+        ):
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low} to {high}")
+        if not isinstance(label, int | float) or label != label // 1:
+            raise ValueError("the class must be a whole number")
         config = SampleConfig(
             sampler=SAMPLERS[generator.config.objective],
             steps=int(steps),
@@ -162,12 +195,13 @@ class Demo:
             yield section(f"Class {int(label)}", note, rows)
 
     def read(self, upload: Upload) -> Tensor:
-        """The photo behind gradio's record of an upload, uint8 (3, H, W), its longer side at most `max_side`.
+        """The photo behind the record of an upload, uint8 (3, H, W), its longer side at most `max_side`.
 
         Raises:
             BadImageError: what `read_upload` refuses.
         """
-        return read_upload(Path(upload["path"]), str(upload.get("orig_name") or "the photo")[-80:], self.max_side)
+        name = str(upload.get("orig_name") or "the photo")[-80:]
+        return read_upload(upload.get("path"), name, self.max_side, self.uploads)
 
     def floats(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) -> what `encode` takes, (1, 3, H, W)."""

@@ -1,7 +1,16 @@
-"""Photos that visitors of the app send: checked before anything is decoded, then scaled down to what is shown."""
+"""Photos that visitors of the app send: kept for a while, within limits, and checked before anything is decoded."""
 
+import io
+import os
+import secrets
+import shutil
+import stat
+import threading
+import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,38 +25,135 @@ MAX_PIXELS = 25_000_000  # a 24-megapixel photo; decoding takes at most some 400
 MAX_ASPECT = 20  # longer side over shorter side
 KINDS = "JPEG, PNG, WebP, BMP, TIFF, AVIF or GIF"
 
+KEPT_SECONDS = 1800  # how long an upload is kept at most
+CLIENT_BYTES = 100 * 2**20  # of one address's uploads; then its oldest go
+TOTAL_BYTES = 2**30  # of all uploads; then the oldest go
+LEAST_BYTES = 2**16  # that an upload is counted as, so that there are not too many of them
+GONE = "the photo is not here, or not any longer: send it again"  # whatever else lies there
 
-def read_upload(path: Path, name: str, max_side: int) -> Tensor:
+
+@dataclass(frozen=True)
+class Kept:
+    """An upload that is still there."""
+
+    client: str
+    size: int
+    since: float
+
+
+class Uploads:
+    """The folder of photos that were sent; the only files that the app reads for a visitor.
+
+    Args:
+        folder: exists, is empty, and belongs to this object alone.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self._kept: dict[Path, Kept] = {}  # the oldest first
+        self._lock = threading.Lock()
+
+    def keep(self, content: BinaryIO, client: str) -> Path:
+        """Write a photo under a name that cannot be guessed; older ones make room for it.
+
+        Args:
+            content: of the file, at its start.
+            client: the sender's address.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        path = self.folder / secrets.token_hex(16)
+        try:
+            with path.open("xb") as file:
+                shutil.copyfileobj(content, file)
+                size = max(file.tell(), LEAST_BYTES)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        with self._lock:
+            self._kept[path] = Kept(client, size, time.monotonic())
+        self.remove_old()
+        return path
+
+    def find(self, path: object) -> Path | None:
+        """The photo that was kept as `path`; None for everything else, without a look at the disk."""
+        known = Path(path) if isinstance(path, str) else None
+        with self._lock:
+            return known if known in self._kept else None
+
+    def remove_old(self) -> None:
+        """Remove what is too old, and the oldest of what is too much."""
+        with self._lock:
+            total = sum(kept.size for kept in self._kept.values())
+            of_client: dict[str, int] = {}
+            for kept in self._kept.values():
+                of_client[kept.client] = of_client.get(kept.client, 0) + kept.size
+            now = time.monotonic()
+            for path, kept in list(self._kept.items()):
+                too_much = total > TOTAL_BYTES or of_client[kept.client] > CLIENT_BYTES
+                if too_much or now - kept.since > KEPT_SECONDS:
+                    del self._kept[path]
+                    path.unlink(missing_ok=True)
+                    total -= kept.size
+                    of_client[kept.client] -= kept.size
+
+
+def read_upload(path: object, name: str, max_side: int, folder: Path) -> Tensor:
     """A photo that somebody sent, upright (EXIF) and scaled down if need be.
 
     Args:
-        path: the file as it lies on the server.
+        path: as a request names it.
         name: as the sender calls it, for messages.
         max_side: of what is returned, in pixels.
+        folder: of uploads; nothing outside of it is read.
 
     Returns:
         uint8 (3, H, W).
 
     Raises:
-        BadImageError: one line that names the file and says what is wrong with it.
+        BadImageError: one line that says what is wrong.
     """
-    check_upload(path, name)
-    return at_most(decode_image(path.read_bytes(), name), max_side)
+    data = content_of(path, name, folder)
+    check_image(data, name)
+    return at_most(decode_image(data, name), max_side)
 
 
-def check_upload(path: Path, name: str) -> None:
-    """Refuse a file by its size and by what its first bytes say of it; no pixel is decoded.
+def content_of(path: object, name: str, folder: Path) -> bytes:
+    """The bytes of an upload.
 
     Raises:
-        BadImageError: too large in bytes or pixels, too narrow, or not an image of a known kind.
+        BadImageError: too large; or no regular file inside the folder, with the same words whatever it is.
     """
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise BadImageError(f"{name} has {size / 2**20:,.1f} MB; the limit is {MAX_BYTES // 2**20} MB")
+    try:
+        real = Path(path).resolve(strict=True) if isinstance(path, str) else None
+        if real is None or not real.is_relative_to(folder.resolve()):
+            raise BadImageError(GONE)
+        # What is no regular file is not waited for: the path of a FIFO would block this process for good.
+        file = os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError, RuntimeError):  # missing, not readable, no path at all, links in a circle
+        raise BadImageError(GONE) from None
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(file)
+        raise BadImageError(GONE)
+    with open(file, "rb") as opened:
+        if status.st_size > MAX_BYTES:
+            size = f"{status.st_size / 2**20:,.1f} MB"
+            raise BadImageError(f"{name} has {size}; the limit is {MAX_BYTES // 2**20} MB")
+        return opened.read(MAX_BYTES)
+
+
+def check_image(data: bytes, name: str) -> None:
+    """Refuse a file by what its first bytes say of it; no pixel is decoded.
+
+    Raises:
+        BadImageError: too many pixels, too narrow, or not an image of a known kind.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower than Pillow's
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 width, height = picture.size
     except Image.DecompressionBombError:
         raise BadImageError(f"{name} has more pixels than the limit, {MAX_PIXELS // 10**6} million") from None
