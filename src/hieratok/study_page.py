@@ -99,9 +99,11 @@ def markdown(title: str, summary: str, sections: Sequence[Section]) -> str:
 
 
 def metric_sections(result: dict[str, Any]) -> list[Section]:
-    """The overview, and a section for each metric."""
+    """The overview, and a section for each metric; one table where all there is are counts."""
     if not result["comparisons"]:
         return []
+    if all(METRICS[c["metric"]].need == "cost" for c in result["comparisons"]):
+        return [Section("Paper and ours", tables=[cost_table(result)])]
     seeds = result["seeds"]
     reading = READING + (ONE_SEED if seeds == 1 else SEVERAL_SEEDS.format(seeds))
     overview = Section("Paper and ours", [reading], [overview_table(result)])
@@ -115,6 +117,22 @@ def metric_sections(result: dict[str, Any]) -> list[Section]:
             tables=[metric_table(result, c) for c in mine],
         ))  # fmt: skip
     return [overview, *sections]
+
+
+def cost_table(result: dict[str, Any]) -> Table:
+    """A row for each tokenizer, and one for what the second adds to the first; ours beside the paper's in per cent."""
+    labels = [", ".join(row["label"]) for row in result["rows"]]
+    cells: list[list[str]] = [[label] for label in [*labels, f"{labels[1]} minus {labels[0]}"]]
+    for c in result["comparisons"]:
+        pairs = [(line["paper"], line["ours"]["mean"]) for line in c["rows"]]
+        (paper_single, single), (paper_multi, multi) = pairs
+        for row, (paper, ours) in zip(cells, [*pairs, (paper_multi - paper_single, multi - single)]):
+            row += [
+                f"{paper:.5g}",
+                f"{ours:.5g}" + (f" ({100 * (ours / paper - 1):+.2f}%)" if paper and ours != paper else ""),
+            ]
+    heads = [f"{title_of(c['metric'])}: {whose}" for c in result["comparisons"] for whose in ("paper", "ours")]
+    return Table([*result["columns"], *heads], cells, "Parameters, FLOPs and tokens.")
 
 
 def title_of(name: str) -> str:
