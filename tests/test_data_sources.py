@@ -272,7 +272,7 @@ def reference_index(path: Path) -> dict[str, tuple[int, int]]:
 
 def our_index(path: Path) -> dict[str, tuple[int, int]]:
     file = shards_module._OpenFile(str(path))
-    return {name: (offset, size) for name, offset, size in shards_module._regular_files(file, str(path))}
+    return {m.name: (m.offset, m.size) for m in shards_module._members(file, str(path)) if m.kind == "file"}
 
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -444,11 +444,10 @@ def test_names_that_lead_outside_are_refused(tmp_path):
     assert open_source(str(path)).name(0) == "y.tar/etc/0.jpg"
 
 
-def test_ambiguous_samples_are_refused(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.png", jpeg(1))])
-    assert refusal(str(path)) == f"{path}: the sample '0' has two images"
-    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", b"1"), ("0.cls", b"2")])
-    assert refusal(str(path)) == f"{path}: the sample '0' has two labels"
+def test_members_of_one_name_are_refused(tmp_path):
+    for twice in ("0.jpg", "0.cls"):
+        path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", b"1"), (twice, b"2")])
+        assert refusal(str(path)) == f"{path} has two members called {twice}"
     for text in (b"tench", b"", b"-3", b"1.5", b"9" * 30):
         path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", text)])
         assert "x.tar/0.cls holds no class index" in refusal(str(path))
@@ -469,12 +468,12 @@ def test_shard_changed_or_removed_after_indexing(tmp_path):
     with pytest.raises(BadImageError, match=r"x\.tar was changed since it was indexed"):
         source.image(0)
     path.unlink()
-    with pytest.raises(BadImageError, match=r"^cannot read .*x\.tar/00000\.jpg: No such file"):
+    with pytest.raises(BadImageError, match=r"^cannot read .*x\.tar/00000\.jpg: .* does not exist"):
         source.image(0)
 
 
 def test_missing_shard(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*x\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"x\.tar does not exist"):
         TarShards([str(tmp_path / "x.tar")])
     with pytest.raises(ValueError, match="no shards given"):
         TarShards([])

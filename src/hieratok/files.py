@@ -122,6 +122,16 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
             raise _named(error, path) from None
 
 
+def read_start(path: str | os.PathLike, count: int) -> bytes:
+    """The first `count` bytes of a regular file, fewer if it has no more.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: see above.
+    """
+    with open(open_regular(path), "rb") as file:
+        return file.read(count)
+
+
 # --- JSON and YAML ----------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from hieratok.files import read_bytes, shown
+from hieratok.files import read_bytes, read_start, shown
 
 # What is looked for in folders, globs and shards. A file's content, not its name, then says how it is decoded.
 SUFFIXES = (
@@ -31,7 +31,12 @@ SUFFIXES = (
 Image.init()
 FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF", "PPM") if name in Image.OPEN]
 
+# Pillow warns before it refuses; the limit here is below that at which it refuses. Once for the process, as images are
+# opened in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 MAX_IMAGE_BYTES = 1 << 28
+HEADER_BYTES = 1 << 20  # in which an image's format and size are found
 MAX_PIXELS = 1 << 27
 """134 million, the largest cameras' images; decoding one takes some 7 bytes a pixel."""
 BAND_ROWS = 256  # of a decoded image that are converted at a time
@@ -71,7 +76,7 @@ def has_image_suffix(name: str) -> bool:
 def is_image(path: str) -> bool:
     """Whether a file's first bytes are an image's, whatever it is called; False also where it cannot be read."""
     try:
-        open_image(read_bytes(path, MAX_IMAGE_BYTES))
+        open_image(read_start(path, HEADER_BYTES))
     except Exception:  # damaged headers make Pillow raise errors of many types
         return False
     return True
@@ -133,12 +138,10 @@ def open_image(data: bytes) -> Image.Image:
         UnidentifiedImageError: no image of a known format.
         ValueError: too many pixels; or whatever Pillow raises for a damaged header.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is below
-        try:
-            picture = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise ValueError(f"it has more than {MAX_PIXELS:,} pixels") from None
+    try:
+        picture = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels") from None
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"it has {picture.width:,} x {picture.height:,} pixels, and {MAX_PIXELS:,} are the limit")
     return picture
