@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hieratok.files import check_regular, read_json_table, read_npz, shown
 
 Config = TypeVar("Config")
+LONGEST_NAME = 240  # bytes, that leave room for what a temporary name adds
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 STATISTICS = {"latent_mean", "latent_std"}
@@ -64,7 +65,7 @@ def _finite(value: Any) -> Any:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, with the mode that the umask gives; a full disk raises OSError as for any other file."""
+    """Write a safetensors file, with the mode that the umask gives; a full disk raises OSError as for other files."""
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -104,8 +105,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """A hidden name beside `path` that is not longer: names may have 255 bytes at most."""
-    return path.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
+    """A hidden name beside `path`; names may have 255 bytes at most, so of a long one the beginning."""
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def sync(path: Path) -> None:
@@ -128,13 +129,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: a file that is none of these.
     """
     check_regular(path)
-    if path.suffix == ".npz":
-        arrays = read_npz(path)
+    arrays = read_npz(path) if path.suffix == ".npz" else None
     try:
+        if arrays is not None:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if path.suffix == ".safetensors":
             return load_file(path)
-        if path.suffix == ".npz":
-            return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if zipfile.is_zipfile(path):
             _check_stored(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)

@@ -200,7 +200,9 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not allowed", problem_mark=self.peek_event().start_mark
+            )
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(
@@ -349,7 +351,7 @@ class _opened:
         self.path = path
 
     def __enter__(self) -> tuple[zipfile.ZipFile, IO[bytes]]:
-        self.file = open(open_regular(self.path), "rb")  # noqa: SIM115  closed below
+        self.file = open(open_regular(self.path), "rb")
         try:
             return zipfile.ZipFile(self.file), self.file
         except Exception as error:
@@ -420,4 +422,3 @@ def _read_data(file: IO[bytes], header: _Header) -> np.ndarray:
         position += len(part)
     array = np.frombuffer(buffer, header.dtype)
     return array.reshape(header.shape[::-1]).T if header.is_fortran else array.reshape(header.shape)
-

@@ -119,5 +119,3 @@ def listdir(folder: str) -> list[str]:
         return os.listdir(folder)
     except PermissionError:
         raise PermissionError(f"{shown(folder)} may not be read: permission denied") from None
-
-

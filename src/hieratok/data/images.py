@@ -28,7 +28,6 @@ from hieratok.data.pixels import (
     SUFFIXES,
     BadImageError,
     center_crop,
-    decode_image,
     has_image_suffix,
     random_resized_crop,
     read_image,
@@ -269,7 +268,7 @@ def _bundled(package: str, file: str) -> Tensor:
     path = Path(spec.origin).parent / file
     if not path.is_file():
         raise FileNotFoundError(f"this {distribution} came without {path}: reinstall it, or give --data PATH")
-    return decode_image(path.read_bytes(), str(path))
+    return read_image(path)
 
 
 def open_source(path: str | Sequence[str]) -> Source:

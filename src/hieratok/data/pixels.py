@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
@@ -99,7 +99,7 @@ def decode_image(data: bytes, name: str) -> Tensor:
     """Decode an image file's bytes.
 
     JPEG goes through torchvision, which is faster than Pillow and gives the same pixels; all else, and JPEGs that it
-    refuses, through Pillow. The image is turned upright (EXIF, or the XMP beside it), colour profiles are ignored. Grey,
+    refuses, through Pillow. The image is turned upright (by EXIF, or else XMP), colour profiles are ignored. Grey,
     palette and CMYK become RGB, 16 bits become 8 by rounding, transparent parts lie on white, and the first frame of
     several counts.
 
@@ -131,7 +131,7 @@ def decode_image(data: bytes, name: str) -> Tensor:
         raise BadImageError(f"cannot read {shown(name)}: {reason}") from error
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> ImageFile.ImageFile:
     """An image of a known format and a size that can be decoded; its pixels are not decoded yet.
 
     Raises:
@@ -190,11 +190,12 @@ def _upright(image: Tensor, orientation: int) -> Tensor:
     return (image.flip(flipped) if flipped else image).contiguous() if is_turned or flipped else image
 
 
-def _rgb(picture: Image.Image, data: bytes) -> Tensor:
+def _rgb(opened: ImageFile.ImageFile, data: bytes) -> Tensor:
     """Any mode of Pillow's -> uint8 (3, H, W), not turned."""
+    picture: Image.Image = opened
     if picture.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
-    wide = _grey_rows(picture) if picture.mode.startswith("I") else _wide_rows(picture, data)
+    wide = _grey_rows(picture) if picture.mode.startswith("I") else _wide_rows(opened, data)
     if wide is not None:
         transparent = picture.info.get("transparency")
         return _in_bands(picture, lambda top, bottom: _from_16_bits(wide(top, bottom).astype(np.int64), transparent))
@@ -216,7 +217,7 @@ def _grey_rows(picture: Image.Image) -> Rows:
     return rows
 
 
-def _wide_rows(picture: Image.Image, data: bytes) -> Rows | None:
+def _wide_rows(picture: ImageFile.ImageFile, data: bytes) -> Rows | None:
     """Of 16-bit colour, (rows, W, 2, 3 or 4): grey or RGB, perhaps with opacity after it. None: it has 8 bits.
 
     Pillow keeps the upper byte of each number alone. A second decoding that takes the file for one of the other order

@@ -159,7 +159,9 @@ def _index_shard(path: str) -> _ShardIndex:
                 left_out.count("hidden files" if base.startswith(".") else kind_of_suffix(suffix))
             continue
         if ".." in name.split("/") or len(name) > MAX_NAME_LENGTH or "\0" in name:
-            raise ValueError(f"{shown(path)}: the name {shown(repr(name[:80]))} leads outside the archive or is too long")
+            raise ValueError(
+                f"{shown(path)}: the name {shown(repr(name[:80]))} leads outside the archive or is too long"
+            )
         key = name.removesuffix(base[-4:]) if suffix == ".cls" else name
         if key in (labels if suffix == ".cls" else images):
             raise ValueError(f"{shown(path)} has two members called {shown(name)}")

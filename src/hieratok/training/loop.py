@@ -63,6 +63,10 @@ class DataConfig:
     """Processes that decode images, for each training process; 0: none but the training process itself."""
 
     def __post_init__(self):
+        for name in ("path", "val_path"):
+            value = getattr(self, name)
+            if value and value.endswith("/"):  # `photos/` is `photos`, also where a resumed run's settings are compared
+                object.__setattr__(self, name, value.rstrip("/") or "/")
         if not 0 < self.min_area <= 1:
             raise ValueError(f"data.min_area must be in (0, 1], not {self.min_area}")
         if self.num_workers < 0:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hieratok import checkpoint
 from hieratok.errors import TrainingError
+from hieratok.files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class RunFolder:
         self.evaluations_file = self.path / EVALUATIONS
         config_file = self.path / "config.yaml"
         if config_file.is_file():
-            before = flatten(yaml.safe_load(config_file.read_text()))
+            before = flatten(read_yaml(config_file))
             now = flatten(settings)
             changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
             if changed:
