@@ -141,7 +141,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except PermissionError as error:
         raise PermissionError(f"{shown(path)} may not be read: permission denied") from error
     except SafetensorError as error:
-        raise ValueError(f"{shown(path)} is damaged: {shown(error)}") from error
+        raise ValueError(f"{shown(path)} cannot be read, it is damaged: {shown(error)}") from error
     except Exception as error:  # each reader has its own set, and torch's messages run over many lines
         raise ValueError(
             f"{shown(path)} cannot be read ({type(error).__name__}): weights are .pth with tensors only, .safetensors"

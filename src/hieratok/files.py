@@ -103,7 +103,7 @@ def _named(error: OSError, path: str | os.PathLike) -> OSError:
         return FileNotFoundError(f"{shown(path)} does not exist")
     if isinstance(error, PermissionError):
         return PermissionError(f"{shown(path)} may not be read: permission denied")
-    return OSError(f"{shown(path)} cannot be read: {error.strerror}")
+    return OSError(f"{shown(path)} cannot be read: {str(error.strerror).lower()}")
 
 
 def read_bytes(path: str | os.PathLike, limit: int) -> bytes:

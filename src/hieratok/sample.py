@@ -168,10 +168,10 @@ def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
 
 def read_settings(out: Path) -> dict[str, Any]:
     """What `out` was drawn with."""
-    try:
-        return dict(read_json_table(out / METADATA)["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{shown(out / METADATA)} is damaged: choose another --out") from error
+    settings = read_json_table(out / METADATA).get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{shown(out / METADATA)} is damaged: choose another --out")
+    return settings
 
 
 def draw(generator: DiT, tokenizer: Tokenizer, options: Sample, sides: list[int], missing: list[int]) -> None:

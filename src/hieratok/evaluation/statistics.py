@@ -391,6 +391,8 @@ def _checked(mu: np.ndarray, sigma: np.ndarray, n: int | None, where: str) -> St
     covariance = torch.from_numpy(sigma).double()
     variances = covariance.diagonal()
     slack = 1e-6 * variances.abs().sum() + 1e-300  # of float32's rounding; and a zero matrix is a covariance too
-    if (variances < 0).any() or int(torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(mu))).info):
+    if (variances < 0).any() or int(
+        torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(mu), dtype=torch.float64)).info
+    ):
         raise ValueError(f"{where}: sigma has negative eigenvalues, so it is not a covariance")
     return Statistics(torch.from_numpy(mu).double(), n, covariance=covariance)
