@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -134,7 +135,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if arrays is not None:
             return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with utf8_path(path) as readable:
+                return load_file(readable)
         if zipfile.is_zipfile(path):
             _check_stored(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -150,6 +152,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{shown(path)} is not a table of tensors by name: save the network's state_dict() alone")
     return tensors
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path for libraries that refuse names which are no UTF-8: of such a one a link with another name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"link{path.suffix}"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def _check_stored(path: Path) -> None:

@@ -23,7 +23,7 @@ PARTS = {"checkpoints", "tensorboard", "pictures", "tokenizer", "generator"}
 """Folders of a run that hold no other run."""
 LEAST, MOST = 1e-9, 1e30
 """Of numbers in a log: a run that diverged has some beyond, and no plot shows them beside others."""
-MOST_TERMS = 200
+MOST_TERMS = 80
 """Of a log, each of which is a plot."""
 SILENT_SECONDS, SILENT_INTERVALS = 600, 10
 """An unfinished run counts as stopped when its log has not grown for so long, and so many times its own interval."""
@@ -244,7 +244,7 @@ def count_parameters(folder: Path, kind: str, problems: list[str]) -> int | None
     path = model / checkpoint.WEIGHTS
     try:
         check_regular(path)
-        with safe_open(path, framework="pt") as file:
+        with checkpoint.utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             names = [name for name in file.keys() if name not in checkpoint.STATISTICS]  # noqa: SIM118
             return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     except (OSError, ValueError, SafetensorError) as error:

@@ -12,6 +12,7 @@ float32 and not float16: a folder trains what the images themselves would, and r
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Manifest:
             ValueError: a damaged file, or values that no latents have.
         """
         path = Path(folder) / MANIFEST
-        if not path.exists():
+        if not os.path.lexists(path):
             raise FileNotFoundError(
                 f"{shown(folder)} holds no latents: `hieratok latents RUN --data PATH --out DIR` makes them"
             )
