@@ -632,9 +632,7 @@ def test_links_in_archives_count_as_what_they_lead_to(tmp_path, caplog):
             info.type, info.linkname, info.size = kind or tarfile.REGTYPE, target, len(data)
             tar.addfile(info, io.BytesIO(data))
     source = TarShards([str(path)])
-    assert names_of(source) == [f"x.tar/{name}" for name in ("b/1.jpg", "hard.jpg")] or names_of(source) == [
-        f"x.tar/{name}" for name in ("a/early.jpg", "b/1.jpg", "hard.jpg")
-    ]
+    assert names_of(source) == ["x.tar/a/early.jpg", "x.tar/b/1.jpg", "x.tar/hard.jpg"]
     assert {shade(source.image(i)) for i in range(len(source))} == {5}
     assert "links to nothing (3)" in said(caplog)
     assert "special files (1)" in said(caplog)

@@ -317,8 +317,9 @@ def _members(file: _OpenFile, path: str) -> Iterator[_Member]:
         target = ""
         if kind == "link":
             target = extended.target or _decode(header[157:257].split(b"\0", 1)[0])
-            # a hard link names a member, a symbolic one leads on from its own folder
-            target = _inside(target if letter == b"1" else posixpath.join(posixpath.dirname(name), target))
+            if letter == b"2":  # a hard link names a member, a symbolic one leads on from its own folder
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+            target = _inside(target)
         yield _Member(name, "sparse files" if extended.is_sparse else kind, offset, size, target)
         extended = _Extended()
 
