@@ -331,7 +331,7 @@ def test_a_generator_that_gives_nan_writes_nothing(options, tokenizer, tmp_path)
     with torch.no_grad():
         model.final_layer.linear.weight.fill_(3e38)  # as a file holds it: NaN there would be refused
     model.save_pretrained(broken / "generator")
-    with pytest.raises(ValueError, match="^images .* hold NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"^images .* hold NaN or infinite values"):
         sample(replace(options, run=str(broken)))
     assert not list(Path(options.out).rglob("*.png"))
 
