@@ -167,12 +167,12 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 def test_decompression_bombs_are_refused_before_they_are_decoded():
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
-    assert "decompression bomb" in refused(bomb)
+    assert refused(bomb) == "cannot read holiday/x.png: it has more than 134,217,728 pixels"
 
     jpeg = bytearray(encode(small_photo(), "JPEG"))
     frame = jpeg.index(b"\xff\xc0")  # marker, length (2), precision (1), height (2), width (2)
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 50_000, 50_000)
-    assert "decompression bomb" in refused(bytes(jpeg))
+    assert "more than 134,217,728 pixels" in refused(bytes(jpeg))
 
 
 def test_pixels_without_a_known_range_are_refused():

@@ -280,7 +280,7 @@ def reference_index(path: Path) -> dict[str, tuple[int, int]]:
 
 def our_index(path: Path) -> dict[str, tuple[int, int]]:
     file = shards_module._OpenFile(str(path))
-    return {name: (offset, size) for name, offset, size in shards_module._regular_files(file, str(path))}
+    return {m.name: (m.offset, m.size) for m in shards_module._members(file, str(path)) if m.kind == "file"}
 
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -452,11 +452,10 @@ def test_names_that_lead_outside_are_refused(tmp_path):
     assert open_source(str(path)).name(0) == "y.tar/etc/0.jpg"
 
 
-def test_ambiguous_samples_are_refused(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.png", jpeg(1))])
-    assert refusal(str(path)) == f"{path}: the sample '0' has two images"
-    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", b"1"), ("0.cls", b"2")])
-    assert refusal(str(path)) == f"{path}: the sample '0' has two labels"
+def test_members_of_one_name_are_refused(tmp_path):
+    for twice in ("0.jpg", "0.cls"):
+        path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", b"1"), (twice, b"2")])
+        assert refusal(str(path)) == f"{path} has two members called {twice}"
     for text in (b"tench", b"", b"-3", b"1.5", b"9" * 30):
         path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", text)])
         assert "x.tar/0.cls holds no class index" in refusal(str(path))
@@ -477,12 +476,12 @@ def test_shard_changed_or_removed_after_indexing(tmp_path):
     with pytest.raises(BadImageError, match=r"x\.tar was changed since it was indexed"):
         source.image(0)
     path.unlink()
-    with pytest.raises(BadImageError, match=r"^cannot read .*x\.tar/00000\.jpg: No such file"):
+    with pytest.raises(BadImageError, match=r"^cannot read .*x\.tar/00000\.jpg: .* does not exist"):
         source.image(0)
 
 
 def test_missing_shard(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*x\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"x\.tar does not exist"):
         TarShards([str(tmp_path / "x.tar")])
     with pytest.raises(ValueError, match="no shards given"):
         TarShards([])
@@ -548,3 +547,167 @@ def test_real_shards(shared):
     assert len({sample.label(i) for i in range(800)}) == 800
     assert {tuple(sample.image(i).shape) for i in range(0, 800, 40)} == {(3, 256, 256)}
     assert "choose one of" in refusal(str(folder))
+
+
+# --- nothing is left out silently
+
+
+def said(caplog) -> str:
+    return " ".join(record.getMessage() for record in caplog.records)
+
+
+def names_of(source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]
+
+
+def test_suffixes_and_what_has_none(tmp_path, caplog):
+    for name in ("a.jfif", "b.jpe", "c.JPG", "no suffix", "d.jpeg", "._d.jpg"):
+        write(tmp_path / name)
+    for name in ("e.HEIC", "f.heic", "g.txt", "Makefile", "h.x" + "y" * 20):
+        (tmp_path / name).write_text("no image")
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "i.ppm")
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    source = open_source(str(tmp_path))
+    assert names_of(source) == ["a.jfif", "b.jpe", "c.JPG", "d.jpeg", "i.ppm", "no suffix"]
+    assert source.image(4)[:, 0, 0].tolist() == [1, 2, 3]
+    counted = dict.fromkeys([".txt", "no suffix", "long suffixes", "links to nothing", "special files"], 1)
+    for kind, count in {**counted, ".heic": 2, "hidden files": 1}.items():
+        assert f"{kind} ({count})" in said(caplog)
+    assert ".heic: convert them to JPEG" in said(caplog)
+    open_source(str(tmp_path))
+    assert len(caplog.records) == 1  # said once
+    assert "is not named like an image: .heic" in refusal(str(tmp_path / "e.HEIC"))
+    assert "it matches .heic (1)" in refusal(f"{tmp_path}/*.heic", FileNotFoundError)
+    assert names_of(open_source(str(tmp_path / "no suffix"))) == ["no suffix"]
+
+
+def test_a_folder_without_images_says_what_it_has(tmp_path):
+    (tmp_path / "a.heic").write_text("no image")
+    assert "; it has .heic (1); .heic: convert them to JPEG" in refusal(str(tmp_path))
+
+
+def test_folders_linked_to_each_other_are_read_once(tmp_path, caplog):
+    write(tmp_path / "a" / "x.jpg")
+    write(tmp_path / "b" / "y.jpg")
+    (tmp_path / "a" / "l").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "l").symlink_to(tmp_path / "a")
+    assert names_of(open_source(str(tmp_path))) == ["a/x.jpg", "b/y.jpg"]
+    assert "links to folders that are read already (2)" in said(caplog)
+
+
+def test_of_several_links_to_a_folder_the_first_is_read(tmp_path):
+    write(tmp_path / "store" / "1.jpg")
+    (tmp_path / "photos").mkdir()
+    for name in ("c", "a", "b"):
+        (tmp_path / "photos" / name).symlink_to(tmp_path / "store")
+    assert names_of(open_source(str(tmp_path / "photos"))) == ["a/1.jpg"]
+
+
+def test_dots_in_names_of_members(tmp_path, caplog):
+    members = [("IMG_2020.01.05.jpg", jpeg(1)), ("IMG_2020.01.05.cls", b"7"), ("v1.2.final.png", jpeg(2))]
+    members += [("plain.jpg", jpeg(3)), ("0.input.jpg", jpeg(4)), ("0.target.jpg", jpeg(5)), ("0.cls", b"3")]
+    source = TarShards([str(write_tar(tmp_path / "x.tar", members))])
+    read = {source.name(i): (source.label(i), shade(source.image(i))) for i in range(len(source))}
+    assert read == {
+        "x.tar/IMG_2020.01.05.jpg": (7, 1),
+        "x.tar/v1.2.final.png": (-1, 2),
+        "x.tar/plain.jpg": (-1, 3),
+        "x.tar/0.input.jpg": (3, 4),
+        "x.tar/0.target.jpg": (3, 5),
+    }
+    assert said(caplog) == ""
+
+
+def test_members_that_are_left_out_are_counted(tmp_path, caplog):
+    members = [("0.jpg", jpeg(0)), ("0.seg.png", jpeg(9)), ("0.json", b"{}"), ("1.heic", b"x"), ("read me", b"x")]
+    members += [("2.jpg", jpeg(2)), ("2.png", jpeg(2))]
+    source = TarShards([str(write_tar(tmp_path / "x.tar", members))])
+    assert names_of(source) == ["x.tar/0.jpg", "x.tar/2.jpg", "x.tar/2.png"]
+    for kind in (".seg.png", ".json", ".heic", "no suffix"):
+        assert f"{kind} (1)" in said(caplog)
+
+
+def test_links_in_archives_count_as_what_they_lead_to(tmp_path, caplog):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        links = [("a/early.jpg", tarfile.SYMTYPE, "../b/1.jpg"), ("b/1.jpg", None, ""), ("hard.jpg", b"1", "b/1.jpg")]
+        links += [("gone.jpg", tarfile.SYMTYPE, "nowhere.jpg"), ("out.jpg", tarfile.SYMTYPE, "/etc/passwd")]
+        links += [("self.jpg", tarfile.SYMTYPE, "self.jpg"), ("pipe.jpg", tarfile.FIFOTYPE, "")]
+        for name, kind, target in links:
+            info = tarfile.TarInfo(name)
+            data = b"" if kind else jpeg(5)
+            info.type, info.linkname, info.size = kind or tarfile.REGTYPE, target, len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = TarShards([str(path)])
+    assert names_of(source) == ["x.tar/a/early.jpg", "x.tar/b/1.jpg", "x.tar/hard.jpg"]
+    assert {shade(source.image(i)) for i in range(len(source))} == {5}
+    assert "links to nothing (3)" in said(caplog)
+    assert "special files (1)" in said(caplog)
+
+
+def sparse_header(name: str, stored: int, more: bool) -> bytes:
+    """An old GNU sparse member's header, as `tar -S` writes it."""
+    info = tarfile.TarInfo(name)
+    info.size = stored
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[156:157] = b"S"
+    block[482] = more
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_sparse_members_are_counted_and_what_follows_is_read(tmp_path, caplog, blocks):
+    path = write_tar(tmp_path / "x.tar", [("after.jpg", jpeg(6))])
+    more = b"".join(bytes(504) + bytes([i < blocks - 1]) + bytes(7) for i in range(blocks))
+    path.write_bytes(sparse_header("sparse.jpg", 600, blocks > 0) + more + bytes(1024) + path.read_bytes())
+    source = TarShards([str(path)])
+    assert names_of(source) == ["x.tar/after.jpg"]
+    assert shade(source.image(0)) == 6
+    assert "sparse files (1)" in said(caplog)
+
+
+def test_sparse_members_of_pax_are_counted(tmp_path, caplog):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, headers in (
+            ("GNUSparseFile.0/a.jpg", {"GNU.sparse.major": "1", "GNU.sparse.name": "a.jpg"}),
+            ("b.jpg", {}),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(jpeg(7)), headers
+            tar.addfile(info, io.BytesIO(jpeg(7)))
+    assert names_of(TarShards([str(path)])) == ["x.tar/b.jpg"]
+    assert "sparse files (1)" in said(caplog)
+
+
+def test_webdatasets_notation_for_several_shards(tmp_path):
+    for i in range(12):
+        write_tar(tmp_path / f"train-{i:06}.tar", samples(1, first=i))
+    write_tar(tmp_path / "val-a.tar", samples(1))
+    assert len(open_source(f"{tmp_path}/train-{{000000..000011}}.tar")) == 12
+    assert len(open_source(f"{tmp_path}/train-{{000009..000011}}.tar")) == 3
+    assert len(open_source(f"{tmp_path}/{{train-000003,val-a}}.tar")) == 2
+    assert len(open_source(f"{tmp_path}/train-00000{{0..1}}{{0,1}}.tar"[: -len("{0,1}.tar")] + ".tar")) == 2
+    assert len(open_source(f"{tmp_path}/train-0000{{00..11}}.tar")) == 12
+    assert "train-000012.tar" in refusal(f"{tmp_path}/train-{{000000..000012}}.tar", FileNotFoundError)
+    assert "100,000 are the limit" in refusal(f"{tmp_path}/train-{{0..999999999999}}.tar")
+    write(tmp_path / "odd {1..2}.jpg")
+    assert names_of(open_source(f"{tmp_path}/odd {{1..2}}.jpg")) == ["odd {1..2}.jpg"]
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.zst", ".TAR.XZ"])
+def test_compressed_shards_are_refused_with_the_reason(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"\x1f\x8b")
+    for data in (path, tmp_path, f"{tmp_path}/*"):
+        assert "is a compressed archive" in refusal(str(data))
+
+
+def test_a_slash_at_the_end_is_the_same_data(tmp_path):
+    from hieratok.training.loop import DataConfig
+
+    assert DataConfig(path="photos/", val_path="val//") == DataConfig(path="photos", val_path="val")
+    assert DataConfig(path="/") == DataConfig(path="/")

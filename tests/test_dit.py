@@ -312,8 +312,8 @@ def test_bf16_autocast_stays_close(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(latent_channels=0), "model.latent_channels must be a positive whole number"),
-        (dict(depth=1.5), "model.depth must be a positive whole number"),
+        (dict(latent_channels=0), "model.latent_channels must be a whole number from 1 to"),
+        (dict(depth=1.5), "model.depth must be a whole number from 1 to"),
         (dict(patch_size=4), "model.latent_size 6 is not divisible by model.patch_size 4"),
         (dict(heads=3), "model.width 32 is not divisible by model.heads 3"),
         (dict(width=30, heads=1), "model.width 30 must be a multiple of 4 for sincos"),

@@ -163,7 +163,7 @@ def test_json_is_the_same(runs, tmp_path, capsys):
 
 
 DAMAGES = {
-    "config.yaml": (b"kind: [tokenizer", "config.yaml cannot be read: line 1: "),
+    "config.yaml": (b"kind: [tokenizer", "config.yaml cannot be read: is not valid YAML: line 1: "),
     "log.jsonl": (
         b'{"step": 10, "images": 40, "loss": 1.0, "images_per_second": 8.0}\n{"st\n[1]\n\xff',
         "3 of 4 lines",
@@ -194,7 +194,7 @@ def test_everything_of_a_run_may_be_missing(runs):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (runs / "c" / "log.jsonl").unlink()
     lost, silent = (next(run for run in find_runs(runs) if run.name == name) for name in "bc")
-    assert lost.problems == ["config.yaml cannot be read: No such file or directory"]
+    assert lost.problems == ["config.yaml cannot be read: does not exist"]
     assert silent.state == "step 20 of 40", "by its checkpoint"
     write_report(Report(folder=str(runs)))
 

@@ -449,6 +449,10 @@ def test_folders_that_cannot_be_used(workplace, tmp_path, tokenizer):
     Path("damaged/diffusion_pytorch_model.safetensors").unlink()
     status, error = workplace("latents", "damaged", "--data", "photos", "--out", "cache")
     assert status == 2
+    assert "damaged/diffusion_pytorch_model.safetensors does not exist" in error
+    shutil.copy("sd/config.json", "damaged/diffusion_pytorch_model.safetensors")
+    status, error = workplace("latents", "damaged", "--data", "photos", "--out", "cache")
+    assert status == 2
     assert "damaged cannot be loaded as AutoencoderKL" in error
     tokenizer.save_pretrained("ours")
     status, error = workplace("latents", "ours", "--data", "photos", "--out", "cache", "--size", 32)

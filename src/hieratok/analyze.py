@@ -42,6 +42,7 @@ from hieratok.analyze_page import Embedding, commutation_pictures, make_page
 from hieratok.checkpoint import write_json
 from hieratok.data.images import Source, open_source, to_float, to_uint8
 from hieratok.evaluation.images import batches
+from hieratok.files import read_npy, shown
 from hieratok.reconstruct import best_device
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.pretrained import diffusers_class, load_diffusers
@@ -160,19 +161,14 @@ def load_array(path: str, dimensions: tuple[int, ...]) -> np.ndarray:
         FileNotFoundError: no such file.
         ValueError: no .npy, of another type or number of dimensions, or with values that are not finite.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as .npy: damaged, or of another kind") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise ValueError(f"{path} must be a .npy of floating-point numbers")
+    array = read_npy(path)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{shown(path)} must be a .npy of floating-point numbers")
     if array.ndim not in dimensions:
         wanted = " or ".join({2: "(points, channels)", 4: "(images, channels, h, w)"}[n] for n in dimensions)
-        raise ValueError(f"{path} must have shape {wanted}, not {array.shape}")
+        raise ValueError(f"{shown(path)} must have shape {wanted}, not {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{path} holds NaN or infinite values")
+        raise ValueError(f"{shown(path)} holds NaN or infinite values")
     return array.astype(np.float32)
 
 

@@ -9,20 +9,28 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import uuid
+import zipfile
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hieratok.files import check_regular, read_json_table, read_npz, shown
+
+Config = TypeVar("Config")
+LONGEST_NAME = 240  # bytes, that leave room for what a temporary name adds
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+STATISTICS = {"latent_mean", "latent_std"}
+"""Tensors of a tokenizer beside its weights, measured after training; NaN before."""
 
 
 def save(folder: str | Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -58,9 +66,12 @@ def _finite(value: Any) -> Any:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; a full disk raises OSError as for any other file."""
+    """Write a safetensors file, with the mode that the umask gives; a full disk raises OSError as for other files."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+        path.chmod(mode)  # safetensors writes files that only their owner may read
     except SafetensorError as error:
         raise OSError(errno.EIO, f"cannot write: {error}", str(path)) from error
 
@@ -68,7 +79,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` if the block succeeds and is removed if it fails."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         sync(temporary)
@@ -80,7 +91,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: `path` appears whole (and on the disk, not just in its cache) or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -92,6 +103,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name beside `path`; names may have 255 bytes at most, so of a long one the beginning."""
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def sync(path: Path) -> None:
@@ -110,22 +126,53 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name from .safetensors, .npz or (any other ending) torch's format; no code in the file is run.
 
     Raises:
+        FileNotFoundError, PermissionError: no such file, or it may not be read.
         ValueError: a file that is none of these.
     """
+    check_regular(path)
+    arrays = read_npz(path) if path.suffix == ".npz" else None
     try:
+        if arrays is not None:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays}
+            with utf8_path(path) as readable:
+                return load_file(readable)
+        if zipfile.is_zipfile(path):
+            _check_stored(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise PermissionError(f"{shown(path)} may not be read: permission denied") from error
+    except SafetensorError as error:
+        raise ValueError(f"{shown(path)} cannot be read, it is damaged: {shown(error)}") from error
     except Exception as error:  # each reader has its own set, and torch's messages run over many lines
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}): weights are .pth with tensors only, .safetensors or .npz"
+            f"{shown(path)} cannot be read ({type(error).__name__}): weights are .pth with tensors only, .safetensors"
+            " or .npz"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} is not a table of tensors by name: save the network's state_dict() alone")
+        raise ValueError(f"{shown(path)} is not a table of tensors by name: save the network's state_dict() alone")
     return tensors
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path for libraries that refuse names which are no UTF-8: of such a one a link with another name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"link{path.suffix}"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse a .pth whose content is compressed, which torch never does: it could be a thousand times as large."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("compressed")
 
 
 def file_sha256(path: Path) -> str:
@@ -171,26 +218,85 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"{hub_id}: no such folder here, and the hub gave none ({reason})") from error
 
 
-def load_config(folder: Path, model_type: str, config_class: type, others: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of `config_class`, and `others` by name, from a model's `config.json`.
+def load_config(
+    folder: Path, model_type: str, config_class: type[Config], others: tuple[str, ...] = ()
+) -> tuple[Config, dict[str, Any]]:
+    """A model's `config.json`: as its dataclass, and what it holds under the names `others`, unchecked.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not JSON, another kind of model, or unknown fields.
+        FileNotFoundError, PermissionError: no such file, or it may not be read.
+        ValueError: not JSON, another kind of model, unknown fields, or values of a wrong type or out of range.
     """
     path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.pop("model_type", None) != model_type:
-        raise ValueError(f"{path} does not describe a {model_type} model")
-    known = [*(field.name for field in fields(config_class)), *others]
-    for name in config:
+    config = read_json_table(path)
+    if config.pop("model_type", None) != model_type:
+        raise ValueError(f"{shown(path)} does not describe a {model_type} model")
+    rest = {name: config.pop(name) for name in others if name in config}
+    return from_json(config_class, config, shown(path)), rest
+
+
+def from_json(config_class: type[Config], values: Any, where: str) -> Config:
+    """A dataclass from a table of JSON, whose values must have its fields' types; the class itself checks the ranges.
+
+    Args:
+        config_class: with fields of plain types, tuples of them, literals, tables, or one of these or None.
+        values: the table; fields with a default may be left out.
+        where: its file, for messages.
+
+    Raises:
+        ValueError: names the file and the field.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a table of values by name, not {shown(repr(values))[:80]}")
+    types = get_type_hints(config_class)
+    known = [field.name for field in fields(config_class)]  # type: ignore[arg-type]
+    for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{path}: unknown setting {name!r}{nearest(name, known)}")
-    return config
+            raise ValueError(f"{where}: unknown setting {shown(repr(name))}{nearest(name, known)}")
+        if not _has_type(value, types[name]):
+            raise ValueError(f"{where}: {name} must be {_words(types[name])}, not {shown(repr(value))[:80]}")
+    for field in fields(config_class):  # type: ignore[arg-type]
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
+            raise ValueError(f"{where} lacks {field.name}")
+    try:
+        return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _words(wanted: Any) -> str:
+    """A type in words, for messages."""
+    parts = get_args(wanted)
+    if get_origin(wanted) is Literal:
+        return f"one of {', '.join(parts)}"
+    if get_origin(wanted) is UnionType:
+        return " or ".join(map(_words, parts))
+    if get_origin(wanted) is tuple:
+        return f"a list of {'' if ... in parts else f'{len(parts)} '}{_words(parts[0]).split(' ', 1)[1]}s"
+    words = {int: "a whole number", float: "a finite number", str: "a text", bool: "a true or false", NoneType: "null"}
+    return words.get(wanted, "a table")
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value from JSON, whose lists stand for tuples, has a type. Numbers must be finite."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is UnionType:
+        return any(_has_type(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        if parts[1:] == (...,):
+            return all(_has_type(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(_has_type, value, parts))
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if wanted is NoneType:
+        return value is None
+    return isinstance(value, origin or wanted)
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -206,23 +312,27 @@ def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "c
     """Put the weights of a model's folder into `model` (which may be on the meta device).
 
     Raises:
-        FileNotFoundError, ValueError: no such file, a damaged one, or weights that do not fit the config.
+        FileNotFoundError, PermissionError: no such file, or it may not be read.
+        ValueError: a damaged file, weights that do not fit the config, or some that are not finite.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights = read_tensors(path)
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
         raise ValueError(
-            f"{path} does not fit {folder / CONFIG}: {name} is {found.get(name, 'missing')} in the file"
-            f" and {expected.get(name, 'absent')} in the model"
+            f"{shown(path)} does not fit {shown(folder / CONFIG)}: {shown(name)} is {found.get(name, 'missing')} in the"
+            f" file and {expected.get(name, 'absent')} in the model"
         )
+    for name, tensor in weights.items():
+        if state[name].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"{shown(path)}: {name} must hold floating-point numbers, not {tensor.dtype}")
+        if not tensor.isfinite().all() and not (name in STATISTICS and tensor.isnan().all()):
+            raise ValueError(f"{shown(path)}: {name} holds NaN or infinite values")
+        if name == "latent_std" and (tensor < 0).any():
+            raise ValueError(f"{shown(path)}: {name}, a deviation, is negative")
     # Copied and not assigned: the file's tensors are not aligned in memory, which changes the last bits of products.
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=device)

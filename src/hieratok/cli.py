@@ -1,6 +1,7 @@
 """The command line: thin subcommands over the package. torch is imported only by the commands that need it."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -258,6 +259,9 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit status 2, a failed run 1."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -288,8 +292,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(message: str, status: int) -> int:
-    """Print one line; return the exit status."""
-    print(f"hieratok: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line, without what a terminal would take for an order; return the exit status."""
+    from hieratok.files import shown
+
+    print(f"hieratok: {shown(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from hieratok import report
 from hieratok.analysis.meanings import MEANINGS
 from hieratok.checkpoint import json_text
+from hieratok.data.pixels import BadImageError, read_image
 from hieratok.evaluate_page import digits
 from hieratok.evaluation.results import describe
-from hieratok.runs import Measurement, Run, find_runs, first_line, is_run
+from hieratok.pictures import to_pil
+from hieratok.runs import Measurement, Run, find_runs, is_run, problem_of
 
 MAX_POINTS = 200
 """Of a curve: longer logs are averaged over intervals."""
@@ -382,10 +382,10 @@ def picture_parts(runs: Sequence[Run]) -> list[report.Html]:
         if run.picture is None:
             continue
         try:
-            with Image.open(run.picture) as file:
-                picture = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            broken.append(report.text(f"{run.name}: {run.picture.name} cannot be read: {first_line(error)}."))
+            picture = to_pil(read_image(run.picture))
+        except BadImageError as error:
+            problem = problem_of(run.picture, run.picture.parent, error)
+            broken.append(report.text(f"{run.name}: {problem}."))
             continue
         size = f"{picture.width} x {picture.height} px" + ", reduced" * (max(picture.size) > MAX_PICTURE)
         picture.thumbnail((MAX_PICTURE, MAX_PICTURE))

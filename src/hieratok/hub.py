@@ -13,16 +13,19 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from hieratok import __version__, checkpoint
+from hieratok.data.pixels import BadImageError, read_image
 from hieratok.evaluate_page import digits, flat
 from hieratok.evaluation.results import describe
+from hieratok.files import check_regular, read_json_table, shown
+from hieratok.generation.dit import DiTConfig
+from hieratok.pictures import to_pil
 from hieratok.runs import Measurement, Run, read_run
+from hieratok.tokenizer.model import TokenizerConfig
 
 PAPER = "arXiv 2509.23736"
 PICTURE = "pictures.png"
@@ -133,13 +136,12 @@ def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> No
     kind, model = find_model(Path(run), facts)
     with checkpoint.atomic_folder(folder) as temporary:
         for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
-            if not (model / name).is_file():
-                raise FileNotFoundError(f"{model / name} is missing")
+            check_regular(model / name)
             shutil.copyfile(model / name, temporary / name)
         has_picture = write_picture(facts.picture, temporary / PICTURE)
-        config = json.loads((model / checkpoint.CONFIG).read_text())
+        config = load_config(kind, model)
         card = make_card(facts, kind, config, hub_id, license, has_picture)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def check(hub_id: str, license: str) -> None:
@@ -167,10 +169,22 @@ def find_model(run: Path, facts: Run) -> tuple[str, Path]:
         raise FileNotFoundError(f"{run}: no such folder")
     folder = checkpoint.find(run, inside=facts.kind)
     try:
-        model_type = json.loads((folder / checkpoint.CONFIG).read_text())["model_type"]
+        model_type = read_json_table(folder / checkpoint.CONFIG)["model_type"]
         return {"hieratok": "tokenizer", "hieratok-dit": "generator"}[model_type], folder
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / checkpoint.CONFIG} describes neither a tokenizer nor a generator") from error
+    except (KeyError, TypeError) as error:
+        where = shown(folder / checkpoint.CONFIG)
+        raise ValueError(f"{where} describes neither a tokenizer nor a generator") from error
+
+
+def load_config(kind: str, folder: Path) -> dict[str, Any]:
+    """A model's settings by name, checked.
+
+    Raises:
+        ValueError: they are not those of a model of this kind.
+    """
+    if kind == "tokenizer":
+        return asdict(checkpoint.load_config(folder, "hieratok", TokenizerConfig)[0])
+    return asdict(checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))[0])
 
 
 def write_picture(source: Path | None, path: Path) -> bool:
@@ -178,9 +192,8 @@ def write_picture(source: Path | None, path: Path) -> bool:
     if source is None:
         return False
     try:
-        with Image.open(source) as file:
-            picture = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+        picture = to_pil(read_image(source))
+    except BadImageError:
         return False
     picture.thumbnail((MAX_PICTURE, MAX_PICTURE))
     picture.save(path, format="PNG")
@@ -297,7 +310,8 @@ def measurement_part(measurement: Measurement) -> str:
     facts = {name: local(value) for name, value in inputs.items()} if isinstance(inputs, dict) else {}
     data = facts.get("data") or facts.get("reference")
     title = f"`{Path(measurement.where) / 'metrics.json'}`" + (f", images of `{data}`" if data else "")
-    warnings = [f"Warning: {warning}." for warning in result.get("warnings") or ()]
+    listed = result.get("warnings")
+    warnings = [f"Warning: {shown(warning)}." for warning in (listed if isinstance(listed, list) else ())]
     protocol = "\n".join(f"{name}: {value}" for name, value in flat({**measurement.manifest, **facts}))
     return "\n\n".join([title, metric_table(measurement.numbers), *warnings, details("Protocol", "text", protocol)])
 

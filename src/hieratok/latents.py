@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hieratok import checkpoint
 from hieratok.data.images import Source, Subset, evaluation_batches, names_sha256, open_source, to_float
-from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, shard_folder
+from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, read_shard, shard_folder
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.processes import process, process_group, wait
 from hieratok.reconstruct import best_device
@@ -182,7 +182,7 @@ def with_statistics(manifest: Manifest, out: Path) -> Manifest:
     statistics = LatentStatistics(d)
     for shard in range(len(manifest)):
         images = min(manifest.shard_images, manifest.images - shard * manifest.shard_images)
-        sums = torch.from_numpy(np.load(shard_folder(out, shard) / "moments.npy"))
+        sums = torch.from_numpy(read_shard(shard_folder(out, shard) / "moments.npy", (2, d), np.float64))
         statistics.merge_state({"count": images * 2 * h * w, "sums": sums})
     mean, std = statistics.compute()
     return replace(manifest, mean=tuple(mean.tolist()), std=tuple(std.tolist()))

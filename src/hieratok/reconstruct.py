@@ -1,5 +1,6 @@
 """`hieratok reconstruct`: photos through a trained tokenizer, every scale as a picture."""
 
+import hashlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from hieratok import checkpoint, evaluate_page
 from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.evaluate import EvaluateReconstruction, evaluate_reconstruction
 from hieratok.evaluation.processes import process, process_group
+from hieratok.files import shown
 from hieratok.pictures import MAX_CELL, fit, picture_table, to_pil
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.tiling import reconstruct_tiled
 from hieratok.training.tokenizer import reconstruct_pyramid
 
+MOST_STEM_BYTES = 200
 SHEET_ROWS = 50  # a contact sheet of more would be too tall to look at
 
 
@@ -111,7 +114,7 @@ def reconstruction_pairs(
 
 def seeded(name: str) -> torch.Generator:
     """A generator that depends on an image's name alone: not on batches, processes or order."""
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(name.encode(errors="surrogateescape")))
 
 
 def evaluate_tokenizer(options: EvaluateReconstruction) -> dict[str, Any]:
@@ -152,11 +155,21 @@ def file_stems(source: Source) -> list[str]:
     """
     names: dict[str, str] = {}
     for name in (source.name(i) for i in range(len(source))):
-        stem = str(Path(name).with_suffix("")).replace("/", "-").replace("\\", "-")
+        stem = shortened(os.path.splitext(name)[0].replace("/", "-").replace("\\", "-"))
         if stem in names:
-            raise ValueError(f"{names[stem]} and {name} would both be written as {stem}-...px.png: rename one")
+            raise ValueError(
+                f"{shown(names[stem])} and {shown(name)} would both be written as {shown(stem)}-...px.png: rename one"
+            )
         names[stem] = name
     return list(names)
+
+
+def shortened(stem: str) -> str:
+    """A name that leaves room for an ending: of more than 200 bytes the first, and a hash of all."""
+    data = os.fsencode(stem)
+    if len(data) <= MOST_STEM_BYTES:
+        return stem
+    return f"{os.fsdecode(data[: MOST_STEM_BYTES - 9])}-{hashlib.sha256(data).hexdigest()[:8]}"
 
 
 def save_png(picture: Image.Image, path: Path) -> Path:

@@ -10,17 +10,18 @@ a phone, and works without its script (which enlarges pictures and copies tables
 """
 
 import base64
+import html
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NewType
 
 from PIL import Image
 
 from hieratok.checkpoint import atomic_file
+from hieratok.files import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,6 +81,11 @@ def page(title: str, summary: str, sections: Sequence[Html]) -> Html:
 </html>
 """
     )
+
+
+def escape(text: object) -> str:
+    """Text inside HTML; of what no page can show or what would change its direction, the escapes."""
+    return html.escape("".join(c if c.isprintable() or c in "\n\t" else shown(c) for c in str(text)))
 
 
 def write_page(path: Path, document: Html) -> None:

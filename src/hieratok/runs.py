@@ -3,7 +3,6 @@
 A run may be unfinished, killed or damaged: whatever can be read is, and `problems` says what could not be.
 """
 
-import json
 import math
 import os
 import time
@@ -12,18 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from hieratok import checkpoint
+from hieratok.files import check_regular, read_json_lines, read_json_table, read_yaml, shown
 from hieratok.quickstart import speed
 from hieratok.training.run_folder import EVALUATIONS, LOG, flatten
 
 CONFIG = "config.yaml"
 PARTS = {"checkpoints", "tensorboard", "pictures", "tokenizer", "generator"}
 """Folders of a run that hold no other run."""
-STATISTICS = {"latent_mean", "latent_std"}
-"""Tensors beside the weights that are no parameters."""
+LEAST, MOST = 1e-9, 1e30
+"""Of numbers in a log: a run that diverged has some beyond, and no plot shows them beside others."""
+MOST_TERMS = 80
+"""Of a log, each of which is a plot."""
 SILENT_SECONDS, SILENT_INTERVALS = 600, 10
 """An unfinished run counts as stopped when its log has not grown for so long, and so many times its own interval."""
 
@@ -46,7 +47,7 @@ class Measurement:
     @property
     def numbers(self) -> dict[str, float]:
         """Its numbers by name, without lists and nested ones."""
-        return {k: v for k, v in self.result.items() if is_number(v)}
+        return {shown(k): v for k, v in self.result.items() if is_number(v)}
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,12 @@ def find_runs(folder: Path) -> list[Run]:
         FileNotFoundError: no such folder, or no run in it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise FileNotFoundError(f"{shown(folder)}: no such folder")
     folders = [path for path in walk(folder) if is_run(path)]
     if not folders:
-        raise FileNotFoundError(f"no runs in {folder} or below it: a run has {CONFIG} and {LOG} (`hieratok train`)")
+        raise FileNotFoundError(
+            f"no runs in {shown(folder)} or below it: a run has {CONFIG} and {LOG} (`hieratok train`)"
+        )
     return [read_run(path, path.relative_to(folder).as_posix() if path != folder else path.name) for path in folders]
 
 
@@ -144,13 +147,13 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     settings = read_settings(folder / CONFIG, problems)
     kind = settings.get("kind", "tokenizer")
     if kind not in ("tokenizer", "generator"):
-        problems.append(f"{CONFIG}: kind {kind!r} is none that is known")
+        problems.append(f"{CONFIG}: kind {shown(repr(kind))} is none that is known")
         kind = "tokenizer"
     log = read_records(folder / LOG, ("images_per_second",), problems)
     written = next((p.stat().st_mtime for p in (folder / LOG, folder / CONFIG) if p.is_file()), 0.0)
     pictures = sorted((folder / "pictures").glob("step-*.png"))
     return Run(
-        name=name or folder.name,
+        name=shown(name or folder.name),
         folder=folder,
         kind=kind,
         state=state_of(folder, kind, settings, log, time.time() - written),
@@ -168,37 +171,35 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
     """A run's settings by their names; what is wrong with the file goes to `problems`."""
     try:
-        settings = yaml.safe_load(path.read_text())
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no settings")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(f"{path.name} cannot be read: {first_line(error)}")
+        return flatten(read_yaml(path))
+    except (OSError, ValueError) as error:
+        problems.append(problem_of(path, path.parent, error))
         return {}
-    return flatten(settings)
 
 
 def read_records(path: Path, required: tuple[str, ...], problems: list[str]) -> list[dict[str, float]]:
     """The records of a log in the order of their steps, numbers alone; damaged lines go to `problems`."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read: {first_line(error)}")
-        return []
     records: list[dict[str, float]] = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(values, dict):
-            continue
-        record = {k: v for k, v in values.items() if is_number(v) and math.isfinite(v)}
-        last = records[-1] if records else {"step": -1, "images": -1}
-        complete = all(record.get(key, 0) > 0 for key in ("step", "images", *required))
-        if complete and record["step"] > last["step"] and record["images"] > last["images"]:
-            records.append(record)
-    if len(records) < len(lines):
-        problems.append(f"{path.name}: {len(lines) - len(records)} of {len(lines)} lines cannot be used")
+    names: set[str] = set()
+    lines = 0
+    try:
+        for values in read_json_lines(path):
+            lines += 1
+            record = {shown(k): v for k, v in (values or {}).items() if is_number(v) and abs(v) <= MOST}
+            last = records[-1] if records else {"step": -1, "images": -1}
+            complete = all(record.get(key, 0) >= LEAST for key in ("step", "images", *required))
+            if complete and record["step"] > last["step"] and record["images"] > last["images"]:
+                names |= record.keys()
+                records.append(record)
+    except (OSError, ValueError) as error:
+        problems.append(problem_of(path, path.parent, error))
+        return []
+    if len(records) < lines:
+        problems.append(f"{path.name}: {lines - len(records)} of {lines} lines cannot be used")
+    if len(names) > MOST_TERMS:
+        problems.append(f"{path.name}: it has {len(names):,} terms, of which {MOST_TERMS} are used")
+        kept = {*required, "step", "images", *sorted(names)[:MOST_TERMS]}
+        records = [{k: v for k, v in record.items() if k in kept} for record in records]
     return records
 
 
@@ -223,17 +224,14 @@ def read_measurements(folder: Path, problems: list[str]) -> list[Measurement]:
     measurements = []
     for path in walk(folder, into_runs=False):
         file = path / "metrics.json"
-        if not file.is_file():
+        if not file.exists():
             continue
-        where = path.relative_to(folder).as_posix()
         try:
-            result = json.loads(file.read_text())
-            if not isinstance(result, dict):
-                raise ValueError("it holds no table")
+            result = read_json_table(file)
         except (OSError, ValueError) as error:
-            problems.append(f"{file.relative_to(folder)} cannot be read: {first_line(error)}")
+            problems.append(problem_of(file, folder, error))
             continue
-        measurements.append(Measurement(where, result))
+        measurements.append(Measurement(shown(path.relative_to(folder).as_posix()), result))
     return measurements
 
 
@@ -245,17 +243,17 @@ def count_parameters(folder: Path, kind: str, problems: list[str]) -> int | None
         return None
     path = model / checkpoint.WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(k).get_shape()) for k in file.keys() if k not in STATISTICS)  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        problems.append(f"{path.relative_to(folder)} cannot be read: {first_line(error)}")
+        check_regular(path)
+        with checkpoint.utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
+            names = [name for name in file.keys() if name not in checkpoint.STATISTICS]  # noqa: SIM118
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    except (OSError, ValueError, SafetensorError) as error:
+        problems.append(problem_of(path, folder, error))
         return None
 
 
-def first_line(error: Exception) -> str:
-    """An error's message, short and on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())[:200]
+def problem_of(path: Path, folder: Path, error: Exception) -> str:
+    """What is wrong with a file, on one short line that begins with its name within the folder."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = shown(" ".join(reason.split())).removeprefix(f"{shown(path)} ").removeprefix("cannot be read: ")
+    return f"{shown(path.relative_to(folder))} cannot be read: {reason[:200]}"

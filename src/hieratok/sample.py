@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from hieratok import checkpoint
 from hieratok.data.images import to_uint8
-from hieratok.data.pixels import decode_image
+from hieratok.data.pixels import read_image as read_pixels
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.processes import process, process_group, wait
+from hieratok.files import read_json_table, shown
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, Samples, check_fits, class_labels, sample_latents
 from hieratok.pictures import to_pil
@@ -167,10 +168,10 @@ def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
 
 def read_settings(out: Path) -> dict[str, Any]:
     """What `out` was drawn with."""
-    try:
-        return dict(json.loads((out / METADATA).read_text())["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out / METADATA} is damaged: choose another --out") from error
+    settings = read_json_table(out / METADATA).get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{shown(out / METADATA)} is damaged: choose another --out")
+    return settings
 
 
 def draw(generator: DiT, tokenizer: Tokenizer, options: Sample, sides: list[int], missing: list[int]) -> None:
@@ -234,8 +235,7 @@ def decoded(tokenizer: Tokenizer, z: Tensor, options: Sample) -> Iterator[Tensor
 
 def read_image(out: Path, side: int, index: int) -> Tensor:
     """uint8 (3, H, W)."""
-    path = image_path(out, side, index)
-    return decode_image(path.read_bytes(), str(path))
+    return read_pixels(image_path(out, side, index))
 
 
 def write_npz(path: Path, out: Path, side: int, labels: Tensor) -> None:

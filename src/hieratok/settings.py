@@ -7,10 +7,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import yaml
-
 from hieratok import recipes
 from hieratok.checkpoint import nearest
+from hieratok.files import read_yaml, shown
 from hieratok.recipes import Run
 from hieratok.training.generator import GeneratorRun
 from hieratok.training.run_folder import flatten, plain
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound="DataclassInstance")
 SHORTHANDS = {"--data": "--data.path", "--from": "--start_from"}
+CODE = "eval.features"
+"""The one setting that may name code (`module:function`), from the command line or from Python alone."""
 OPTIONS = ["out", "allow_changes"]  # of the command, and no settings of the run
 KINDS: dict[str, type[Run]] = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 
@@ -143,16 +144,7 @@ def read_settings(source: str) -> dict[str, Any]:
     """A recipe's or a YAML file's settings as they stand there, not checked yet."""
     if not source.endswith((".yaml", ".yml")):
         return plain(recipes.get(source))
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{source}: no such file")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{source} holds no settings (`hieratok recipes NAME` prints a file to start from)")
-    return {"name": path.stem, **settings}
+    return {"name": Path(source).stem, **read_yaml(source)}
 
 
 def kind_of(settings: dict[str, Any], source: str) -> type[Run]:
@@ -162,8 +154,9 @@ def kind_of(settings: dict[str, Any], source: str) -> type[Run]:
         ValueError: there is no such kind.
     """
     kind = settings.get("kind", "tokenizer")
-    if kind not in KINDS:
-        raise ValueError(f"{source}: kind must be {' or '.join(KINDS)}, not {kind!r}{nearest(str(kind), list(KINDS))}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        hint = nearest(str(kind), list(KINDS))
+        raise ValueError(f"{shown(source)}: kind must be {' or '.join(KINDS)}, not {shown(repr(kind))}{hint}")
     return KINDS[kind]
 
 
@@ -178,14 +171,19 @@ def check_settings(settings: dict[str, Any], source: str) -> None:
     for name, value in settings.items():
         top = str(name).partition(".")[0]
         if top not in run:
-            raise ValueError(f"{source}: unknown setting {top!r}{nearest(top, list(run))}")
+            raise ValueError(f"{shown(source)}: unknown setting {top!r}{nearest(top, list(run))}")
         if is_dataclass(run[top]) and name == top and not isinstance(value, dict):
-            raise ValueError(f"{source}: {name} must hold settings of its own by name, not {value!r}")
+            raise ValueError(f"{shown(source)}: {name} must hold settings of its own by name, not {value!r}")
     for name, value in flatten(settings).items():
+        if name == CODE and ":" in str(value):
+            raise ValueError(
+                f"{shown(source)}: {CODE} {shown(repr(value))} names code, which no file may: give it on the command"
+                f" line, --{CODE} {shown(value)}"
+            )
         if name not in defaults:
-            raise ValueError(f"{source}: unknown setting {name!r}{nearest(name, list(defaults))}")
+            raise ValueError(f"{shown(source)}: unknown setting {name!r}{nearest(name, list(defaults))}")
         if value is None and defaults[name] is not None:
-            raise ValueError(f"{source}: {name} must not be null")
+            raise ValueError(f"{shown(source)}: {name} must not be null")
 
 
 def _underscored(argument: str) -> str:

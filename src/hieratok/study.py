@@ -4,7 +4,6 @@ Every run lies in OUT/runs under a hash of its settings and data, and every meas
 what is there is used again, by other studies too, and the same command goes on where it was stopped.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from hieratok.data.images import open_source
 from hieratok.evaluation.evaluate import EvaluateReconstruction, EvaluateSamples, evaluate_samples
 from hieratok.evaluation.pixels import psnr
 from hieratok.evaluation.reconstruction import area_resize
+from hieratok.files import read_json_table
 from hieratok.reconstruct import evaluate_tokenizer
 from hieratok.sample import Sample, folder_name, read_image, sample, written_sides
 from hieratok.studies import METRICS, Metric, Row
@@ -133,7 +133,7 @@ def tokenizer_of(planned: Sequence[Planned]) -> Planned:
 
 def facts(planned: Planned) -> dict[str, Any]:
     """What a finished run was."""
-    done = json.loads((planned.folder / DONE).read_text())
+    done = read_json_table(planned.folder / DONE)
     seed = planned.run.train.seed
     return {
         "folder": str(planned.folder),
@@ -149,7 +149,7 @@ def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[
     out = folder / "measured" / f"{kind}-{digest(settings)}"
     if not (out / "metrics.json").is_file():
         measure(out)
-    return json.loads((out / "metrics.json").read_text())
+    return read_json_table(out / "metrics.json")
 
 
 def reconstruction(setup: Setup, tokenizer: Planned) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from hieratok import report
 from hieratok.analysis.meanings import MEANINGS
 from hieratok.analyze_page import Embedding, embedding_plots
 from hieratok.checkpoint import atomic_file, write_json
+from hieratok.data.pixels import read_image
+from hieratok.files import read_npz
+from hieratok.pictures import to_pil
 from hieratok.studies import METRICS, PAPER_SPEED_UP, Metric
 
 SHOWN = 8  # samples in appendix D's pictures
@@ -79,7 +79,9 @@ def write(stem: Path, result: dict[str, Any]) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_json(stem.with_suffix(".json"), result)
     with atomic_file(stem.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(result["title"], summary, everything), encoding="utf-8")
+        temporary.write_text(
+            markdown(result["title"], summary, everything), encoding="utf-8", errors="backslashreplace"
+        )
     parts = [
         report.section(s.title, *map(report.text, s.paragraphs), *(t.html() for t in s.tables), *s.pictures)
         for s in everything
@@ -281,8 +283,8 @@ def density_section(rows: dict[str, dict[str, Any]]) -> Section:
     )
     pictures = []
     for row, numbers in rows.items():
-        with np.load(Path(numbers["folder"]) / "embedding.npz", allow_pickle=False) as arrays:
-            plots = embedding_plots(Embedding(arrays["points"], arrays["density"], arrays["labels"]))
+        arrays = read_npz(Path(numbers["folder"]) / "embedding.npz")
+        plots = embedding_plots(Embedding(arrays["points"], arrays["density"], arrays["labels"]))
         pictures += [report.text(row), report.columns(*plots)]
     return Section("Latents in the plane", tables=[table], pictures=pictures)
 
@@ -320,10 +322,7 @@ def samples_section(row: str, numbers: dict[str, Any]) -> Section:
     columns = [*sides, finest]
     rows = []
     for path in sorted((folder / finest).glob("*.png"))[:SHOWN]:
-        pictures = []
-        for side in columns:
-            with Image.open(folder / side / path.name) as picture:
-                pictures.append(picture.convert("RGB"))
+        pictures = [to_pil(read_image(folder / side / path.name)) for side in columns]
         rows.append(report.Row(f"sample {int(path.stem)}", pictures))
     grid = report.picture_grid(columns, rows, f"Samples, every scale of one decoding; all are in {folder}.")
     return Section(f"Scales of one sample: {row}", tables=[table], pictures=[grid])

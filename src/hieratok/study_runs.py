@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +20,7 @@ from hieratok.data.images import names_sha256, open_source
 from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
 from hieratok.evaluation.statistics import SetStatistics
+from hieratok.files import read_yaml
 from hieratok.generation import diffusion, flow
 from hieratok.generation.dit import DiT
 from hieratok.latents import WriteLatents, write_latents
@@ -307,8 +307,8 @@ def train(planned: Planned) -> None:
         return
     if isinstance(planned.run, GeneratorRun):
         assert planned.run.tokenizer is not None
-        trained = yaml.safe_load((Path(planned.run.tokenizer) / "config.yaml").read_text())
-        write_latents(WriteLatents(run=planned.run.tokenizer, data=trained["data"]["path"], out=planned.run.data.path))
+        trained = flatten(read_yaml(Path(planned.run.tokenizer) / "config.yaml"))
+        write_latents(WriteLatents(run=planned.run.tokenizer, data=trained["data.path"], out=planned.run.data.path))
         train_generator(planned.run, planned.folder)
     else:
         train_tokenizer(planned.run, planned.folder)

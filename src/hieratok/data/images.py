@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,17 +23,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
 from hieratok.data.pixels import (
     SUFFIXES,
     BadImageError,
     center_crop,
-    decode_image,
     has_image_suffix,
     random_resized_crop,
+    read_image,
     to_float,
     to_uint8,
 )
 from hieratok.data.shards import TarShards
+from hieratok.files import check_regular, shown
 
 __all__ = [
     "BadImageError",
@@ -54,6 +56,9 @@ __all__ = [
 
 TRAIN_NAMES = {"train", "training"}
 HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
+COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+BRACES = re.compile(r"\{(?:(?P<first>\d{1,12})\.\.(?P<last>\d{1,12})|(?P<choices>[^{},]*(?:,[^{},]*)+))\}")
+MAX_SHARDS = 100_000
 
 logger = logging.getLogger(__name__)
 
@@ -87,29 +92,34 @@ class ImageFiles:
         paths: a folder, which is searched to any depth and whose sub-folders, in alphabetical order, are the classes
             (an image directly in it has none); or a file, or several, without classes.
 
+    A file is taken by its suffix, or if it has none by its first bytes. What is left out is counted, and said once.
+
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: no images, a file without an image's suffix, or one that is listed twice.
+        FileNotFoundError, PermissionError: a file is missing, or a folder may not be read.
+        ValueError: no images, a file that is no image by its name or no regular file, or one that is listed twice.
     """
 
     def __init__(self, paths: str | Sequence[str]):
         if isinstance(paths, str) and os.path.isdir(paths):
             self._folder = os.path.abspath(paths)
-            names = sorted(_images_below(self._folder))
+            names, left_out = images_below(self._folder)
             if not names:
-                raise ValueError(f"no images found in {paths} (looked for {_suffix_list()}, in sub-folders too)")
+                raise ValueError(
+                    f"no images found in {shown(paths)} (looked for {_suffix_list()}, in sub-folders too)"
+                    f"{left_out.words('; it has ')}"
+                )
+            left_out.say(paths)
             classes = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
         else:
             files = [os.path.abspath(path) for path in ([paths] if isinstance(paths, str) else paths)]
             if not files:
                 raise ValueError("no image files given")
             for file in files:
-                if not os.path.isfile(file):
-                    raise FileNotFoundError(f"no such file: {file}")
-                if not has_image_suffix(file):
-                    raise ValueError(f"{file} is not named like an image ({_suffix_list()})")
+                check_regular(file)
+                if kind := kind_left_out(file):
+                    raise ValueError(f"{shown(file)} is not named like an image: {kind} is none of {_suffix_list()}")
             if len(set(files)) < len(files):
-                raise ValueError(f"{max(files, key=files.count)} is listed twice")
+                raise ValueError(f"{shown(max(files, key=files.count))} is listed twice")
             self._folder = os.path.commonpath([os.path.dirname(file) for file in files])
             names = [os.path.relpath(file, self._folder) for file in files]
             classes = [""] * len(names)
@@ -136,35 +146,7 @@ class ImageFiles:
         Raises:
             BadImageError: the file is damaged, missing or may not be read.
         """
-        path = os.path.join(self._folder, self.name(index))
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise BadImageError(f"cannot read {path}: {error.strerror}") from error
-        return decode_image(data, path)
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    """Relative paths of all files with an image's suffix, except hidden ones; links are followed."""
-
-    def stop(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder that may not be read
-
-    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(parent, name)]
-        below = parent[len(folder) :].lstrip(os.sep)
-        for name in files:
-            if has_image_suffix(name) and not name.startswith("."):
-                yield os.path.join(below, name)
-
-
-def _is_loop(parent: str, name: str) -> bool:
-    """Whether a folder is a link to one that it lies in."""
-    path = os.path.join(parent, name)
-    if not os.path.islink(path):
-        return False
-    target = os.path.realpath(path)
-    return os.path.commonpath([target, os.path.realpath(parent)]) == target
+        return read_image(os.path.join(self._folder, self.name(index)))
 
 
 def _suffix_list() -> str:
@@ -288,7 +270,7 @@ def _bundled(package: str, file: str) -> Tensor:
     path = Path(spec.origin).parent / file
     if not path.is_file():
         raise FileNotFoundError(f"this {distribution} came without {path}: reinstall it, or give --data PATH")
-    return decode_image(path.read_bytes(), str(path))
+    return read_image(path)
 
 
 def open_source(path: str | Sequence[str]) -> Source:
@@ -296,78 +278,144 @@ def open_source(path: str | Sequence[str]) -> Source:
 
     - `bundled:train` (or just `bundled`), `bundled:val`, `bundled:whole`: the photos that come with the dependencies;
     - an image file, a folder of images (classes: its sub-folders), a pattern such as `photos/*.jpg`;
-    - WebDataset shards: a folder of `.tar` files, one of them, a pattern such as `shards/train-*.tar`;
+    - WebDataset shards: a folder of `.tar` files, one of them, a pattern such as `shards/train-*.tar`, or several in
+      WebDataset's notation, `shards/train-{000000..000146}.tar`;
     - a list of these.
 
     Raises:
         FileNotFoundError: nothing there; the message offers the nearest name.
-        ValueError: no images, images and shards mixed, or several sets in one folder, such as train and val.
+        PermissionError: a file or folder that may not be read.
+        ValueError: no images, images and shards mixed, compressed shards, or several sets in one folder, such as train
+            and val.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].split(":")[0] == "bundled":
         return BundledPhotos(paths[0].partition(":")[2] or "train")
-    found = [_expand(os.path.expanduser(one)) for one in paths]
+    left_out = LeftOut()
+    found = [_expand(os.path.expanduser(one), left_out) for one in paths]
     if len(found) == 1 and len(found[0]) == 1 and os.path.isdir(found[0][0]):
         return _open_folder(found[0][0])
 
     files: list[str] = []
     for matches in found:  # a pattern may match both a folder and what is in it
-        files += dict.fromkeys(file for match in matches for file in _files_of(match))
-    shards = [file for file in files if file.endswith(".tar")]
+        files += dict.fromkeys(file for match in matches for file in _files_of(match, left_out))
+    shards = [file for file in files if _is_shard(file)]
+    where = " ".join(paths)
     if not files:
-        raise ValueError(f"no images found in {' '.join(paths)} (looked for {_suffix_list()} .tar)")
+        raise ValueError(
+            f"no images found in {shown(where)} (looked for {_suffix_list()} .tar){left_out.words('; it has ')}"
+        )
+    left_out.say(where)
     if not shards:
         return ImageFiles(files)
     if len(shards) < len(files):
-        other = next(file for file in files if not file.endswith(".tar"))
-        raise ValueError(f"{shards[0]} is a shard and {other} is not: give one kind or the other")
+        other = next(file for file in files if not _is_shard(file))
+        raise ValueError(f"{shown(shards[0])} is a shard and {shown(other)} is not: give one kind or the other")
     return TarShards(shards)
 
 
-def _files_of(path: str) -> list[str]:
+def _is_shard(file: str) -> bool:
+    """Whether a file is a WebDataset shard by its name.
+
+    Raises:
+        ValueError: a compressed one.
+    """
+    if file.lower().endswith(COMPRESSED_SHARDS):
+        raise ValueError(
+            f"{shown(file)} is a compressed archive, of which images cannot be read in any order: unpack it to .tar"
+            " (such as by gunzip)"
+        )
+    return file.lower().endswith(".tar")
+
+
+def _files_of(path: str, left_out: LeftOut) -> list[str]:
     if not os.path.isdir(path):
         return [path]
-    return [os.path.join(path, name) for name in sorted(_images_below(path))]
+    names, others = images_below(path)
+    left_out.add(others)
+    return [os.path.join(path, name) for name in names]
 
 
-def _expand(path: str) -> list[str]:
-    """A path itself if it exists, else what it matches as a pattern, without files of other kinds."""
-    if os.path.exists(path):
+def _expand(path: str, left_out: LeftOut) -> list[str]:
+    """A path itself if it exists, else what it matches in WebDataset's notation or as a pattern, without files of other
+    kinds."""
+    if os.path.lexists(path):
         return [path]
+    if BRACES.search(path):
+        return [file for one in _expand_braces(path) for file in _expand(one, left_out)]
     if glob.has_magic(path):
         matches = sorted(glob.glob(path, recursive=True))
-        usable = [m for m in matches if os.path.isdir(m) or m.endswith(".tar") or has_image_suffix(m)]
+        usable = []
+        for match in matches:
+            if os.path.isdir(match) or _is_shard(match) or not (kind := kind_left_out(match)):
+                usable.append(match)
+            else:
+                left_out.count(kind)
         if not usable:
             what = "nothing matches" if not matches else "no images or .tar shards match"
-            raise FileNotFoundError(f"{what} {path}")
+            raise FileNotFoundError(f"{what} {shown(path)}{left_out.words('; it matches ')}")
         return usable
     parent, missing = os.path.split(os.path.abspath(path))
     while not os.path.isdir(parent):
         parent, missing = os.path.split(parent)
     known = {name: os.path.join(parent, name) for name in os.listdir(parent)} | {"bundled": "bundled"}
     nearest = difflib.get_close_matches(missing, known, n=1)
-    hint = f" (did you mean {known[nearest[0]]}?)" if nearest else ""
-    raise FileNotFoundError(f"no such file or folder: {path}{hint}")
+    hint = f" (did you mean {shown(known[nearest[0]])}?)" if nearest else ""
+    raise FileNotFoundError(f"no such file or folder: {shown(path)}{hint}")
+
+
+def _expand_braces(path: str) -> Iterator[str]:
+    """WebDataset's notation for several shards: `{000..146}` stands for numbers, `{a,b}` for either text.
+
+    Raises:
+        ValueError: more than 100,000 shards.
+    """
+    found = BRACES.search(path)
+    if not found:
+        yield path
+        return
+    before, after = path[: found.start()], path[found.end() :]
+    if found["choices"] is not None:
+        middles: Iterable[str] = found["choices"].split(",")
+    else:
+        first, last = found["first"], found["last"]
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        step = 1 if int(first) <= int(last) else -1
+        numbers = range(int(first), int(last) + step, step)
+        if len(numbers) > MAX_SHARDS:
+            raise ValueError(f"{shown(path)} stands for {len(numbers):,} shards, and {MAX_SHARDS:,} are the limit")
+        middles = (f"{number:0{width}}" for number in numbers)
+    for middle in middles:
+        yield from _expand_braces(before + middle + after)
 
 
 def _open_folder(folder: str) -> Source:
     """A folder of shards or of images; one that holds several sets is refused, as mixing them would go unnoticed."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    shards = [name for name in names if name.endswith(".tar")]
+    names = sorted(name for name in listdir(folder) if not name.startswith("."))
+    shards = [name for name in names if _is_shard(os.path.join(folder, name))]
     if not shards:
         folders = [os.path.join(folder, name) for name in names if os.path.isdir(os.path.join(folder, name))]
         train = [path for path in folders if os.path.basename(path).lower() in TRAIN_NAMES]
         held_out = [path for path in folders if os.path.basename(path).lower() in HELD_OUT_NAMES]
         if train and held_out:
-            raise ValueError(f"{folder} holds several sets: choose one of {', '.join(train + held_out)}")
+            choices = ", ".join(map(shown, train + held_out))
+            raise ValueError(f"{shown(folder)} holds several sets: choose one of {choices}")
         return ImageFiles(folder)
     images = [name for name in names if has_image_suffix(name)]
     if images:
-        raise ValueError(f"{folder} holds both shards ({shards[0]}) and images ({images[0]}): choose with a pattern")
+        raise ValueError(
+            f"{shown(folder)} holds both shards ({shown(shards[0])}) and images ({shown(images[0])}): choose with a"
+            " pattern"
+        )
     sets = sorted({re.sub(r"\d+", "*", name) for name in shards})
     if len(sets) > 1:
         choices = ", ".join(repr(os.path.join(folder, pattern)) for pattern in [*sets[:4], "*.tar"])
-        raise ValueError(f"{folder} holds shards of several sets: choose one of {choices}")
+        raise ValueError(f"{shown(folder)} holds shards of several sets: choose one of {choices}")
+    left_out = LeftOut()
+    for name in names:
+        if name not in shards:
+            left_out.count(kind_left_out(os.path.join(folder, name)) or "images")
+    left_out.say(folder)
     return TarShards([os.path.join(folder, name) for name in shards])
 
 
@@ -447,7 +495,7 @@ class ImageDataset(Dataset):
             if self.flip and torch.rand((), generator=generator) < 0.5:
                 image = image.flip(-1)
             return {"image": image.contiguous(), "label": self.source.label(place), "skipped": skipped}
-        raise BadImageError(f"none of the {len(self)} images can be read, {self.source.name(index)} among them")
+        raise BadImageError(f"none of the {len(self)} images can be read, {shown(self.source.name(index))} among them")
 
     def _crop(self, image: Tensor, generator: torch.Generator) -> Tensor:
         if self.crop == "center":
@@ -461,7 +509,7 @@ def _read(source: Source, index: int, crop: Callable[[Tensor], Tensor]) -> Tenso
     try:
         return crop(image)
     except BadImageError as error:
-        raise BadImageError(f"cannot crop {source.name(index)}: {error}") from None
+        raise BadImageError(f"cannot crop {shown(source.name(index))}: {error}") from None
 
 
 def generator_of(*parts: int) -> torch.Generator:

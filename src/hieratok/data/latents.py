@@ -11,8 +11,8 @@ float32 and not float16: a folder trains what the images themselves would, and r
 """
 
 import dataclasses
-import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hieratok.data.images import generator_of
+from hieratok.files import read_json_table, read_npy, shown
 
 MANIFEST = "manifest.json"
+MOST = 10**12  # of anything that a manifest counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +58,44 @@ class Manifest:
 
         Raises:
             FileNotFoundError: it holds no latents.
-            ValueError: a damaged file.
+            ValueError: a damaged file, or values that no latents have.
         """
         path = Path(folder) / MANIFEST
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise FileNotFoundError(
-                f"{folder} holds no latents: `hieratok latents RUN --data PATH --out DIR` makes them"
+                f"{shown(folder)} holds no latents: `hieratok latents RUN --data PATH --out DIR` makes them"
             )
+        values = read_json_table(path)
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         try:
-            values = json.loads(path.read_text())
-            lists = {name: tuple(values[name]) for name in ("shape", "mean", "std") if values[name] is not None}
-            return cls(**{**values, **lists})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged or of another version: write the latents again") from error
+            manifest = cls(**{**values, **lists})
+            problem = manifest.problem()
+        except (TypeError, AttributeError, KeyError) as error:  # wrong names, or types of what was not checked yet
+            raise ValueError(f"{shown(path)} is damaged or of another version: write the latents again") from error
+        if problem:
+            raise ValueError(f"{shown(path)}: {problem}: write the latents again")
+        return manifest
+
+    def problem(self) -> str:
+        """What is wrong with the values, in words; empty if nothing is."""
+        if not all(isinstance(self.tokenizer[name], str) for name in ("source", "sha256", "encoder_sha256")):
+            return "its tokenizer lacks names"
+        if not all(isinstance(self.data[name], str) for name in ("path", "crop", "names_sha256")):
+            return "its data lacks names"
+        if not isinstance(self.shape, tuple) or len(self.shape) != 3:
+            return "shape must be three whole numbers"
+        if not all(isinstance(n, int) and 1 <= n <= MOST for n in (*self.shape, self.images, self.shard_images)):
+            return f"shape, images and shard_images must be whole numbers from 1 to {MOST:,}"
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers is not None and not (
+                isinstance(numbers, tuple)
+                and len(numbers) == self.shape[0]
+                and all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+            ):
+                return f"{name} must be {self.shape[0]} finite numbers"
+        if (self.mean is None) != (self.std is None) or any(x < 0 for x in self.std or ()):
+            return "mean and std belong together, and std is not negative"
+        return ""
 
 
 def shard_folder(folder: str | Path, shard: int) -> Path:
@@ -98,7 +125,7 @@ class LatentDataset(Dataset):
         self.manifest = Manifest.read(folder)
         if self.manifest.mean is None:
             raise ValueError(f"the latents in {folder} are not finished: run the same `hieratok latents` again")
-        self.labels = np.concatenate([self._load(shard, "labels", None) for shard in range(len(self.manifest))])
+        self.labels = np.concatenate([self._load(shard, "labels") for shard in range(len(self.manifest))])
         """(N,) int64."""
         self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -116,22 +143,36 @@ class LatentDataset(Dataset):
         mirrored = self.flip and bool(torch.rand((), generator=generator_of(self.seed, epoch, index)) < 0.5)
         shard, row = divmod(index, self.manifest.shard_images)
         if shard not in self._open:
-            self._open[shard] = (self._load(shard, "mean", "r"), self._load(shard, "logvar", "r"))
+            self._open[shard] = (self._load(shard, "mean"), self._load(shard, "logvar"))
         mean, logvar = (torch.from_numpy(np.array(values[row, int(mirrored)])) for values in self._open[shard])
         return {"mean": mean, "logvar": logvar, "label": int(self.labels[index]), "skipped": 0}
 
-    def _load(self, shard: int, name: str, mmap_mode: Any) -> np.ndarray:
+    def _load(self, shard: int, name: str) -> np.ndarray:
         path = shard_folder(self.folder, shard) / f"{name}.npy"
         first = shard * self.manifest.shard_images
         count = min(self.manifest.shard_images, self.manifest.images - first)
         shape = (count,) if name == "labels" else (count, 2, *self.manifest.shape)
-        try:
-            values = np.load(path, mmap_mode, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is missing or damaged: remove its folder and write it again") from error
-        if values.shape != shape:
-            raise ValueError(f"{path} does not fit {MANIFEST}: its shape is {values.shape}, not {shape}")
+        values = read_shard(path, shape, np.int64 if name == "labels" else np.float32, name != "labels")
+        if name == "labels" and (values < -1).any():
+            raise ValueError(f"{shown(path)} holds a class index below -1: remove its folder and write it again")
         return values
+
+
+def read_shard(path: Path, shape: tuple[int, ...], dtype: type, mapped: bool = False) -> np.ndarray:
+    """One array of a shard.
+
+    Raises:
+        ValueError: missing, damaged, or of another shape or type than the manifest says.
+    """
+    try:
+        values = read_npy(path, mapped)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}: remove its folder and write it again") from error
+    if values.shape != shape or values.dtype != dtype:
+        raise ValueError(
+            f"{shown(path)} does not fit {MANIFEST}: it is {values.dtype} {values.shape}, not {np.dtype(dtype)} {shape}"
+        )
+    return values
 
 
 class LatentStatistics:

@@ -1,25 +1,62 @@
-"""One image: from the bytes of a file to uint8 RGB, and the two crops. Any trouble with a file is a `BadImageError`."""
+"""One image: from the bytes of a file to uint8 RGB, and the two crops. Any trouble with a file is a `BadImageError`.
+
+This is the one place where pictures are opened, wherever they come from: of known formats alone, whatever the file is
+called, and with a limit on their pixels.
+"""
 
 import contextlib
 import io
 import math
 import os
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from hieratok.files import read_bytes, read_start, shown
+
 # What is looked for in folders, globs and shards. A file's content, not its name, then says how it is decoded.
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "avif", "gif")
+SUFFIXES = (
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif", "gif", "ppm", "pgm", "pbm", "pnm"
+)  # fmt: skip
 
 # Pillow would also open PostScript (by starting another program) and many formats which no photo comes in.
 Image.init()
-FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF") if name in Image.OPEN]
+FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF", "PPM") if name in Image.OPEN]
+
+# Pillow warns before it refuses; the limit here is below that at which it refuses. Once for the process, as images are
+# opened in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+MAX_IMAGE_BYTES = 1 << 28
+HEADER_BYTES = 1 << 20  # in which an image's format and size are found
+MAX_PIXELS = 1 << 27
+"""134 million, the largest cameras' images; decoding one takes some 7 bytes a pixel."""
+BAND_ROWS = 256  # of a decoded image that are converted at a time
 
 TORCHVISION_RGB = 3  # torchvision.io.ImageReadMode.RGB
 CROP_TRIES = 10
+
+# EXIF's orientation -> what makes the image upright: whether rows and columns change places, and then which axes are
+# turned around, of (3, H, W)
+UPRIGHT: dict[int, tuple[bool, list[int]]] = {
+    2: (False, [2]),
+    3: (False, [1, 2]),
+    4: (False, [1]),
+    5: (True, []),
+    6: (True, [2]),
+    7: (True, [1, 2]),
+    8: (True, [1]),
+}
+
+Rows = Callable[[int, int], np.ndarray]  # the rows of an image from the first up to the second
 
 
 class BadImageError(ValueError):
@@ -36,12 +73,35 @@ def has_image_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower().removeprefix(".") in SUFFIXES
 
 
+def is_image(path: str) -> bool:
+    """Whether a file's first bytes are an image's, whatever it is called; False also where it cannot be read."""
+    try:
+        open_image(read_start(path, HEADER_BYTES))
+    except Exception:  # damaged headers make Pillow raise errors of many types
+        return False
+    return True
+
+
+def read_image(path: str | os.PathLike) -> Tensor:
+    """An image file -> uint8 (3, H, W), as `decode_image` has it.
+
+    Raises:
+        BadImageError: no such file, not a regular one, one that may not be read, or not an image; names the file.
+    """
+    try:
+        data = read_bytes(path, MAX_IMAGE_BYTES)
+    except (OSError, ValueError) as error:
+        raise BadImageError(f"cannot read {shown(path)}: {str(error).removeprefix(f'{shown(path)} ')}") from error
+    return decode_image(data, os.fspath(path))
+
+
 def decode_image(data: bytes, name: str) -> Tensor:
     """Decode an image file's bytes.
 
     JPEG goes through torchvision, which is faster than Pillow and gives the same pixels; all else, and JPEGs that it
-    refuses, through Pillow. The EXIF rotation is applied, colour profiles are ignored. Grey, palette and CMYK become
-    RGB, 16 bits become 8 by rounding, transparent parts lie on white, and the first frame of several counts.
+    refuses, through Pillow. The image is turned upright (by EXIF, or else XMP), colour profiles are ignored. Grey,
+    palette and CMYK become RGB, 16 bits become 8 by rounding, transparent parts lie on white, and the first frame of
+    several counts.
 
     Args:
         data: the whole file.
@@ -51,43 +111,168 @@ def decode_image(data: bytes, name: str) -> Tensor:
         uint8 (3, H, W).
 
     Raises:
-        BadImageError: not an image, truncated, floating-point pixels, or more than twice `PIL.Image.MAX_IMAGE_PIXELS`.
+        BadImageError: not an image, truncated, floating-point pixels, or more than 134 million pixels.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header and refuses a decompression bomb
+        picture = open_image(data)
         if picture.format in ("JPEG", "MPO"):
             # RuntimeError: truncated, or an encoding that it does not know; Pillow then tells which. AttributeError: a
             # later torchvision: 0.29 announced that its decoders will go, and its Python function warns at each call.
             with contextlib.suppress(RuntimeError, AttributeError):
                 buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                return torch.ops.image.decode_jpeg(buffer, TORCHVISION_RGB, True)  # True: apply the EXIF rotation
-        return _rgb_from_pillow(picture)
+                image = torch.ops.image.decode_jpeg(buffer, TORCHVISION_RGB, False)  # upright below: False
+                return _upright(image, _orientation(picture))
+        return _upright(_rgb(picture, data), _orientation(picture))
     except UnidentifiedImageError:
         reason = "not an image of a known format" if data else "the file is empty"
-        raise BadImageError(f"cannot read {name}: {reason}") from None
+        raise BadImageError(f"cannot read {shown(name)}: {reason}") from None
     except Exception as error:  # damaged files make decoders raise errors of every type
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadImageError(f"cannot read {name}: {reason}") from error
+        reason = shown(" ".join(str(error).split())) or type(error).__name__
+        raise BadImageError(f"cannot read {shown(name)}: {reason}") from error
 
 
-def _rgb_from_pillow(picture: Image.Image) -> Tensor:
-    """Any mode of Pillow's -> uint8 (3, H, W)."""
-    picture = ImageOps.exif_transpose(picture)
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """An image of a known format and a size that can be decoded; its pixels are not decoded yet.
+
+    Raises:
+        UnidentifiedImageError: no image of a known format.
+        ValueError: too many pixels; or whatever Pillow raises for a damaged header.
+    """
+    try:
+        picture = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels") from None
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"it has {picture.width:,} x {picture.height:,} pixels, and {MAX_PIXELS:,} are the limit")
+    return picture
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, which nothing here reads: Pillow refuses a sound image for a text of
+    more than a megabyte. XMP, which may say how to turn the image, is a text that stays."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    dropped = [
+        (start, end)
+        for kind, start, end in _png_chunks(data)
+        if kind in (b"tEXt", b"zTXt", b"iCCP")
+        or (kind == b"iTXt" and not data.startswith(b"XML:com.adobe.xmp\0\0", start + 8))
+    ]
+    kept, position = [], 0
+    for start, end in dropped:
+        kept.append(data[position:start])
+        position = end
+    return b"".join([*kept, data[position:]]) if dropped else data
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of each chunk that is whole."""
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            return
+        yield kind, position, end
+        position = end
+
+
+def _orientation(picture: Image.Image) -> int:
+    """How the camera was held, 1 to 8, by EXIF or else XMP; 1, upright, where they say nothing or are damaged."""
+    with contextlib.suppress(Exception):  # a damaged EXIF says nothing about the pixels
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
+
+
+def _upright(image: Tensor, orientation: int) -> Tensor:
+    is_turned, flipped = UPRIGHT.get(orientation, (False, []))
+    image = image.transpose(1, 2) if is_turned else image
+    return (image.flip(flipped) if flipped else image).contiguous() if is_turned or flipped else image
+
+
+def _rgb(opened: ImageFile.ImageFile, data: bytes) -> Tensor:
+    """Any mode of Pillow's -> uint8 (3, H, W), not turned."""
+    picture: Image.Image = opened
     if picture.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
-    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        grey = np.asarray(picture).astype(np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("pixels of more than 16 bits, whose range is not known")
-        picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # round(grey / 257): 65535 becomes 255
-    elif picture.has_transparency_data:
+    wide = _grey_rows(picture) if picture.mode.startswith("I") else _wide_rows(opened, data)
+    if wide is not None:
+        transparent = picture.info.get("transparency")
+        return _in_bands(picture, lambda top, bottom: _from_16_bits(wide(top, bottom).astype(np.int64), transparent))
+    if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return _from_pillow(picture.convert("RGB"))
+    return _from_pillow(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+def _grey_rows(picture: Image.Image) -> Rows:
+    """Of grey with more than 8 bits, which Pillow's own conversion would clip at 255: (rows, W, 1)."""
+
+    def rows(top: int, bottom: int) -> np.ndarray:
+        grey = _rows(picture, top, bottom).astype(np.int64)[..., None]
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("pixels of more than 16 bits, whose range is not known")
+        return grey
+
+    return rows
+
+
+def _wide_rows(picture: ImageFile.ImageFile, data: bytes) -> Rows | None:
+    """Of 16-bit colour, (rows, W, 2, 3 or 4): grey or RGB, perhaps with opacity after it. None: it has 8 bits.
+
+    Pillow keeps the upper byte of each number alone. A second decoding that takes the file for one of the other order
+    of bytes keeps the lower ones.
+    """
+    arguments = picture.tile[0].args if picture.tile else None
+    raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    if not isinstance(raw, str) or raw.partition(";")[2] not in ("16B", "16L", "16N"):
+        return None
+    again = open_image(data)
+    other = raw[:-1] + ("L" if raw.endswith("B") or (raw.endswith("N") and sys.byteorder == "big") else "B")
+    if raw == "LA;16B":  # it has no counterpart, but as many bytes as RGBA of 8 bits
+        again._mode, other = "RGBA", "RGBA"
+    again.tile = [
+        tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other) for tile in again.tile
+    ]
+
+    def rows(top: int, bottom: int) -> np.ndarray:
+        lower = _rows(again, top, bottom).astype(np.int64)
+        if raw == "LA;16B":
+            return lower[..., ::2] * 256 + lower[..., 1::2]
+        return _rows(picture, top, bottom).astype(np.int64) * 256 + lower
+
+    return rows
+
+
+def _from_16_bits(values: np.ndarray, transparent: Any) -> np.ndarray:
+    """int64 (H, W, C) up to 65535, on white -> uint8 (H, W, 1 or 3), rounded.
+
+    C is 1 or 3, or 2 or 4 with opacity; `transparent` is the one colour that stands for white, if there is one.
+    """
+    if values.shape[2] in (2, 4):
+        opacity = values[..., -1:]
+        values = (values[..., :-1] * opacity + 65535 * (65535 - opacity) + 32767) // 65535
+    elif isinstance(transparent, int | tuple):
+        values = np.where((values == transparent).all(axis=2, keepdims=True), 65535, values)
+    return ((values + 128) // 257).astype(np.uint8)  # round(value / 257): 65535 becomes 255
 
 
 def _from_pillow(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    """RGB -> uint8 (3, H, W)."""
+    return _in_bands(picture, lambda top, bottom: _rows(picture, top, bottom))
+
+
+def _in_bands(picture: Image.Image, rows: Rows) -> Tensor:
+    """uint8 (3, H, W) from rows of (rows, W, 1 or 3): band after band, as whole copies on the way would take much."""
+    image = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, BAND_ROWS):
+        bottom = min(picture.height, top + BAND_ROWS)
+        image[top:bottom] = rows(top, bottom)
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _rows(picture: Image.Image, top: int, bottom: int) -> np.ndarray:
+    return np.asarray(picture.crop((0, top, picture.width, bottom)))
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
@@ -113,7 +298,7 @@ def center_crop(image: Tensor, size: int) -> Tensor:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     width, height = round(picture.width * scale), round(picture.height * scale)
-    if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+    if width * height > MAX_PIXELS:
         raise BadImageError(f"an image of {image.shape[2]} x {image.shape[1]} pixels is too narrow for a square crop")
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2

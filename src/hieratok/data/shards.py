@@ -7,6 +7,7 @@ anywhere, so nothing in it is trusted: only regular files are read, of bounded s
 
 import functools
 import os
+import posixpath
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from hieratok.data.pixels import SUFFIXES, BadImageError, decode_image
+from hieratok.data.folders import LeftOut, kind_of_suffix
+from hieratok.data.pixels import MAX_IMAGE_BYTES, SUFFIXES, BadImageError, decode_image
+from hieratok.files import open_regular, shown
 
 BLOCK = 512  # bytes: a tar archive is a sequence of blocks
 READ_BYTES = 4096  # one page of the file cache: often holds the next small member and the header after it
-MAX_IMAGE_BYTES = 1 << 28
 MAX_TEXT_BYTES = 1 << 16  # of a label, a long name or a pax header
 MAX_NAME_LENGTH = 1024
 MAX_OPEN_SHARDS = 256
@@ -29,15 +31,17 @@ INDEX_THREADS = 16  # they wait for the disk; the parsing itself is not parallel
 class TarShards:
     """Images and class labels in WebDataset shards: a `Source`.
 
-    Members whose paths agree up to the first dot of the file name are one sample. Its image is the member with an
-    image's suffix, its label the `.cls` member, which holds the class index as text; other members are ignored.
+    Members whose paths agree up to the first dot of the file name are one sample. Its images are those called
+    KEY.SUFFIX with an image's suffix, or where there is none those with more between, such as `7.input.jpg`; links to
+    members in the archive count as what they lead to. The label is the `.cls` member of the same path up to the suffix
+    or to an earlier dot; it holds the class index as text. Other members are left out: counted, and said once.
 
     Args:
         paths: tar files, uncompressed.
 
     Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: a shard is truncated or no tar file, a sample has two images or a label that is no class index,
+        FileNotFoundError, PermissionError: a shard is missing or may not be read.
+        ValueError: a shard is truncated or no tar file, two members have one name, a label is no class index,
             a member's name leads outside the archive, a shard is listed twice, or there are no images.
     """
 
@@ -46,7 +50,7 @@ class TarShards:
         if not self.paths:
             raise ValueError("no shards given")
         if len(set(self.paths)) < len(self.paths):
-            raise ValueError(f"{max(self.paths, key=self.paths.count)} is listed twice")
+            raise ValueError(f"{shown(max(self.paths, key=self.paths.count))} is listed twice")
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
             shards = list(pool.map(_index_shard, self.paths))
         self._folder = os.path.commonpath([os.path.dirname(path) for path in self.paths])
@@ -57,8 +61,13 @@ class TarShards:
         self._offsets = np.concatenate([shard.offsets for shard in shards])
         self._sizes = np.concatenate([shard.sizes for shard in shards])
         self._labels = np.concatenate([shard.labels for shard in shards])
+        left_out = LeftOut()
+        for shard in shards:
+            left_out.add(shard.left_out)
+        others = " and the other shards" if len(self.paths) > 1 else ""
         if not len(self):
-            raise ValueError(f"no images in {self.paths[0]}{' and the other shards' if len(self.paths) > 1 else ''}")
+            raise ValueError(f"no images in {shown(self.paths[0])}{others}{left_out.words('; there are ')}")
+        left_out.say(self.paths[0] + others)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -82,11 +91,11 @@ class TarShards:
         path, size = self.paths[shard], int(self._sizes[index])
         name = f"{path}/{_decode(self._names[index])}"
         if size > MAX_IMAGE_BYTES:
-            raise BadImageError(f"cannot read {name}: {size} bytes are more than an image should have")
+            raise BadImageError(f"cannot read {shown(name)}: {size} bytes are more than an image should have")
         try:
             data = _open_shard(path, self._versions[shard]).read(size, int(self._offsets[index]))
         except OSError as error:
-            raise BadImageError(f"cannot read {name}: {error.strerror}") from error
+            raise BadImageError(f"cannot read {shown(name)}: {error.strerror or error}") from error
         return decode_image(data, name)
 
 
@@ -103,7 +112,7 @@ class _OpenFile:
 
     def __init__(self, path: str):
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = open_regular(path)
 
     def __del__(self, close=os.close):
         if self._descriptor >= 0:
@@ -121,7 +130,7 @@ class _OpenFile:
 def _open_shard(path: str, version: _Version) -> _OpenFile:
     file = _OpenFile(path)
     if file.version() != version:
-        raise BadImageError(f"{path} was changed since it was indexed")
+        raise BadImageError(f"{shown(path)} was changed since it was indexed")
     return file
 
 
@@ -131,37 +140,79 @@ class _ShardIndex(NamedTuple):
     offsets: np.ndarray  # (n,) int64
     sizes: np.ndarray  # (n,) int64
     labels: np.ndarray  # (n,) int64, -1: none
+    left_out: LeftOut
 
 
 def _index_shard(path: str) -> _ShardIndex:
-    """Where each sample's image lies in one shard, in the order of the archive."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    images: dict[str, tuple[str, int, int]] = {}  # key -> name, offset, size
-    labels: dict[str, int] = {}
+    """Where each image lies in one shard, in the order of the archive."""
     file = _OpenFile(path)
-    for name, offset, size in _regular_files(file, path):
-        base = name[name.rfind("/") + 1 :]
-        stem, _, suffix = base.partition(".")
-        suffix = suffix.lower()
-        if not stem or not (suffix == "cls" or suffix in SUFFIXES):
+    images: dict[str, tuple[int, int]] = {}  # name -> offset, size
+    labels: dict[str, int] = {}  # name without .cls
+    links: list[tuple[str, str]] = []  # names of a link and of what it leads to
+    left_out = LeftOut()
+    for member in _members(file, path):
+        name, base = member.name, member.name[member.name.rfind("/") + 1 :]
+        suffix = base[base.rfind(".") :].lower() if "." in base[1:] else ""
+        is_image = suffix[1:] in SUFFIXES
+        if not (is_image or suffix == ".cls") or base.startswith("."):
+            if member.kind != "folder" and not (base.startswith(".") and not is_image):
+                left_out.count("hidden files" if base.startswith(".") else kind_of_suffix(suffix))
             continue
-        key = name[: len(name) - len(base) + len(stem)]
-        if ".." in name.split("/") or len(name) > MAX_NAME_LENGTH:
-            raise ValueError(f"{path}: the name {name[:80]!r} leads outside the archive or is too long")
-        if key in (labels if suffix == "cls" else images):
-            raise ValueError(f"{path}: the sample {key!r} has two {'labels' if suffix == 'cls' else 'images'}")
-        if suffix == "cls":
-            labels[key] = _label(file.read(min(size, MAX_TEXT_BYTES), offset), f"{path}/{name}")
+        if ".." in name.split("/") or len(name) > MAX_NAME_LENGTH or "\0" in name:
+            raise ValueError(
+                f"{shown(path)}: the name {shown(repr(name[:80]))} leads outside the archive or is too long"
+            )
+        key = name.removesuffix(base[-4:]) if suffix == ".cls" else name
+        if key in (labels if suffix == ".cls" else images):
+            raise ValueError(f"{shown(path)} has two members called {shown(name)}")
+        if member.kind == "file" and suffix == ".cls":
+            labels[key] = _label(file.read(min(member.size, MAX_TEXT_BYTES), member.offset), f"{path}/{name}")
+        elif member.kind == "file":
+            images[name] = (member.offset, member.size)
+        elif member.kind == "link" and is_image:
+            images[name] = (-1, -1)  # holds its place
+            links.append((name, member.target))
         else:
-            images[key] = (name, offset, size)
+            left_out.count(member.kind)
+    for name, target in links:  # a link may come before what it leads to; of links to links, only to earlier ones
+        images[name] = images.get(target, (-1, -1))
+    for name, _ in links:
+        if images[name][0] < 0:
+            del images[name]
+            left_out.count("links to nothing")
+    _leave_out_other_fields(images, left_out)
     return _ShardIndex(
         file.version(),
-        np.array([_encode(name) for name, _, _ in images.values()], dtype=np.bytes_),
-        np.array([offset for _, offset, _ in images.values()], dtype=np.int64),
-        np.array([size for _, _, size in images.values()], dtype=np.int64),
-        np.array([labels.get(key, -1) for key in images], dtype=np.int64),
+        np.array([_encode(name) for name in images], dtype=np.bytes_),
+        np.array([offset for offset, _ in images.values()], dtype=np.int64),
+        np.array([size for _, size in images.values()], dtype=np.int64),
+        np.array([_label_of(name, labels) for name in images], dtype=np.int64),
+        left_out,
     )
+
+
+def _leave_out_other_fields(images: dict[str, tuple[int, int]], left_out: LeftOut) -> None:
+    """Of a sample with an image KEY.jpg, an image KEY.seg.png is another field, such as a mask."""
+    plain = {name[: name.rfind(".")] for name in images if _key(name) == name[: name.rfind(".")]}
+    for name in [name for name in images if _key(name) != name[: name.rfind(".")] and _key(name) in plain]:
+        del images[name]
+        left_out.count(kind_of_suffix(name[len(_key(name)) :].lower()))
+
+
+def _key(name: str) -> str:
+    """WebDataset's name of a sample: up to the first dot of the file's name."""
+    base = name.rfind("/") + 1
+    return name[: name.index(".", base + 1)]
+
+
+def _label_of(name: str, labels: dict[str, int]) -> int:
+    """The label that belongs to an image: of the longest name before one of its dots. -1: none."""
+    folder, slash, base = name.rpartition("/")
+    while "." in base:
+        base = base.rpartition(".")[0]
+        if (label := labels.get(folder + slash + base)) is not None:
+            return label
+    return -1
 
 
 def _label(text: bytes, name: str) -> int:
@@ -170,12 +221,42 @@ def _label(text: bytes, name: str) -> int:
     except ValueError:
         label = -1
     if not 0 <= label < 1 << 63:
-        raise ValueError(f"{name} holds no class index: {text[:40]!r}")
+        raise ValueError(f"{shown(name)} holds no class index: {text[:40]!r}")
     return label
 
 
-def _regular_files(file: _OpenFile, path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file in a tar archive of any dialect: v7, ustar, GNU, pax.
+class _Member(NamedTuple):
+    """Of a tar archive."""
+
+    name: str
+    kind: str
+    """file, link, folder, or what else in words."""
+    offset: int
+    """Of its data in the archive."""
+    size: int
+    target: str = ""
+    """Of a link: the name of the member that it leads to."""
+
+
+class _Extended(NamedTuple):
+    """What the headers before a member say of it."""
+
+    name: str | None = None
+    size: int | None = None
+    target: str | None = None
+    is_sparse: bool = False
+
+
+MEMBER_KINDS = {
+    **dict.fromkeys((b"0", b"7", b"\0"), "file"),  # plain, "contiguous", and the oldest archives' plain
+    **dict.fromkeys((b"1", b"2"), "link"),
+    b"5": "folder",
+    b"S": "sparse files",
+}
+
+
+def _members(file: _OpenFile, path: str) -> Iterator[_Member]:
+    """Each member of a tar archive of any dialect: v7, ustar, GNU, pax.
 
     Raises:
         ValueError: truncated, damaged or no tar archive.
@@ -183,14 +264,14 @@ def _regular_files(file: _OpenFile, path: str) -> Iterator[tuple[str, int, int]]
     end = file.version().size
     chunk, chunk_start = b"", 0
     position = 0
-    long_name, long_size = None, None  # from the extended header before a member
+    extended = _Extended()
     while True:
         at = position - chunk_start
         if at + BLOCK > len(chunk):
             chunk, chunk_start, at = file.read(READ_BYTES, position), position, 0
         header = chunk[at : at + BLOCK]
         if len(header) < BLOCK:
-            raise ValueError(f"{path} is truncated: it has no end-of-archive mark")
+            raise ValueError(f"{shown(path)} is truncated: it has no end-of-archive mark")
         if not any(header):
             return
         try:
@@ -199,33 +280,53 @@ def _regular_files(file: _OpenFile, path: str) -> Iterator[tuple[str, int, int]]
             size = _number(header[124:136])
         except ValueError:
             what = f"damaged at byte {position}" if position else "not an (uncompressed) tar file"
-            raise ValueError(f"{path} is {what}") from None
-        kind, offset = header[156:157], position + BLOCK
-        is_file = kind in b"07\0"  # plain, "contiguous", and the oldest archives' plain
-        if is_file and long_size is not None:
-            size = long_size
+            raise ValueError(f"{shown(path)} is {what}") from None
+        letter, offset = header[156:157], position + BLOCK
+        kind = MEMBER_KINDS.get(letter, "special files")
+        if kind == "file" and extended.size is not None:
+            size = extended.size
         if size < 0:
-            raise ValueError(f"{path} is damaged at byte {position}")
-        has_data = kind not in b"123456"  # links, devices, folders and pipes have none whatever their size field says
+            raise ValueError(f"{shown(path)} is damaged at byte {position}")
+        if letter == b"S":  # blocks that say where more holes are come before the data
+            has_more = header[482]
+            while has_more:
+                block = file.read(BLOCK, offset)
+                if len(block) < BLOCK:
+                    raise ValueError(f"{shown(path)} is truncated: it has no end-of-archive mark")
+                has_more, offset = block[504], offset + BLOCK
+        has_data = letter not in b"123456"  # links, devices, folders and pipes have none whatever their size field says
         position = offset + (-(-size // BLOCK) * BLOCK if has_data else 0)
         if position > end:
-            raise ValueError(f"{path} is truncated: a member ends at byte {position}, the file at {end}")
+            raise ValueError(f"{shown(path)} is truncated: a member ends at byte {position}, the file at {end}")
 
-        if kind in b"LxX":
+        if letter in b"KLxX":
             text = file.read(min(size, MAX_TEXT_BYTES), offset)
-            if kind == b"L":  # GNU: the next member's long name
-                long_name = _decode(text.split(b"\0", 1)[0])
+            if letter == b"L":  # GNU: the next member's long name
+                extended = extended._replace(name=_decode(text.split(b"\0", 1)[0]))
+            elif letter == b"K":  # and where it leads
+                extended = extended._replace(target=_decode(text.split(b"\0", 1)[0]))
             else:  # pax: the next member's name and size, among other things
-                long_name, long_size = _pax_name_and_size(text, path)
+                extended = _read_pax(text, path)
             continue
-        if kind in b"Kg":  # a long link target, defaults for the whole archive
+        if letter == b"g":  # defaults for the whole archive
             continue
-        if is_file:
-            name = _decode(header[:100].split(b"\0", 1)[0])
-            if header[257:263] == b"ustar\0" and header[345]:
-                name = _decode(header[345:500].split(b"\0", 1)[0]) + "/" + name
-            yield (long_name or name).removeprefix("./").lstrip("/"), offset, size
-        long_name, long_size = None, None
+        name = _decode(header[:100].split(b"\0", 1)[0])
+        if header[257:263] == b"ustar\0" and header[345]:
+            name = _decode(header[345:500].split(b"\0", 1)[0]) + "/" + name
+        name = _inside(extended.name or name)
+        target = ""
+        if kind == "link":
+            target = extended.target or _decode(header[157:257].split(b"\0", 1)[0])
+            if letter == b"2":  # a hard link names a member, a symbolic one leads on from its own folder
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+            target = _inside(target)
+        yield _Member(name, "sparse files" if extended.is_sparse else kind, offset, size, target)
+        extended = _Extended()
+
+
+def _inside(name: str) -> str:
+    """A member's name as it lies in the archive: without ./ and / at its beginning."""
+    return name.removeprefix("./").lstrip("/")
 
 
 def _checksum_fits(header: bytes) -> bool:
@@ -242,21 +343,27 @@ def _number(field: bytes) -> int:
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
-def _pax_name_and_size(text: bytes, path: str) -> tuple[str | None, int | None]:
+def _read_pax(text: bytes, path: str) -> _Extended:
     """What a pax header says about the next member, in records "LENGTH KEY=VALUE\n"; LENGTH counts the whole record."""
-    name, size = None, None
+    extended = _Extended()
     try:
         while text.strip(b"\0"):
             length = int(text.split(b" ", 1)[0])
             key, value = text[:length].removesuffix(b"\n").split(b" ", 1)[1].split(b"=", 1)
-            if key == b"path":
-                name = _decode(value)
+            if length < 1:
+                raise ValueError
+            if key in (b"path", b"GNU.sparse.name"):
+                extended = extended._replace(name=_decode(value))
             elif key == b"size":
-                size = int(value)
+                extended = extended._replace(size=int(value))
+            elif key == b"linkpath":
+                extended = extended._replace(target=_decode(value))
+            if key.startswith(b"GNU.sparse."):
+                extended = extended._replace(is_sparse=True)
             text = text[length:]
     except (ValueError, IndexError):
-        raise ValueError(f"{path} is damaged: it has an extended header that cannot be read") from None
-    return name, size
+        raise ValueError(f"{shown(path)} is damaged: it has an extended header that cannot be read") from None
+    return extended
 
 
 def _decode(name: bytes) -> str:

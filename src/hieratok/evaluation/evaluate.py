@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from hieratok.evaluation.processes import merge_processes, process, process_grou
 from hieratok.evaluation.reconstruction import BASELINE_PROTOCOL, ReconstructionMetrics
 from hieratok.evaluation.results import WritePage, compare_files, count_warnings, finish, manifest
 from hieratok.evaluation.statistics import REFERENCE_FEATURES, FeatureSet, SetStatistics
+from hieratok.files import npz_names
 from hieratok.losses.lpips import PerceptualLoss
 
 # --- Options, one dataclass a command ------------------------------------------------------------------------------
@@ -331,15 +331,7 @@ def _reference(options: EvaluateSamples, network: FeatureNetwork, size: int | tu
 
 
 def _array_names(path: str) -> list[str]:
-    if not path.endswith(".npz"):
-        return []
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays.files
-    except Exception as error:  # zipfile and numpy each raise their own
-        raise ValueError(f"{path} cannot be read as .npz: damaged, or of another kind") from error
+    return npz_names(path) if path.endswith(".npz") else []
 
 
 def compare(options: EvaluateCompare) -> dict[str, Any]:

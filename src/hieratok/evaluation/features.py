@@ -14,12 +14,12 @@ import contextlib
 import difflib
 import hashlib
 import importlib
-import json
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torchvision.models import inception as tv
 
 from hieratok.checkpoint import file_sha256, read_tensors
 from hieratok.evaluation.pixels import check_images
+from hieratok.files import check_regular, parse_json, shown
 
 INCEPTION_SHA256 = "6726825d"  # how the real file's SHA-256 begins, by torch hub's convention also in its name
 INCEPTION_FILES = (
@@ -292,6 +293,8 @@ class _Graph(nn.Module):
                     pass
                 case "PAD":
                     (top, bottom), (left, right) = op["pad"][1:3]
+                    if max(top, bottom, left, right) > 64:
+                        raise ValueError("a padding of more than 64 pixels")
                     x = F.pad(x, (left, right, top, bottom))
                 case "CONV_2D" | "DEPTHWISE_CONV_2D":
                     x = self._convolve(x, op)
@@ -321,11 +324,16 @@ def _load_mobilenetv2(path: Path) -> FeatureNetwork:
     tensors = read_tensors(path)
     if "graph_json" not in tensors:
         raise ValueError(f"{path} has no graph_json: MobileNetV2 is read from an .npz that carries its graph")
-    graph = json.loads(bytes(tensors.pop("graph_json").numpy()))
+    graph = parse_json(tensors.pop("graph_json").numpy().tobytes(), f"graph_json of {shown(path)}")
     tensors = {k: v for k, v in tensors.items() if v.ndim in (1, 4)}
+    try:
+        network = _Graph(graph, tensors)
+        network(torch.zeros(1, 3, 224, 224))
+    except Exception as error:  # whatever running a wrong graph leads to
+        raise ValueError(f"{shown(path)}: its graph cannot be run ({type(error).__name__})") from error
     return FeatureNetwork(
         "mobilenetv2",
-        _Graph(graph, tensors),
+        network,
         lambda x: _resize(x, 224) / 127.5 - 1,
         "antialiased bilinear to 224 px, x / 127.5 - 1",
         file_sha256(path),
@@ -399,7 +407,8 @@ def load_network(
 
     Args:
         name: one of `NETWORK_NAMES`, or `package.module:function` of your own: the function gets `weights` (a Path or
-            None) and returns a `FeatureNetwork`, or an nn.Module from uint8 images (B, 3, H, W) to features (B, D).
+            None) and returns a `FeatureNetwork`, or an nn.Module from uint8 images (B, 3, H, W) to features (B, D); its
+            annotation says so. It is code, so never take such a name from a file (`hieratok.settings` does not).
         weights: the weights' file, .pth (tensors only), .safetensors or .npz. Default: the published file in torch's
             cache, `torch.hub.get_dir()/checkpoints`. Never downloaded.
         device: where to run it.
@@ -416,8 +425,9 @@ def load_network(
         raise ValueError(f"no feature network is called {name!r}: {hint}there are {', '.join(NETWORK_NAMES)}")
     loader, files = _LOADERS[name]
     path = _cached(name, files) if weights is None else Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}, the weights of {name}, does not exist or is not a file")
+    if not path.exists():
+        raise FileNotFoundError(f"{shown(path)}, the weights of {name}, does not exist")
+    check_regular(path)
     check_hash_in_name(path)
     return loader(path).to(device)
 
@@ -438,6 +448,11 @@ def _load_own(name: str, weights: Path | None) -> FeatureNetwork:
         build = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"feature network {name!r} cannot be imported as package.module:function: {error}") from error
+    if not _gives_network(build):
+        raise ValueError(
+            f"feature network {name!r} is not called: it must be a function whose annotation says that it returns an"
+            " nn.Module, such as `def load(weights: Path | None) -> nn.Module`"
+        )
     network = build(weights)
     if isinstance(network, FeatureNetwork):
         return network
@@ -445,6 +460,15 @@ def _load_own(name: str, weights: Path | None) -> FeatureNetwork:
         raise ValueError(f"{name} must return an nn.Module, not {type(network).__name__}")
     sha256 = file_sha256(weights) if weights else tensors_sha256(network)
     return FeatureNetwork(function_name, network, lambda images: images, f"by {name}", sha256)
+
+
+def _gives_network(build: Any) -> bool:
+    """Whether a function says that it returns a network, or is a network's class: nothing else is called at all."""
+    try:
+        result = build if inspect.isclass(build) else get_type_hints(build).get("return")
+    except Exception:  # what cannot be called, or has annotations that cannot be read
+        return False
+    return inspect.isclass(result) and issubclass(result, nn.Module)
 
 
 def tensors_sha256(module: nn.Module) -> str:
@@ -470,5 +494,7 @@ def _load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
     for key in sorted(wanted.keys() | given.keys()):
         if wanted.get(key) != given.get(key):
             have, need = (tuple(shapes[key]) if key in shapes else "nothing" for shapes in (given, wanted))
-            raise ValueError(f"{path} does not fit this network: {key} is {have}, should be {need}")
+            raise ValueError(f"{shown(path)} does not fit this network: {shown(key)} is {have}, should be {need}")
+        if key in given and not tensors[key].is_floating_point():
+            raise ValueError(f"{shown(path)}: {shown(key)} must hold floating-point numbers, not {tensors[key].dtype}")
     module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False, assign=True)

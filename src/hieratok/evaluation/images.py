@@ -1,7 +1,6 @@
 """Images for an evaluation: every image once, at its own size or under one crop, and two sets paired by name."""
 
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hieratok.data import Source, center_crop, open_source
+from hieratok.files import map_npz, shown
 
 
 class NpzImages:
@@ -20,27 +20,22 @@ class NpzImages:
     An uncompressed file, as numpy's `savez` writes it, is mapped and not read; a compressed one is read as a whole.
 
     Raises:
-        FileNotFoundError: no file.
-        ValueError: damaged, or without such an array.
+        FileNotFoundError, PermissionError: no file, or one that may not be read.
+        ValueError: damaged, without such an array, or a compressed one that would take more than 2 GiB.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path} does not exist or is not a file")
-        try:
-            self.images = _map_member(self.path, "arr_0.npy")
-        except KeyError:
-            raise ValueError(f"{path} holds no images: it has no array called arr_0") from None
-        except Exception as error:  # zipfile, zlib and numpy each raise their own
-            raise ValueError(f"{path} cannot be read as .npz: damaged, or of another kind") from error
+        images = map_npz(path, "arr_0")
+        if images is None:
+            raise ValueError(f"{shown(path)} holds no images: it has no array called arr_0")
+        self.images = images
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
             raise ValueError(
-                f"{path}: arr_0 must be uint8 of shape (images, height, width, 3), "
+                f"{shown(path)}: arr_0 must be uint8 of shape (images, height, width, 3), "
                 f"not {self.images.dtype} {self.images.shape}"
             )
         if not self.images.size:
-            raise ValueError(f"{path} holds no images: arr_0 has shape {self.images.shape}")
+            raise ValueError(f"{shown(path)} holds no images: arr_0 has shape {self.images.shape}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,28 +51,6 @@ class NpzImages:
     def image(self, index: int) -> Tensor:
         """uint8 (3, H, W)."""
         return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1)
-
-
-def _map_member(path: Path, member: str) -> np.ndarray:
-    """An array in an .npz, mapped into memory where it is stored as it is. KeyError if there is none."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(member)
-        with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
-            header = file.tell()
-        if dtype.hasobject:
-            raise ValueError("pickled objects")
-        if info.compress_type != zipfile.ZIP_STORED or fortran_order or not all(shape):
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays[member.removesuffix(".npy")]
-    with path.open("rb") as file:
-        # A zip member is a header of 30 bytes, its name, an extra field, and then the content.
-        file.seek(info.header_offset + 26)
-        name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    offset = info.header_offset + 30 + name_length + extra_length + header
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
 def open_images(path: str | Path) -> Source:
@@ -96,7 +69,7 @@ def load_image(source: Source, index: int, size: int | tuple[int, int]) -> Tenso
     if tuple(image.shape[1:]) != size:
         height, width = image.shape[1:]
         raise ValueError(
-            f"{source.name(index)} has {height} x {width} pixels where {size[0]} x {size[1]} are expected: "
+            f"{shown(source.name(index))} has {height} x {width} pixels where {size[0]} x {size[1]} are expected: "
             "nothing is resized unasked; give --size to crop every image"
         )
     return image
@@ -140,7 +113,7 @@ def pair(a: Source, b: Source, name_a: str, name_b: str) -> tuple[list[str], lis
         lacking = sorted(one.keys() - other.keys())
         if lacking:
             count = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-            raise ValueError(f"{where} has no image named {lacking[0]}{count}: images are paired by name")
+            raise ValueError(f"{shown(where)} has no image named {shown(lacking[0])}{count}: images are paired by name")
     ids = sorted(index_a)
     return ids, [index_a[key] for key in ids], [index_b[key] for key in ids]
 
@@ -149,5 +122,7 @@ def _by_id(source: Source, name: str) -> dict[str, int]:
     ids = [os.path.splitext(source.name(i))[0] for i in range(len(source))]
     twice = [key for key, count in Counter(ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{name} has two images named {twice[0]}: images are paired by name without suffix")
+        raise ValueError(
+            f"{shown(name)} has two images named {shown(twice[0])}: images are paired by name without suffix"
+        )
     return {key: i for i, key in enumerate(ids)}

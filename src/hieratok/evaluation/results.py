@@ -1,7 +1,6 @@
 """Results: the manifest that goes with every number, `metrics.json`, the table on the screen, and comparing two."""
 
 import importlib.metadata
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.processes import process, wait
 from hieratok.evaluation.reconstruction import Shown
+from hieratok.files import read_json, shown
 
 PUBLISHED_IMAGES = 50_000  # behind the FID of a table: samples, or the validation images of an rFID
 
@@ -102,8 +102,8 @@ def compare_files(path_a: str, path_b: str) -> tuple[dict[str, dict[str, Any]], 
     missing = object()
     differing = [key for key in {**a, **b} if a.get(key, missing) != b.get(key, missing)]
     if differing:
-        lines = [f"  {key}: {a.get(key, 'absent')} | {b.get(key, 'absent')}" for key in differing]
-        raise ValueError(f"{path_a} and {path_b} cannot be compared, they differ in\n" + "\n".join(lines))
+        lines = [shown(f"{key}: {a.get(key, 'absent')} | {b.get(key, 'absent')}") for key in differing]
+        raise ValueError(f"{shown(path_a)} and {shown(path_b)} cannot be compared, they differ in {'; '.join(lines)}")
     table = {
         key: {"a": x, "b": y, "difference": y - x}
         for key, x in results[0].items()
@@ -115,14 +115,9 @@ def compare_files(path_a: str, path_b: str) -> tuple[dict[str, dict[str, Any]], 
 
 
 def _read_result(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file")
-    try:
-        result = json.loads(Path(path).read_text())
-        if not isinstance(result["manifest"], dict):
-            raise TypeError("no manifest")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a metrics.json with a manifest") from error
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(result.get("manifest"), dict):
+        raise ValueError(f"{shown(path)} is not a metrics.json with a manifest")
     return result
 
 

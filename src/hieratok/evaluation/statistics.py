@@ -18,8 +18,10 @@ from torch import Tensor
 
 from hieratok.checkpoint import atomic_file, file_sha256
 from hieratok.evaluation.features import FeatureNetwork
+from hieratok.files import parse_json, read_npz, shown
 
 SEED = 2020  # of everything that draws images: torch-fidelity's default
+MOST_IMAGES = 10**12  # that statistics may be of: far beyond any set there is
 REFERENCE_FEATURES = 10_000  # at most, of a reference: as many images as ADM's file has for precision and recall
 
 
@@ -193,10 +195,10 @@ class FeatureSet:
             raise ValueError(f"{len(names)} names for {len(images)} images")
         for name, finite in zip(names, features.pool.isfinite().all(1).tolist()):
             if not finite:
-                raise ValueError(f"{name}: the features of {self.network.name} are not finite")
+                raise ValueError(f"{shown(name)}: the features of {self.network.name} are not finite")
         digests = {name: pixels_sha256(image) for name, image in zip(names, images.cpu())}
         if len(digests) < len(names):
-            raise ValueError(f"{max(names, key=list(names).count)}: this name stands twice in one batch")
+            raise ValueError(f"{shown(max(names, key=list(names).count))}: this name stands twice in one batch")
         self._add_names(digests)
         self.pool.update(features.pool)
         if features.spatial is not None:
@@ -211,7 +213,7 @@ class FeatureSet:
     def _add_names(self, digests: Mapping[str, str]) -> None:
         twice = digests.keys() & self.digests.keys()
         if twice:
-            raise ValueError(f"{min(twice)}: this image was already counted")
+            raise ValueError(f"{shown(min(twice))}: this image was already counted")
         self.digests.update(digests)
 
     def _keep(self, features: Mapping[str, Tensor]) -> None:
@@ -223,7 +225,9 @@ class FeatureSet:
 
     def _chosen(self) -> dict[str, Tensor]:
         """What is kept, at most `keep` images, in the order of their names."""
-        names = sorted(self.kept, key=lambda name: hashlib.sha256(f"{SEED} {name}".encode()).digest())[: self.keep]
+        names = sorted(
+            self.kept, key=lambda name: hashlib.sha256(f"{SEED} {name}".encode(errors="surrogateescape")).digest()
+        )[: self.keep]
         return {name: self.kept[name] for name in sorted(names)}
 
     def state(self) -> dict[str, Any]:
@@ -312,56 +316,83 @@ class SetStatistics:
         network: it is Inception.
 
         Raises:
-            ValueError: damaged, not statistics, or of another network or preprocessing than `network`.
-            FileNotFoundError: no file.
+            ValueError: damaged, not statistics, numbers that cannot be a mean, a covariance and a count, or of another
+                network or preprocessing than `network`.
+            FileNotFoundError, PermissionError: no file, or one that may not be read.
         """
-        path = Path(path)
-        arrays = _read_arrays(path)
+        where = shown(path)
+        arrays = read_npz(path, leave_out=("arr_0",))  # images, which may be many
         if "mu" not in arrays or "sigma" not in arrays:
-            raise ValueError(f"{path} holds no statistics (mu, sigma): write them with `hieratok evaluate stats`")
-        n = int(arrays["n"]) if "n" in arrays else None
-        size = None
+            raise ValueError(f"{where} holds no statistics (mu, sigma): write them with `hieratok evaluate stats`")
+        n = _count(arrays["n"], where) if "n" in arrays else None
         if "manifest" in arrays:
-            try:
-                manifest = json.loads(str(arrays["manifest"]))
-                images, size = manifest["images sha256"], manifest["image size"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} has a damaged manifest: write the statistics again") from error
-            for key, value in network.description().items():
-                if manifest.get(key) != value:
-                    raise ValueError(f"{path} is of another network: its {key} is {manifest.get(key)!r}, not {value!r}")
+            images, size = _read_manifest(arrays["manifest"], network, where)
         else:
-            images = file_sha256(path)
+            images, size = file_sha256(Path(path)), None
             if not network.is_fid:
                 raise ValueError(
-                    f"{path} does not say of which network it is, so of FID's Inception: it cannot be compared "
+                    f"{where} does not say of which network it is, so of FID's Inception: it cannot be compared "
                     f"with features of {network.name}"
                 )
-        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+        pool = _checked(arrays["mu"], arrays["sigma"], n, where)
+        features = _features(arrays["features"], len(pool.mu), n, where) if "features" in arrays else None
         if features is not None and n == len(features) <= features.shape[1]:
             pool = statistics_of(features)
-        else:
-            pool = _checked(arrays["mu"], arrays["sigma"], n, path)
-        spatial = _checked(arrays["mu_s"], arrays["sigma_s"], n, path) if "mu_s" in arrays else None
+        spatial = None
+        if "mu_s" in arrays or "sigma_s" in arrays:
+            if not {"mu_s", "sigma_s"} <= arrays.keys():
+                raise ValueError(f"{where} has one of mu_s and sigma_s, which belong together")
+            spatial = _checked(arrays["mu_s"], arrays["sigma_s"], n, where)
         return cls(network.description(), images, size, pool, spatial, features)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The statistics in an .npz; images (`arr_0`) are left alone, they may be large."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files if key != "arr_0"}
-    except Exception as error:  # zipfile, zlib and numpy each raise their own
-        raise ValueError(f"{path} cannot be read as .npz: damaged, or of another kind") from error
+def _read_manifest(array: np.ndarray, network: FeatureNetwork, where: str) -> tuple[str, str | None]:
+    """The images' SHA-256 and size, of statistics of this network."""
+    manifest = parse_json(str(array), f"the manifest of {where}")
+    if not isinstance(manifest, dict):
+        manifest = {}
+    images, size = manifest.get("images sha256"), manifest.get("image size")
+    if not isinstance(images, str) or not isinstance(size, str | None):
+        raise ValueError(f"{where} has a damaged manifest: write the statistics again")
+    for key, value in network.description().items():
+        if manifest.get(key) != value:
+            have = shown(repr(manifest.get(key)))
+            raise ValueError(f"{where} is of another network: its {key} is {have}, not {value!r}")
+    return images, size
 
 
-def _checked(mu: np.ndarray, sigma: np.ndarray, n: int | None, path: Path) -> Statistics:
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and its covariance")
+def _count(array: np.ndarray, where: str) -> int:
+    if array.shape != () or array.dtype.kind not in "iu" or not 2 <= array <= MOST_IMAGES:
+        raise ValueError(f"{where}: n, the number of images, must be one whole number from 2 on")
+    return int(array)
+
+
+def _features(array: np.ndarray, width: int, n: int | None, where: str) -> Tensor:
+    if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] != width or len(array) > (n or len(array)):
+        raise ValueError(
+            f"{where}: features {array.shape} {array.dtype} are not those of {n or 'any number of'} images in {width}"
+            " dimensions"
+        )
+    features = torch.from_numpy(array).float()
+    check_features(features, f"{where}: features")
+    return features
+
+
+def _checked(mu: np.ndarray, sigma: np.ndarray, n: int | None, where: str) -> Statistics:
+    """A mean and its covariance: finite, symmetric and positive semi-definite up to rounding."""
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        raise ValueError(f"{where}: mu and sigma must be floating-point numbers, not {mu.dtype} and {sigma.dtype}")
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{where}: mu {mu.shape} and sigma {sigma.shape} are not a mean and its covariance")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{path}: its mean or covariance is not finite")
+        raise ValueError(f"{where}: its mean or covariance is not finite")
     if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * np.abs(sigma).max()):
-        raise ValueError(f"{path}: sigma is not symmetric, so not a covariance")
-    return Statistics(torch.from_numpy(mu).double(), n, covariance=torch.from_numpy(sigma).double())
+        raise ValueError(f"{where}: sigma is not symmetric, so not a covariance")
+    covariance = torch.from_numpy(sigma).double()
+    variances = covariance.diagonal()
+    slack = 1e-6 * variances.abs().sum() + 1e-300  # of float32's rounding; and a zero matrix is a covariance too
+    if (variances < 0).any() or int(
+        torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(mu), dtype=torch.float64)).info
+    ):
+        raise ValueError(f"{where}: sigma has negative eigenvalues, so it is not a covariance")
+    return Statistics(torch.from_numpy(mu).double(), n, covariance=covariance)

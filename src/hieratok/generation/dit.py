@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok import checkpoint
+from hieratok.files import shown
 from hieratok.layers import Attend, Attention, Blocks, Mlp
 
 Objective = Literal["ddpm", "flow"]
@@ -24,6 +25,17 @@ Positions = Literal["sincos", "rotary"]
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256  # features of a timestep before its MLP
 MAX_PERIOD = 10_000  # of timestep features, fixed positions and rotary positions
+
+# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
+MOST = {
+    "latent_channels": 65_536,
+    "latent_size": 4_096,
+    "patch_size": 4_096,
+    "width": 65_536,
+    "depth": 1_000,
+    "heads": 65_536,
+    "num_classes": 100_000_000,
+}
 
 # Parameters with 16 latent channels, patch 1, 16 x 16 latents and 1000 classes: 2M, 33M, 130M, 458M, 675M.
 SIZES: dict[str, dict[str, Any]] = {
@@ -77,8 +89,10 @@ class DiTConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"model.{field.name} must be a positive whole number, not {value!r}")
+            if field.type is int and not (isinstance(value, int) and 1 <= value <= MOST[field.name]):
+                raise ValueError(
+                    f"model.{field.name} must be a whole number from 1 to {MOST[field.name]:,}, not {value!r}"
+                )
         choices = {"objective": Objective, "norm": NormName, "mlp": MlpName, "positions": Positions}
         for name, literal in choices.items():
             if getattr(self, name) not in get_args(literal):
@@ -97,8 +111,8 @@ class DiTConfig:
             raise ValueError(
                 f"model.width / model.heads = {self.width // self.heads} must be a multiple of 4 for rotary positions"
             )
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"model.mlp_ratio must be positive, not {self.mlp_ratio}")
+        if not 0 < self.mlp_ratio <= 100:
+            raise ValueError(f"model.mlp_ratio must be positive and at most 100, not {self.mlp_ratio}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
         if self.learn_sigma and self.objective == "flow":
@@ -255,13 +269,21 @@ class DiT(nn.Module):
             ValueError: the files do not fit this class or each other; the message says where.
         """
         folder = checkpoint.find(source, revision, inside="generator")
-        config = checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))
-        latents = config.pop("latents", None)
+        config, others = checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))
+        latents = None
+        if others.get("latents") is not None:
+            latents = checkpoint.from_json(
+                LatentSpace, others["latents"], f"{shown(folder / checkpoint.CONFIG)}: latents"
+            )
+            if not len(latents.mean) == len(latents.std) == config.latent_channels:
+                raise ValueError(
+                    f"{shown(folder / checkpoint.CONFIG)}: latents has {len(latents.mean)} means and {len(latents.std)}"
+                    f" deviations for {config.latent_channels} channels"
+                )
         with torch.device("meta"):
-            model = cls(DiTConfig(**config))
+            model = cls(config)
         checkpoint.load_weights(folder, model, device)
-        if latents is not None:
-            model.latents = LatentSpace(**latents)
+        model.latents = latents
         return model.eval()
 
 

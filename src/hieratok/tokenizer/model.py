@@ -22,6 +22,20 @@ from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
 from hieratok.tokenizer.vit import Decoder, Encoder
 
+# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
+MOST = {
+    "image_size": 65_536,
+    "patch_size": 4_096,
+    "latent_channels": 65_536,
+    "encoder_width": 65_536,
+    "encoder_depth": 1_000,
+    "encoder_heads": 65_536,
+    "decoder_width": 65_536,
+    "decoder_depth": 1_000,
+    "decoder_heads": 65_536,
+}
+MOST_SCALES = 64
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -67,8 +81,10 @@ class TokenizerConfig:
         object.__setattr__(self, "scales", tuple(self.scales))
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"model.{field.name} must be a positive whole number, not {value!r}")
+            if field.type is int and not (isinstance(value, int) and 1 <= value <= MOST[field.name]):
+                raise ValueError(
+                    f"model.{field.name} must be a whole number from 1 to {MOST[field.name]:,}, not {value!r}"
+                )
         for name, choices in (("attention", get_args(AttentionMode)), ("downsample", get_args(DownsampleMode))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -90,9 +106,11 @@ class TokenizerConfig:
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
                 raise ValueError(f"model.{part}_width {width} is not divisible by model.{part}_heads {heads}")
-        for name in ("mlp_ratio", "init_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name} must be positive, not {getattr(self, name)}")
+        if len(self.scales) > MOST_SCALES:
+            raise ValueError(f"model.scales may have {MOST_SCALES} entries, not {len(self.scales)}")
+        for name, most in (("mlp_ratio", 100), ("init_std", 100)):
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(f"model.{name} must be positive and at most {most}, not {getattr(self, name)}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must be in [0, 1), not {self.drop_path}")
 
@@ -241,6 +259,9 @@ class HieraTok(nn.Module):
             raise ValueError(
                 "this tokenizer's latent statistics were not measured: hieratok latents RUN --data PATH --stats-only"
             )
+        if not (self.latent_std > 0).all():
+            channel = int((self.latent_std <= 0).nonzero()[0])
+            raise ValueError(f"channel {channel} of this tokenizer's latents is constant: it cannot be normalised")
         return self.latent_mean.view(-1, 1, 1), self.latent_std.view(-1, 1, 1)
 
     def scales_of(self, z: Tensor) -> Scales:
@@ -272,7 +293,7 @@ class HieraTok(nn.Module):
             ValueError: the files do not fit this class or each other; the message says where.
         """
         folder = checkpoint.find(source, revision, inside="tokenizer")
-        config = TokenizerConfig(**checkpoint.load_config(folder, "hieratok", TokenizerConfig))
+        config, _ = checkpoint.load_config(folder, "hieratok", TokenizerConfig)
         refuse_former_downsampling(folder)
         with torch.device("meta"):
             model = cls(config)

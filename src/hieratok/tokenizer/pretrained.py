@@ -1,6 +1,5 @@
 """Tokenizers from files: ours, or an autoencoder of diffusers with the same face, for generators to learn either."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hieratok import checkpoint
+from hieratok.files import check_regular, read_json_table, shown
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
 from hieratok.tokenizer.posterior import DiagonalGaussian
 
 DIFFUSERS = ("AutoencoderKL", "AutoencoderDC")
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+MOST_LAYERS, MOST_NUMBER = 100, 1_000_000  # in a config: more would be wrong, and building it would never end
 LEAST_LOGVAR = -30.0  # the posterior's clamp: a deviation of 3e-7, which is as good as none
 
 
@@ -150,13 +151,11 @@ def diffusers_class(source: str) -> str | None:
     path = Path(source) / checkpoint.CONFIG
     if not path.is_file():
         return None
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    kind = settings.get("_class_name") if isinstance(settings, dict) else None
+    kind = read_json_table(path).get("_class_name")
     if kind is not None and kind not in DIFFUSERS:
-        raise ValueError(f"{path} describes a {kind}; of diffusers' models {' and '.join(DIFFUSERS)} can be used")
+        raise ValueError(
+            f"{shown(path)} describes a {shown(kind)}; of diffusers' models {' and '.join(DIFFUSERS)} can be used"
+        )
     return kind
 
 
@@ -172,17 +171,25 @@ def load_diffusers(source: str, kind: str) -> Any:
         raise ValueError(
             f"{source} holds a {kind}, which needs diffusers: pip install 'hieratok[diffusers]'"
         ) from error
+    where, config = f"{source} cannot be loaded as {kind}", read_json_table(Path(source) / checkpoint.CONFIG)
+    for name, value in config.items():
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int | float)]
+        most = MOST_LAYERS if name.endswith("layers_per_block") else MOST_NUMBER
+        if any(n > most for n in numbers) or (isinstance(value, list) and len(value) > MOST_LAYERS):
+            raise ValueError(f"{where}: {name} {shown(value)[:80]} in its {checkpoint.CONFIG} is out of range")
+    check_regular(Path(source) / DIFFUSERS_WEIGHTS)
     try:
         return getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, local_files_only=True).eval()
-    except OSError as error:
-        raise ValueError(f"{source} cannot be loaded as {kind}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # diffusers hands on whatever a wrong config or file leads to
+        raise ValueError(f"{where}: {shown(' '.join(str(error).split()))[:300]}") from error
 
 
 def describe_tokenizer(source: str) -> tuple[str, dict[str, Any]]:
     """SHA-256 of a tokenizer's weights, and its configuration as written."""
     folder = checkpoint.find(source)
-    if diffusers_class(source) is None:
-        config = checkpoint.load_config(folder, "hieratok", TokenizerConfig)
-        return checkpoint.file_sha256(folder / checkpoint.WEIGHTS), config
-    config = json.loads((folder / checkpoint.CONFIG).read_text())
-    return checkpoint.file_sha256(folder / DIFFUSERS_WEIGHTS), config
+    config = read_json_table(folder / checkpoint.CONFIG)
+    if diffusers_class(source) is not None:
+        return checkpoint.file_sha256(folder / DIFFUSERS_WEIGHTS), config
+    checkpoint.load_config(folder, "hieratok", TokenizerConfig)
+    del config["model_type"]
+    return checkpoint.file_sha256(folder / checkpoint.WEIGHTS), config

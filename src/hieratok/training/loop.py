@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -63,6 +62,10 @@ class DataConfig:
     """Processes that decode images, for each training process; 0: none but the training process itself."""
 
     def __post_init__(self):
+        for name in ("path", "val_path"):
+            value = getattr(self, name)
+            if value and value.endswith("/"):  # `photos/` is `photos`, also where a resumed run's settings are compared
+                object.__setattr__(self, name, value.rstrip("/") or "/")
         if not 0 < self.min_area <= 1:
             raise ValueError(f"data.min_area must be in (0, 1], not {self.min_area}")
         if self.num_workers < 0:
@@ -285,7 +288,7 @@ class State:
     def load(self, run: RunFolder, folder: Path) -> None:
         """Take over what an intact checkpoint holds."""
         snapshot = run.load(folder)
-        parallel.load_weights(self.ema, load_file(folder / self.name / checkpoint.WEIGHTS))
+        parallel.load_weights(self.ema, checkpoint.read_tensors(folder / self.name / checkpoint.WEIGHTS))
         for name, network in self.networks.items():
             parallel.load_weights(network, snapshot.weights[name])
             parallel.load_optimizer(network, self.optimizers[name], snapshot.optimizers[name])

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hieratok import checkpoint
 from hieratok.errors import TrainingError
+from hieratok.files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class RunFolder:
         self.log_file = self.path / LOG
         self.evaluations_file = self.path / EVALUATIONS
         config_file = self.path / "config.yaml"
-        if config_file.is_file():
-            before = flatten(yaml.safe_load(config_file.read_text()))
+        if config_file.exists():
+            before = flatten(read_yaml(config_file))
             now = flatten(settings)
             changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
             if changed:
@@ -165,7 +165,7 @@ class RunFolder:
         optimizers = sorted(folder.glob("*-optimizer.pt"))
         return Snapshot(
             json.loads((folder / "counters.json").read_text()),
-            {path.stem: load_file(path) for path in files},
+            {path.stem: checkpoint.read_tensors(path) for path in files},
             {
                 path.stem.removesuffix("-optimizer"): torch.load(path, map_location="cpu", weights_only=True)
                 for path in optimizers
@@ -203,7 +203,11 @@ class Log:
         self.run = run
         self.file = run.log_file.open("a", buffering=1)
         self.evaluations = run.evaluations_file.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        events = run.path / "tensorboard"
+        events.mkdir(exist_ok=True)
+        self.links = contextlib.ExitStack()  # TensorBoard too refuses names that are no UTF-8
+        folder = self.links.enter_context(checkpoint.utf8_path(events))
+        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, float]) -> None:
         """One interval's numbers."""
@@ -233,6 +237,7 @@ class Log:
         self.file.close()
         self.evaluations.close()
         self.tensorboard.close()
+        self.links.close()
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
