@@ -9,6 +9,7 @@ optimiser, no checkpoint, no log, and of paths on this machine their last part a
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from hieratok import __version__, checkpoint
 from hieratok.evaluate_page import digits, flat
 from hieratok.evaluation.results import describe
-from hieratok.runs import Measurement, Run, read_run
+from hieratok.runs import STATISTICS, Measurement, Run, read_run
 
 PAPER = "arXiv 2509.23736"
 PICTURE = "pictures.png"
@@ -126,15 +129,14 @@ def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> No
     """Write what is published into `folder`, whole or not at all; another one there is replaced.
 
     Raises:
-        ValueError, FileNotFoundError: no licence, no hub id, or no model.
+        ValueError, FileNotFoundError: no licence, no hub id, no model, or one that learned nothing or is not finite.
     """
     check(hub_id, license)
     facts = read_run(Path(run))
     kind, model = find_model(Path(run), facts)
+    check_learned(facts, model)
     with checkpoint.atomic_folder(folder) as temporary:
         for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
-            if not (model / name).is_file():
-                raise FileNotFoundError(f"{model / name} is missing")
             shutil.copyfile(model / name, temporary / name)
         has_picture = write_picture(facts.picture, temporary / PICTURE)
         config = json.loads((model / checkpoint.CONFIG).read_text())
@@ -171,6 +173,34 @@ def find_model(run: Path, facts: Run) -> tuple[str, Path]:
         return {"hieratok": "tokenizer", "hieratok-dit": "generator"}[model_type], folder
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / checkpoint.CONFIG} describes neither a tokenizer nor a generator") from error
+
+
+def check_learned(facts: Run, model: Path) -> None:
+    """Refuse what cannot be of use to anybody.
+
+    Raises:
+        ValueError: a run without a single good step, weights that are not finite, or a damaged file.
+    """
+    last = facts.log[-1] if facts.log else {}
+    if last.get("skipped_steps", 0) >= last.get("step", math.inf):
+        raise ValueError(
+            f"{facts.folder}: every step up to {last['step']:,} was left out as not finite: it learned nothing"
+        )
+    path = model / checkpoint.WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            broken = [name for name in file.keys() if name not in STATISTICS and not is_finite(file.get_tensor(name))]  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if broken:
+        raise ValueError(f"{path} holds NaN or infinite values in {len(broken)} tensors, such as {broken[0]}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor is."""
+    return bool(tensor.isfinite().all())
 
 
 def write_picture(source: Path | None, path: Path) -> bool:
