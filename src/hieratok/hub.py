@@ -184,7 +184,7 @@ def check_learned(facts: Run, model: Path) -> None:
     last = facts.log[-1] if facts.log else {}
     if last.get("skipped_steps", 0) >= last.get("step", math.inf):
         raise ValueError(
-            f"{facts.folder}: every step up to {last['step']:,} was left out as not finite: it learned nothing"
+            f"{facts.folder} learned nothing: all of its {last['step']:,} steps were left out as not finite"
         )
     path = model / checkpoint.WEIGHTS
     if not path.is_file():
