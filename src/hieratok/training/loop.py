@@ -2,8 +2,8 @@
 
 Randomness is stateless: the data order is a function of (seed, step), each image's augmentation of (seed, epoch,
 image), and the noise of each micro-batch (posterior samples, stochastic depth) of (seed, step, micro-batch). A step
-number is therefore all that a checkpoint needs besides weights and optimisers, and one process with two micro-batches
-does what two processes with one each do.
+number is therefore all that a checkpoint needs besides weights, optimisers and what the log has summed up, and one
+process with two micro-batches does what two processes with one each do.
 """
 
 import contextlib
