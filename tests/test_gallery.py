@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from hieratok import HieraTok, report
+from hieratok.checkpoint import seal
 from hieratok.cli import main
 from hieratok.gallery import MAX_PICTURE, MAX_POINTS, Report, differing, thinned, write_report
 from hieratok.generation.dit import DiT, DiTConfig
@@ -67,6 +68,7 @@ def write_run(
     model.save_pretrained(folder / run.kind if finished else checkpoint / run.kind)
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / f"{run.kind}-optimizer.pt").write_bytes(b"moments")
+    seal(checkpoint, run=None, step=steps)
     if pictures:
         (folder / "pictures").mkdir()
         Image.new("RGB", (30, 20), (200, 10, 30)).save(folder / "pictures" / f"step-{steps:08d}.png")

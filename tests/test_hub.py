@@ -172,6 +172,28 @@ def test_a_model_without_weights_is_refused(run):
     assert not (run / "hub").exists()
 
 
+def test_weights_that_are_not_finite_are_refused(run, hub, capsys):
+    """Statistics that were not measured are no weights: those are NaN until then."""
+    tokenizer = HieraTok.from_pretrained(run)
+    assert tokenizer.latent_mean.isnan().all()
+    assert main(["push", str(run), "a/b", "--license", "mit", "--dry_run"]) == 0
+    with torch.no_grad():
+        tokenizer.decoder.head.weight[0, 0] = float("inf")
+    tokenizer.save_pretrained(run / "tokenizer")
+    capsys.readouterr()
+    assert main(["push", str(run), "a/b", "--license", "mit"]) == 2
+    assert "holds NaN or infinite values in 1 tensors, such as decoder.head.weight" in capsys.readouterr().err
+    assert not hub.calls
+
+
+def test_a_run_that_learned_nothing_is_refused(run, capsys):
+    log = run / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(r | {"skipped_steps": r["step"]}) + "\n" for r in records))
+    assert main(["push", str(run), "a/b", "--license", "mit", "--dry_run"]) == 2
+    assert "learned nothing: all of its 40 steps were left out as not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("value", "kept"),
     [

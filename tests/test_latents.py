@@ -15,6 +15,7 @@ import hieratok.latents
 from hieratok import HieraTok, TokenizerConfig, checkpoint, cli
 from hieratok.data import ImageDataset, LatentDataset, center_crop, open_source, to_float
 from hieratok.latents import WriteLatents, write_latents
+from hieratok.lock import lock
 from test_training import TORCHRUN
 
 CONFIG = TokenizerConfig(
@@ -180,6 +181,69 @@ def test_an_interrupted_folder_is_finished(run, photos, tmp_path, monkeypatch):
         assert len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ["mean", "logvar", "labels", "names", "moments"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "swapped", "unsealed"])
+def test_what_is_damaged_is_written_again(run, photos, tmp_path, name, damage, caplog):
+    whole = write(run, photos, tmp_path)
+    file, other = (tmp_path / f"shard-0000{k}" / f"{name}.npy" for k in (0, 1))
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-5])
+    elif damage == "swapped":
+        file.write_bytes(other.read_bytes())
+    else:
+        (file.parent / "checksums.json").unlink()
+    assert write(run, photos, tmp_path) == whole
+    assert "shard-00000 is damaged" in caplog.text
+    assert "shard-00001 is damaged" not in caplog.text
+
+
+def test_swapped_shards_are_written_again(run, photos, tmp_path, caplog):
+    """Whole ones, but of other images; or of another tokenizer."""
+    whole = write(run, photos, tmp_path / "latents")
+    shards = [tmp_path / "latents" / f"shard-0000{k}" for k in (0, 1)]
+    shards[0].rename(tmp_path / "aside")
+    shards[1].rename(shards[0])
+    (tmp_path / "aside").rename(shards[1])
+    assert write(run, photos, tmp_path / "latents") == whole
+    assert "its shard is 1 and not 0" in caplog.text
+    write(save_tokenizer(tmp_path / "other", seed=1), photos, tmp_path / "others")
+    checkpoint.remove(shards[0])
+    shutil.copytree(tmp_path / "others" / shards[0].name, shards[0])
+    assert write(run, photos, tmp_path / "latents") == whole
+    assert "its encoder_sha256 is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"images": 8}, {"shape": [4, 2, 8]}, {"shard_images": 3}, {"mean": [0.0] * 4}, {"std": None}]
+)
+def test_a_changed_manifest_is_put_right(run, photos, tmp_path, changes):
+    whole = write(run, photos, tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | changes))
+    files = write(run, photos, tmp_path)
+    if "shard_images" in changes:  # as if so many had been asked for
+        assert LatentDataset(tmp_path).manifest.shard_images == 3
+        assert len(LatentDataset(tmp_path)) == 11
+    else:
+        assert files == whole
+
+
+def test_a_second_process_is_refused(run, photos, tmp_path):
+    other = tmp_path / ".report.html.12345678.tmp"  # another command's, perhaps of a living process
+    other.touch()
+    with lock(tmp_path, "latents"), pytest.raises(ValueError, match="is in use by `hieratok latents`, process"):
+        write(run, photos, tmp_path)
+    write(run, photos, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == [
+        ".report.html.12345678.tmp"
+    ]
+    stats = WriteLatents(run=str(run), data=str(photos), stats_only=True, device="cpu")
+    with lock(run, "train"), pytest.raises(ValueError, match="is in use by `hieratok train`, process"):
+        write_latents(stats)
+
+
 def test_two_processes_write_the_same_folder(run, photos, tmp_path):
     whole = write(run, photos, tmp_path / "one")
     program = tmp_path / "program.py"
@@ -292,6 +356,8 @@ def test_bad_flags(run, photos, capsys, flags, message):
 
 def test_stats_only_writes_into_a_finished_tokenizer_alone(photos, tmp_path):
     torch.manual_seed(0)
-    HieraTok(CONFIG).save_pretrained(tmp_path / "checkpoints" / "step-00000001" / "tokenizer")
+    saved = tmp_path / "checkpoints" / "step-00000001"
+    HieraTok(CONFIG).save_pretrained(saved / "tokenizer")
+    checkpoint.seal(saved, run=None, step=1)
     with pytest.raises(ValueError, match="holds no finished tokenizer yet"):
         write_latents(WriteLatents(run=str(tmp_path), data=str(photos), stats_only=True, device="cpu"))

@@ -19,6 +19,7 @@ from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.images import open_images
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.generation.sampling import SampleConfig, sample_latents
+from hieratok.lock import lock
 from hieratok.sample import Sample, sample
 from hieratok.settings import load_options
 from test_latents import save_tokenizer
@@ -225,11 +226,11 @@ def test_an_interrupted_run_is_finished(options, monkeypatch, scales):
     class Crash(Exception):
         pass
 
-    def crash(picture, path):
+    def crash(picture, path, *text):
         written.append(path)
         if len(written) == 4:
             raise Crash
-        return original(picture, path)
+        return original(picture, path, *text)
 
     with monkeypatch.context() as patch:
         patch.setattr(hieratok.sample, "save_png", crash)
@@ -254,6 +255,51 @@ def test_an_interrupted_run_is_finished(options, monkeypatch, scales):
     for side in (16,) if scales == "finest" else (4, 8, 16):
         assert levels_apart(images(whole.out, side), images(options.out, side)) <= 1
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "flipped", "swapped", "other settings", "other picture"])
+def test_what_is_damaged_is_drawn_again(options, damage, caplog):
+    sample(options)
+    whole, folder = images(options.out), Path(options.out) / "16px"
+    path = folder / "000001.png"
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-30])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "flipped":
+        path.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
+    elif damage == "swapped":
+        path.write_bytes((folder / "000002.png").read_bytes())
+    elif damage == "other settings":
+        sample(replace(options, out=options.out + "-other", seed=7))
+        path.write_bytes((Path(options.out + "-other") / "16px" / path.name).read_bytes())
+    else:
+        Image.new("RGB", (16, 16)).save(path)
+    others = {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p != path}
+    sample(options)
+    assert np.array_equal(images(options.out), whole)
+    assert np.array_equal(archive(options.out)["arr_0"], whole)
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p != path} == others
+    assert ("000001.png is damaged, or a picture of something else" in caplog.text) == (damage != "missing")
+
+
+def test_images_without_their_metadata_are_known(options):
+    """Each says what it is of."""
+    sample(options)
+    (Path(options.out) / "metadata.json").unlink()
+    other = replace(options, seed=7, out=options.out + "-other")
+    sample(other)
+    sample(replace(options, seed=7))
+    assert np.array_equal(images(options.out), images(other.out))
+
+
+def test_a_second_process_is_refused(options):
+    with lock(options.out, "sample"), pytest.raises(ValueError, match="is in use by `hieratok sample`, process"):
+        sample(options)
+    assert not Path(options.out).exists()
 
 
 def test_more_images_are_added(options):

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import random
+import socket
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +17,19 @@ import yaml
 from PIL import Image
 from scipy.stats import t as student
 
-from hieratok import HieraTok, cost, recipes, studies, study, study_page, study_runs
+from hieratok import HieraTok, checkpoint, cost, recipes, studies, study, study_page, study_runs
 from hieratok.analysis import convergence, density
 from hieratok.analysis.convergence import speed_up
 from hieratok.cli import main
 from hieratok.data.images import center_crop, open_source
 from hieratok.generation.dit import DiTConfig
+from hieratok.lock import lock
 from hieratok.losses.adversarial import AdversarialConfig
 from hieratok.study_runs import RunStudy, place, planned_runs, prepare
 from hieratok.training.run_folder import Log, plain
 from test_generator import FEATURES
 from test_report import Reader, assert_self_contained
-from test_training import TORCHRUN, environment
+from test_training import TORCHRUN, environment, start_process
 
 STEPS = 4
 
@@ -264,6 +269,46 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, base, tmp_pat
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_study_killed_anywhere_ends_as_one_that_was_not(finished, base, tmp_path):
+    """In training, between a run's end and its note, in measuring: and nothing is trained or measured twice."""
+    options = RunStudy(study="table3", base=base, out=str(tmp_path))
+    rng = random.Random()
+    seed = rng.randrange(2**32)
+    print(f"seed {seed}")  # shown by pytest if the test fails
+    rng.seed(seed)
+    for kills in range(5):
+        process = start_process(study.run_study, options)
+        while process.is_alive() and len(list(tmp_path.rglob("trained.json"))) <= kills:
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        process.kill()
+        process.join()
+    process = start_process(study.run_study, options)
+    process.join()
+    assert process.exitcode == 0
+    whole, killed = (json.loads((out / "table3.json").read_text()) for out in (finished, tmp_path))
+    for a, b in zip(whole["comparisons"], killed["comparisons"], strict=True):
+        assert a["measured"] == b["measured"]
+        for one, other in zip(a["rows"], b["rows"], strict=True):
+            assert (one["ours"] is None) == (other["ours"] is None)
+            assert not one["ours"] or one["ours"]["mean"] == pytest.approx(other["ours"]["mean"], rel=1e-3)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_second_study_is_refused(base, tmp_path, capsys):
+    """The same one in the same folder; rows by themselves and other studies may run."""
+    with lock(tmp_path, "study table3", ".table3.lock"):
+        assert main(["study", "table3", "--base", base, "--out", str(tmp_path)]) == 2
+        told = f"is in use by `hieratok study table3`, process {os.getpid()} on host {socket.gethostname()}, since"
+        assert told in capsys.readouterr().err
+        assert main(["study", "table3", "--base", base, "--out", str(tmp_path), "--row", "1"]) == 0
+        (run,) = (tmp_path / "runs").iterdir()
+        with lock(run, "train"):
+            (run / "trained.json").unlink()
+            assert main(["study", "table3", "--base", base, "--out", str(tmp_path), "--row", "1"]) == 2
+            assert "is in use by `hieratok train`" in capsys.readouterr().err
+
+
 def test_the_pages_show_paper_and_ours(finished):
     page, text = ((finished / f"table3.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "md"))
     assert_self_contained(page)
@@ -334,7 +379,11 @@ def test_time_left_is_work_over_the_logged_rate(tmp_path, base):
     for one, rate in zip(runs[:2], (100.0, 50.0)):
         one.folder.mkdir(parents=True)
         (one.folder / "log.jsonl").write_text(json.dumps({"step": 1, "images": 2, "images_per_second": rate}) + "\n")
-    (runs[1].folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    saved = runs[1].folder / "checkpoints" / "step-00000003"
+    saved.mkdir(parents=True)
+    (saved / "counters.json").write_text("{}")
+    checkpoint.seal(saved, run=None, step=3)
+    (saved.parent / "step-00000004").mkdir()  # not a checkpoint
     rates, source = study_runs.throughput(runs)
     work = [cost.measure(one.run.model).gflops for one in runs]
     speed = (100 * work[0] + 50 * work[1]) / 2

@@ -2,13 +2,16 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
-import signal
+import re
+import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +23,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hieratok import HieraTok, TokenizerConfig, checkpoint
+from hieratok.checkpoint import read_table
+from hieratok.cli import main
 from hieratok.errors import TrainingError
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
+from hieratok.runs import read_run
+from hieratok.settings import load_run
 from hieratok.training import loop
+from hieratok.training.generator import GeneratorRun
 from hieratok.training.loop import DataConfig, Optimization, TrainConfig, learning_rate, seed_of
-from hieratok.training.run_folder import RunFolder, plain
-from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
+from hieratok.training.run_folder import Log, RunFolder, plain
+from hieratok.training.tokenizer import EvalConfig, TokenizerRun, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,7 @@ def read_log(out: Path) -> list[dict[str, float]]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimisers and counters bit by bit, and the means in the log; evaluations and pictures too."""
     first, second = final_state(a), final_state(b)
     assert first.keys() == second.keys()
     for name in first:
@@ -95,6 +104,17 @@ def assert_same_run(a: Path, b: Path) -> None:
     timing = ("images_per_second", "data_wait")
     logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(p)] for p in (a, b)]
     assert logs[0] == logs[1]
+
+
+def assert_same_shown(a: Path, b: Path) -> None:
+    """What was drawn and measured on the way: the same steps, pixels and numbers, and nothing half-written."""
+    lines, pictures = ([], [])
+    for out in (a, b):
+        lines.append([json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()])
+        pictures.append({path.name: np.asarray(Image.open(path)) for path in sorted((out / "pictures").iterdir())})
+    assert lines[0] == lines[1]
+    assert pictures[0].keys() == pictures[1].keys()
+    assert all(np.array_equal(pictures[0][name], pictures[1][name]) for name in pictures[0])
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -164,6 +184,76 @@ def test_resumed_equals_uninterrupted(photos, tmp_path, at):
     crash_in_step(at, lambda: train_tokenizer(run, tmp_path / "crashed"))
     train_tokenizer(run, tmp_path / "crashed")
     assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+@pytest.mark.parametrize(("log_every", "save_every", "at"), [(5, 4, 6), (5, 4, 9), (3, 2, 5), (50, 1, 8), (4, 12, 7)])
+def test_means_in_the_log_do_not_depend_on_interruptions(photos, tmp_path, log_every, save_every, at):
+    """A line's interval may begin before the checkpoint that a run resumes from."""
+    run = small_run(photos, log_every=log_every, save_every=save_every, picture_every=0)
+    train_tokenizer(run, tmp_path / "whole")
+    crash_in_step(at, lambda: train_tokenizer(run, tmp_path / "crashed"))
+    train_tokenizer(run, tmp_path / "crashed")
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_counts_do_not_depend_on_interruptions(photos, tmp_path, monkeypatch):
+    """Of skipped steps and images since the last line in the log, and of bad steps in a row."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for image in photos.iterdir():
+        (folder / image.name).write_bytes(image.read_bytes())
+    (folder / "4.png").write_text("not a picture")
+    run = small_run(folder, log_every=5, max_bad_steps=3, picture_every=0)
+    run = replace(run, data=replace(run.data, on_bad_image="skip"))
+    bad = {4, 5}
+    calls = poison(monkeypatch, lambda call: call in bad)
+    train_tokenizer(run, tmp_path / "whole")
+    calls.clear()
+    crash_in_step(6, lambda: train_tokenizer(run, tmp_path / "crashed"))
+    bad |= {7}  # step 5 again: the calls went on to 6
+    train_tokenizer(run, tmp_path / "crashed")
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+    last = read_log(tmp_path / "crashed")[-1]
+    assert last["skipped_steps"] == 2
+    assert last["bad_images"] > 0
+
+
+def judged_run(photos: Path, **train) -> TokenizerRun:
+    """With evaluations and pictures on the way."""
+    run = small_run(photos, **train)
+    return replace(run, data=replace(run.data, val_path=str(photos)), eval=EvalConfig(every=4, num_images=4))
+
+
+@pytest.mark.parametrize(("what", "step"), [("picture", 6), ("picture", 12), ("evaluation", 8), ("evaluation", 12)])
+@pytest.mark.parametrize("is_written", [False, True])
+def test_what_a_killed_run_owed_is_done(photos, tmp_path, monkeypatch, what, step, is_written):
+    """Crashed between checkpoint and picture or evaluation, or right after them: done once, as it would have been."""
+    run = judged_run(photos, save_every=2)
+    train_tokenizer(run, tmp_path / "whole")
+    original = getattr(Log, what)
+
+    def crash(self, *args):
+        now = args[1] if what == "picture" else args[0]["step"]
+        if now != step or is_written:
+            original(self, *args)
+        if now == step:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, what, crash)
+        with pytest.raises(Crash):
+            train_tokenizer(run, tmp_path / "crashed")
+    train_tokenizer(run, tmp_path / "crashed")
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+    assert_same_shown(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_a_finished_run_can_be_judged_afterwards(photos, tmp_path):
+    run = judged_run(photos)
+    train_tokenizer(replace(run, eval=EvalConfig()), tmp_path)
+    train_tokenizer(run, tmp_path)
+    train_tokenizer(run, tmp_path)
+    assert [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()] == [12]
 
 
 @pytest.mark.parametrize("step", ["sync", "replace"])
@@ -240,26 +330,83 @@ def last_step(out: Path) -> int:
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
 
-def test_kill_9_at_random_moments(photos, tmp_path):
-    """Killed twice at random steps, with two loader processes, then finished: the same as never interrupted."""
-    run = small_run(photos, steps=160, save_every=7, log_every=1, picture_every=0)
-    run = replace(run, data=replace(run.data, num_workers=2))
-    config = write_run(run, tmp_path / "run.yaml")
-    subprocess.run(command("train", config, "--out", str(tmp_path / "whole")), check=True, env=environment())
-    killed = tmp_path / "killed"
+FORKED = multiprocessing.get_context("forkserver")  # of which each process starts at once: nothing is imported anew
+FORKED.set_forkserver_preload(["hieratok.training.tokenizer", "accelerate", "torch.utils.tensorboard"])
+
+
+def call_as_started(function: Callable[..., object], *args: object) -> None:
+    """A call whose data loaders begin as those of a program that was started: forked."""
+    multiprocessing.set_start_method("fork", force=True)
+    function(*args)
+
+
+def start_process(function: Callable[..., object], *args: object) -> multiprocessing.process.BaseProcess:
+    process = FORKED.Process(target=call_as_started, args=(function, *args))
+    process.start()
+    return process
+
+
+def kill_and_finish(run: TokenizerRun, out: Path, untils: Iterable[int], rng: random.Random) -> None:
+    """Train; kill -9 a little after the log passes each of `untils`, and train again; then to the end."""
+    for until in untils:
+        process = start_process(train_tokenizer, run, out)
+        while last_step(out) < until and process.is_alive():
+            time.sleep(0.01 * rng.random())
+        time.sleep(0.05 * rng.random())
+        assert process.is_alive(), "the run ended before it could be killed"
+        process.kill()
+        process.join()
+    process = start_process(train_tokenizer, run, out)
+    process.join()
+    assert process.exitcode == 0
+
+
+def assert_kills_do_not_matter(photos: Path, tmp_path: Path, steps: int, kills: int) -> None:
+    run = judged_run(photos, steps=steps, save_every=7, log_every=3, picture_every=11)
+    run = replace(run, data=replace(run.data, num_workers=1))
     rng = random.Random()
     seed = rng.randrange(2**32)
     print(f"seed {seed}")  # shown by pytest if the test fails
     rng.seed(seed)
-    for until in sorted(rng.sample(range(15, 130), 2)):
-        process = subprocess.Popen(command("train", config, "--out", str(killed)), env=environment())
-        while last_step(killed) < until and process.poll() is None:
-            time.sleep(0.01 * rng.random())
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command("train", config, "--out", str(killed)), check=True, env=environment())
-    assert_same_run(tmp_path / "whole", killed)
+    kill_and_finish(run, tmp_path / "whole", [], rng)
+    kill_and_finish(run, tmp_path / "killed", sorted(rng.sample(range(9, int(0.8 * steps)), kills)), rng)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_shown(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+def test_kill_9_at_random_moments(photos, tmp_path):
+    """With a loader process, in training, saving, drawing or judging: the same as never interrupted."""
+    assert_kills_do_not_matter(photos, tmp_path, steps=100, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_kills_lose_nothing(photos, tmp_path):
+    assert_kills_do_not_matter(photos, tmp_path, steps=600, kills=50)
+
+
+def test_a_second_train_is_refused_and_harms_nothing(photos, tmp_path, capsys):
+    run = small_run(photos, steps=150, save_every=1, log_every=1, picture_every=0)
+    first = start_process(train_tokenizer, run, tmp_path / "out")
+    while last_step(tmp_path / "out") < 3:
+        assert first.is_alive()
+        time.sleep(0.01)
+    living = list((tmp_path / "out" / "checkpoints").glob(".*.tmp"))
+    told = rf"out is in use by `hieratok train`, process {first.pid} on host {socket.gethostname()}, since 20\d\d-"
+    with pytest.raises(ValueError, match=told):
+        train_tokenizer(run, tmp_path / "out")
+    config = write_run(run, tmp_path / "run.yaml")
+    for arguments in (["train", config], ["train", config, "--allow-changes", "--train.steps", "12"]):
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(told, line)
+    assert first.is_alive(), living
+    first.join()
+    assert first.exitcode == 0
+    train_tokenizer(run, tmp_path / "alone")
+    state = [final_state(tmp_path / name) for name in ("out", "alone")]
+    assert all(same(state[0][name], state[1][name]) for name in state[0] if name != "counters")  # threads may differ
 
 
 def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
@@ -327,7 +474,7 @@ def test_bad_steps_in_a_row_go_back_to_the_last_checkpoint(photos, tmp_path, mon
     records = read_log(tmp_path)
     assert [r["step"] for r in records] == list(range(1, 13))
     assert [r["rollbacks"] for r in records] == [0] * 4 + [1] * 8
-    assert "not finite from step 6 on; the last good checkpoint is" in capsys.readouterr().err
+    assert "not finite from step 6 on; the last checkpoint before that is" in capsys.readouterr().err
     monkeypatch.undo()
     train_tokenizer(small_run(photos, log_every=1, max_bad_steps=3), tmp_path / "healthy")
     healthy = read_log(tmp_path / "healthy")
@@ -338,7 +485,7 @@ def test_bad_steps_in_a_row_go_back_to_the_last_checkpoint(photos, tmp_path, mon
 def test_after_too_many_rollbacks_a_run_stops_with_a_message(photos, tmp_path, monkeypatch):
     run = small_run(photos, max_bad_steps=2, max_rollbacks=2)
     poison(monkeypatch, lambda call: call >= 7)
-    message = r"not finite from step 5 on \(after going back 2 times\); the last good checkpoint is .*step-00000004"
+    message = r"not finite from step 5 on \(after going back 2 times\); the last checkpoint .* is .*step-00000004"
     with pytest.raises(TrainingError, match=message):
         train_tokenizer(run, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
@@ -349,6 +496,59 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(photos, tmp_path, m
     poison(monkeypatch, lambda call: True)
     with pytest.raises(TrainingError, match="not finite from step 1 on; no checkpoint was written before it"):
         train_tokenizer(small_run(photos, max_bad_steps=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(save_every=4), r"from step 2 on; no checkpoint was written before it"),
+        (dict(save_every=4, picture_every=0), r"from step 2 on; no checkpoint was written before it"),
+        (
+            dict(save_every=1, picture_every=0, max_bad_steps=2),
+            r"from step 2 on \(after going back 3 times\); the last checkpoint before that is .*step-00000001",
+        ),
+        (dict(save_every=1, picture_every=1), r"from step \d on; no checkpoint was written before it"),
+        (dict(save_every=1, learning_rate=1e39, min_learning_rate=1e39), r"from step 1 on; no checkpoint was written"),
+    ],
+)
+def test_divergence_is_said_in_one_line(photos, tmp_path, capsys, settings, told):
+    """Whatever meets what is not finite first: a bad last step, too many in a row, a picture, or the weights."""
+    run = small_run(photos, **{"learning_rate": 1e30, "min_learning_rate": 1e30, **settings})
+    config = write_run(run, tmp_path / "run.yaml")
+    assert main(["train", config, "--out", str(tmp_path / "out")]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("hieratok: the run diverged: loss, gradient or weights are not finite from step")
+    assert re.search(told, line)
+    assert line.endswith("Try a lower learning rate, or fp32")
+    assert not (tmp_path / "out" / "tokenizer").exists()
+
+
+def test_a_run_of_skipped_steps_ends_in_an_error(photos, tmp_path, monkeypatch, capsys):
+    """Fewer of them than `max_bad_steps`; and it is not for publishing."""
+    run = small_run(photos, save_every=2, picture_every=0)
+    with monkeypatch.context() as patch:
+        poison(patch, lambda call: True)
+        with pytest.raises(TrainingError, match=r"not finite from step 1 on; no checkpoint was written before it"):
+            train_tokenizer(run, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    assert main(["push", str(tmp_path / "out"), "a/b", "--license", "mit", "--dry_run"]) == 2
+    assert "learned nothing: all of its 10 steps were left out as not finite" in capsys.readouterr().err
+
+
+def test_a_bad_last_step_is_done_again(photos, tmp_path, monkeypatch):
+    """From the last checkpoint, with the data in another order: the last step's weights would be untried."""
+    calls = poison(monkeypatch, lambda call: call == 12)
+    train_tokenizer(small_run(photos, log_every=1), tmp_path)
+    assert len(calls) == 12 + 4
+    assert [r["rollbacks"] for r in read_log(tmp_path)] == [0] * 8 + [1] * 4
+
+
+def test_checkpoints_from_before_a_bad_streak_stay(photos, tmp_path, monkeypatch):
+    """However often is saved meanwhile."""
+    run = small_run(photos, save_every=1, keep_checkpoints=1, max_bad_steps=4, max_rollbacks=1, log_every=1)
+    poison(monkeypatch, lambda call: call >= 6)
+    with pytest.raises(TrainingError, match=r"from step 6 on \(after going back 1 time\); .* is .*step-00000005"):
+        train_tokenizer(run, tmp_path)
 
 
 def test_full_disk_leaves_nothing_half_written(photos, tmp_path):
@@ -396,7 +596,134 @@ def test_other_settings_are_refused_by_name(photos, tmp_path):
         assert (tmp_path / "config.yaml").read_text() == config
 
 
-@pytest.mark.parametrize("damage", ["truncated", "zeroed", "missing", "no checksums"])
+def test_what_is_not_a_checkpoint_of_this_run_does_not_count(photos, tmp_path, caplog):
+    """Neither resumed from nor counted nor deleted: copies, other runs' checkpoints, and odd names."""
+    run = small_run(photos, keep_checkpoints=1)
+    train_tokenizer(run, tmp_path / "whole")
+    train_tokenizer(small_run(photos, seed=1), tmp_path / "other")
+    out = tmp_path / "out"
+    crash_in_step(7, lambda: train_tokenizer(run, out))
+    checkpoints = out / "checkpoints"
+    own = checkpoints / "step-00000004"
+    for name in ("step-00000099", "step-00000004 (copy)", "step-4", "step-000000005", "step-0000000\u0665", "other"):
+        shutil.copytree(own, checkpoints / name)
+    for step in (8, 12):  # one in the way, one that would be the newest
+        shutil.copytree(tmp_path / "other" / "checkpoints" / f"step-{step:08d}", checkpoints / f"step-{step:08d}")
+    (checkpoints / "step-00000050").write_text("a file")
+    (checkpoints / "step-00000051").symlink_to(own)
+    foreign = {p.name: contents(p) for p in checkpoints.iterdir() if p.is_dir() and p != own and not p.is_symlink()}
+    assert [path.name for path in checkpoint.step_folders(out)] == ["step-00000004"]
+    assert read_run(out).state.startswith("step 6 of 12")
+    assert checkpoint.find(out, inside="tokenizer") == own / "tokenizer"
+
+    train_tokenizer(run, out)
+    assert "step-00000099 is not a checkpoint of this run, and left alone" in caplog.text
+    assert [path.name for path in checkpoint.step_folders(out)] == ["step-00000012"]
+    for name in ("step-00000008", "step-00000012"):
+        (aside,) = checkpoints.glob(f"not-this-runs-{name}-*")
+        assert contents(aside) == foreign.pop(name)
+    assert all(contents(checkpoints / name) == files for name, files in foreign.items())
+    assert (checkpoints / "step-00000050").read_text() == "a file"
+    ours, whole = ((path / "checkpoints" / "step-00000012") for path in (out, tmp_path / "whole"))
+    name = "tokenizer.safetensors"
+    assert (ours / name).read_bytes() == (whole / name).read_bytes()
+    for path in [p for p in checkpoints.iterdir() if p.name != "step-00000012"]:
+        checkpoint.remove(path)
+    assert_same_run(tmp_path / "whole", out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_begun_before_runs_had_an_id_goes_on(photos, tmp_path):
+    """Its checksums.json holds the files alone, and its counters no interval."""
+    run = small_run(photos)
+    train_tokenizer(run, tmp_path / "whole")
+    crash_in_step(9, lambda: train_tokenizer(run, tmp_path / "old"))
+    (tmp_path / "old" / "run.json").unlink()
+    for folder in (tmp_path / "old" / "checkpoints").iterdir():
+        counters = json.loads((folder / "counters.json").read_text())
+        old = {name: counters[name] for name in ("step", "bad_images", "skipped_steps", "rollbacks")}
+        (folder / "counters.json").write_text(json.dumps(old))
+        checkpoint.seal(folder)
+        files = json.loads((folder / "checksums.json").read_text())["files"]
+        files.pop("checksums.json")
+        (folder / "checksums.json").write_text(json.dumps(files))
+    train_tokenizer(run, tmp_path / "old")
+    assert_same_run(tmp_path / "whole", tmp_path / "old")
+
+
+def test_damaged_checkpoints_take_no_good_ones_place(photos, tmp_path):
+    """One is kept, and the newest is damaged: the next one saved stays."""
+    run = small_run(photos, keep_checkpoints=1, save_every=5)
+    train_tokenizer(run, tmp_path)
+    (tmp_path / "checkpoints" / "step-00000012" / "counters.json").write_text("{}")
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000012", tmp_path / "kept")
+    with pytest.raises(TrainingError, match=r"is damaged \(the newest: counters.json has changed\): remove them"):
+        train_tokenizer(run, tmp_path)
+    checkpoint.remove(tmp_path / "checkpoints" / "step-00000012")
+    crash_in_step(8, lambda: train_tokenizer(run, tmp_path))
+    shutil.copytree(tmp_path / "kept", tmp_path / "checkpoints" / "step-00000012")
+    crash_in_step(11, lambda: train_tokenizer(run, tmp_path))
+    names = [path.name for path in checkpoint.step_folders(tmp_path)]
+    assert names == ["step-00000012", "step-00000010"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../../x", "a/./b", "", ".", "..", " ", "a//b", "a/", "\\x", "..\\x", "C:/x", "a\0b"]
+)
+def test_a_name_leads_to_no_other_place(photos, tmp_path, name):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"name": name, "data": {"path": str(photos)}}))
+    with pytest.raises(ValueError, match="does not lead to a folder in runs/: choose another, or say where by --out"):
+        load_run(str(path))
+    with pytest.raises(ValueError, match="does not lead to a folder in runs/"):
+        GeneratorRun(name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "v1.2", "..a", "été 2026", "f16d16-multi"])
+def test_names_of_runs(name):
+    assert TokenizerRun(name=name).name == name
+
+
+def test_another_number_of_threads_is_said(photos, tmp_path, caplog):
+    run = small_run(photos)
+    threads = torch.get_num_threads()
+    crash_in_step(9, lambda: train_tokenizer(run, tmp_path))
+    torch.set_num_threads(threads + 1)
+    try:
+        train_tokenizer(run, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    told = f"was trained with {threads} threads up to here, and goes on with {threads + 1}"
+    assert told in caplog.text
+    caplog.clear()
+    train_tokenizer(small_run(photos), tmp_path / "other")
+    train_tokenizer(small_run(photos), tmp_path / "other")
+    assert "threads" not in caplog.text
+
+
+def test_other_commands_files_are_left_alone(photos, tmp_path):
+    """Half-written ones in a run's folder may be a living process's; this run's own cannot, as it holds the lock."""
+    others = [".hub.12345678.tmp", ".metrics.json.12345678.tmp", "evaluation/.metrics.json.12345678.tmp"]
+    own = [".config.yaml.12345678.tmp", ".tokenizer.12345678.tmp", "checkpoints/.step-00000004.12345678.tmp"]
+    for name in [*others, *own]:
+        (tmp_path / name).mkdir(parents=True)
+    train_tokenizer(small_run(photos), tmp_path)
+    assert all((tmp_path / name).is_dir() for name in others)
+    assert not any((tmp_path / name).exists() for name in own)
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "{", "\x00"])
+def test_a_damaged_config_is_one_line(photos, tmp_path, content):
+    train_tokenizer(small_run(photos), tmp_path)
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged, it holds no settings: remove it"):
+        train_tokenizer(small_run(photos), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "missing", "no checksums", "not named"])
 def test_a_damaged_checkpoint_is_passed_over(photos, tmp_path, damage, caplog):
     """The one before it is used, with a warning, and the run ends as if nothing had happened."""
     run = small_run(photos)
@@ -411,8 +738,11 @@ def test_a_damaged_checkpoint_is_passed_over(photos, tmp_path, damage, caplog):
         weights.write_bytes(whole[:-64] + bytes(64))
     elif damage == "missing":
         (newest / "tokenizer-optimizer.pt").unlink()
-    else:
+    elif damage == "no checksums":
         (newest / "checksums.json").unlink()
+    else:
+        weights.unlink()
+        checkpoint.seal(newest, **{k: v for k, v in read_table(newest / "checksums.json").items() if k != "files"})
     train_tokenizer(run, tmp_path / "damaged")
     assert "step-00000012 is damaged" in caplog.text
     assert_same_run(tmp_path / "whole", tmp_path / "damaged")
@@ -423,7 +753,9 @@ def test_nothing_but_damaged_checkpoints(photos, tmp_path):
     train_tokenizer(run, tmp_path)
     for weights in tmp_path.glob("checkpoints/*/tokenizer.safetensors"):
         weights.write_bytes(b"")
-    with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged: remove them to start anew"):
+    with pytest.raises(
+        TrainingError, match=r"every checkpoint in .* is damaged \(the newest: tokenizer\.safetensors has changed\)"
+    ):
         train_tokenizer(run, tmp_path)
 
 
@@ -484,7 +816,7 @@ def test_a_run_in_progress_can_be_looked_at(photos, tmp_path):
 
 def test_half_a_line_in_the_log_is_passed_over(photos, tmp_path):
     folder = RunFolder(tmp_path, {})
-    folder.log_file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    folder.log_file.write_text('{"step": 1}\n[]\n{"step": "2"}\n3\n{"step": 2}\n{"st')
     folder.truncate_logs(1)
     assert folder.log_file.read_text() == '{"step": 1}\n'
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -31,6 +31,9 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 STATISTICS = {"latent_mean", "latent_std"}
 """Tensors of a tokenizer beside its weights, measured after training; NaN before."""
+CHECKSUMS = "checksums.json"
+RUN = "run.json"
+"""In a run's folder: its `id`, which its checkpoints name too."""
 
 
 def save(folder: str | Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -110,6 +113,24 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])}.{uuid.uuid4().hex[:8]}.tmp")
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `atomic_file(path)` or `atomic_folder(path)`.
+
+    Args:
+        path: its last part may be a pattern. Nobody else may be writing it: hold the folder's lock.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk, so that a crash of the machine cannot lose what was reported as saved."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -181,6 +202,78 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal(folder: Path, **facts: Any) -> None:
+    """Write a folder's `checksums.json`: the SHA-256 of every file in it, and whose it is.
+
+    Args:
+        folder: with all its files.
+        facts: what it belongs to, as plain values; `find_damage` compares them.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    checksums = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps({**facts, "files": checksums}, indent=2))
+
+
+def find_damage(folder: Path, names: Iterable[str], **facts: Any) -> str | None:
+    """What is wrong with a folder that was sealed; None if nothing is.
+
+    Args:
+        folder: need not be there.
+        names: the files that have to be there. Others do not matter.
+        facts: that its `checksums.json` has to state.
+    """
+    manifest = read_table(folder / CHECKSUMS)
+    checksums = manifest.get("files", manifest)  # of a run begun before checkpoints named it: files alone
+    if not isinstance(checksums, dict) or not checksums:
+        return f"{CHECKSUMS} is missing or unreadable"
+    for name, value in facts.items():
+        if manifest.get(name) != value:
+            return f"its {name} is {manifest.get(name)!r} and not {value!r}"
+    for name in names:
+        path = folder / name
+        if name not in checksums:
+            return f"{CHECKSUMS} does not name {name}"
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_sha256(path) != checksums[name]:
+            return f"{name} has changed"
+    return None
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file's table; empty if there is none, or none that can be read."""
+    try:
+        return read_json_table(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def step_folders(run: Path) -> list[Path]:
+    """A run's checkpoints, newest first: folders `step-` and eight digits whose checksums.json names this run and step.
+
+    Copies, checkpoints of other runs and whatever else lies beside them do not count.
+    """
+    owner = read_table(run / RUN).get("id")
+
+    def is_ours(folder: Path) -> bool:
+        manifest = read_table(folder / CHECKSUMS)
+        is_of_run = owner is None or manifest.get("run") == owner  # None: a run begun before runs had an id
+        return bool(manifest) and is_of_run and manifest.get("step", step_of(folder)) == step_of(folder)
+
+    return [folder for folder in named_as_steps(run) if is_ours(folder)]
+
+
+def named_as_steps(run: Path) -> list[Path]:
+    """Whatever has a checkpoint's name in a run, this run's or not, newest first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]{8}", path.name)]
+    return sorted((path for path in folders if path.is_dir() and not path.is_symlink()), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def find(source: str | Path, revision: str | None = None, inside: str = "tokenizer") -> Path:
     """The folder of a model.
 
@@ -196,8 +289,7 @@ def find(source: str | Path, revision: str | None = None, inside: str = "tokeniz
     """
     path = Path(source)
     if path.is_dir():
-        checkpoints = sorted((path / "checkpoints").glob(f"step-*/{inside}"), reverse=True)
-        for folder in (path, path / inside, *checkpoints):
+        for folder in (path, path / inside, *(step / inside for step in step_folders(path))):
             if (folder / CONFIG).is_file():
                 return folder
         raise FileNotFoundError(f"{path} holds no model: neither {CONFIG} nor {inside}/{CONFIG} nor a checkpoint")

@@ -7,3 +7,7 @@ class TrainingError(RuntimeError):
 
 class Stopped(Exception):
     """A run that was asked to stop (SIGTERM) and has saved; the same command goes on."""
+
+
+class NotFinite(ValueError):
+    """NaN or infinite values where numbers are needed; while a model trains, that it has diverged."""

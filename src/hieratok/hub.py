@@ -9,6 +9,7 @@ optimiser, no checkpoint, no log, and of paths on this machine their last part a
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -129,11 +130,12 @@ def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> No
     """Write what is published into `folder`, whole or not at all; another one there is replaced.
 
     Raises:
-        ValueError, FileNotFoundError: no licence, no hub id, or no model.
+        ValueError, FileNotFoundError: no licence, no hub id, no model, or one that learned nothing or is not finite.
     """
     check(hub_id, license)
     facts = read_run(Path(run))
     kind, model = find_model(Path(run), facts)
+    check_learned(facts, model)
     with checkpoint.atomic_folder(folder) as temporary:
         for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
             check_regular(model / name)
@@ -185,6 +187,24 @@ def load_config(kind: str, folder: Path) -> dict[str, Any]:
     if kind == "tokenizer":
         return asdict(checkpoint.load_config(folder, "hieratok", TokenizerConfig)[0])
     return asdict(checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))[0])
+
+
+def check_learned(facts: Run, model: Path) -> None:
+    """Refuse what cannot be of use to anybody.
+
+    Raises:
+        ValueError: a run without a single good step, weights that are not finite, or a damaged file.
+    """
+    last = facts.log[-1] if facts.log else {}
+    if last.get("skipped_steps", 0) >= last.get("step", math.inf):
+        raise ValueError(
+            f"{facts.folder} learned nothing: all of its {last['step']:,} steps were left out as not finite"
+        )
+    path = model / checkpoint.WEIGHTS
+    weights = checkpoint.read_tensors(path)
+    broken = [n for n, tensor in weights.items() if n not in checkpoint.STATISTICS and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{shown(path)} holds NaN or infinite values in {len(broken)} tensors, such as {broken[0]}")
 
 
 def write_picture(source: Path | None, path: Path) -> bool:

@@ -1,13 +1,14 @@
 """`hieratok latents`: the latents of a set of images, written once, so that training generators need not encode.
 
-Every shard is written whole or not at all, so the same command goes on where it was stopped; under `torchrun` the
-shards are divided among the processes.
+Every shard is written whole or not at all, and checked by its checksums before it counts as done, so the same command
+goes on where it was stopped; under `torchrun` the shards are divided among the processes.
 """
 
-import shutil
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,17 @@ from hieratok.data.images import Source, Subset, evaluation_batches, names_sha25
 from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, read_shard, shard_folder
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.processes import process, process_group, wait
+from hieratok.lock import lock
 from hieratok.reconstruct import best_device
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
 from hieratok.training.tokenizer import measure_latents
 
+logger = logging.getLogger(__name__)
+
 SHARD_IMAGES = 2_048
+FILES = [f"{name}.npy" for name in ("mean", "logvar", "labels", "names", "moments")]
+"""Of a shard."""
 
 
 @dataclass(kw_only=True)
@@ -63,7 +69,8 @@ def write_latents(options: WriteLatents) -> None:
     """The command `hieratok latents`.
 
     Raises:
-        FileNotFoundError, ValueError: no such run or images, an unreadable image, latents of something else in `out`.
+        FileNotFoundError, ValueError: no such run or images, an unreadable image, latents of something else in `out`,
+            or another process that writes there.
     """
     with process_group():
         tokenizer = load_tokenizer(options.run, options.device or best_device(), image_size=options.size)
@@ -72,15 +79,16 @@ def write_latents(options: WriteLatents) -> None:
             store_statistics(tokenizer, source, options.run)
             return
         out = Path(options.out)
-        manifest = start(out, describe(tokenizer, source, options))
-        write_shards(tokenizer, source, manifest, out, options.batch_size)
-        wait()
-        if process()[0] == 0:
-            write_manifest(out, with_statistics(manifest, out))
-            d, h, w = manifest.shape
-            print(f"{manifest.images:,} latents, {d} x {h} x {w}, and those of the mirror images: {out}")
-            print(f"next: hieratok train dit-tiny --tokenizer {options.run} --data {out}")
-        wait()
+        with lock(out, "latents"):
+            manifest = start(out, describe(tokenizer, source, options))
+            write_shards(tokenizer, source, manifest, out, options.batch_size)
+            wait()
+            if process()[0] == 0:
+                write_manifest(out, with_statistics(manifest, out))
+                d, h, w = manifest.shape
+                print(f"{manifest.images:,} latents, {d} x {h} x {w}, and those of the mirror images: {out}")
+                print(f"next: hieratok train dit-tiny --tokenizer {options.run} --data {out}")
+            wait()
 
 
 def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Manifest:
@@ -115,11 +123,11 @@ def start(out: Path, manifest: Manifest) -> Manifest:
             )
         if (before.data["names_sha256"], before.data["crop"]) != (manifest.data["names_sha256"], manifest.data["crop"]):
             raise ValueError(f"{out} holds latents of other images, {before.data['path']}: choose another --out")
-        manifest = replace(before, mean=None, std=None)
+        manifest = replace(manifest, shard_images=before.shard_images)  # all else is as it was, or was changed since
     wait()
     if process()[0] == 0:
-        for leftover in out.glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for name in (MANIFEST, "shard-*"):
+            checkpoint.remove_leftovers(out / name)
         write_manifest(out, manifest)
     wait()
     return manifest
@@ -132,9 +140,9 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 
 
 def write_shards(tokenizer: Tokenizer, source: Source, manifest: Manifest, out: Path, batch_size: int) -> None:
-    """This process's share of the shards, without those that are there."""
+    """This process's share of the shards, without those that are there and as they were written."""
     rank, world = process()
-    mine = [k for k in range(len(manifest))[rank::world] if not shard_folder(out, k).is_dir()]
+    mine = [k for k in range(len(manifest))[rank::world] if not is_whole(out, k, manifest)]
     everything = range(len(source))
     parts = {k: Subset(source, everything[k * manifest.shard_images :][: manifest.shard_images]) for k in mine}
     with tqdm(total=sum(map(len, parts.values())), unit=" images", desc="latents", disable=rank > 0) as bar:
@@ -154,6 +162,29 @@ def write_shards(tokenizer: Tokenizer, source: Source, manifest: Manifest, out: 
                 np.save(folder / "labels.npy", torch.cat(labels).numpy())
                 np.save(folder / "names.npy", np.array([name.encode(errors="surrogateescape") for name in names]))
                 np.save(folder / "moments.npy", statistics.sums.numpy())
+                checkpoint.seal(folder, **belongs_to(manifest, shard))
+
+
+def belongs_to(manifest: Manifest, shard: int) -> dict[str, Any]:
+    """What a shard's checksums.json states besides them: latents of what it holds."""
+    return {
+        "encoder_sha256": manifest.tokenizer["encoder_sha256"],
+        "data": {name: manifest.data[name] for name in ("crop", "names_sha256")},
+        "shape": list(manifest.shape),
+        "shard_images": manifest.shard_images,
+        "shard": shard,
+    }
+
+
+def is_whole(out: Path, shard: int, manifest: Manifest) -> bool:
+    """Whether a shard is there, of this tokenizer and these images, and as it was written."""
+    folder = shard_folder(out, shard)
+    if not folder.is_dir():
+        return False
+    damage = checkpoint.find_damage(folder, FILES, **belongs_to(manifest, shard))
+    if damage:
+        logger.warning("%s is damaged (%s): it is written again", folder, damage)
+    return damage is None
 
 
 @torch.inference_mode()
@@ -203,10 +234,10 @@ def store_statistics(tokenizer: Tokenizer, source: Source, run: str) -> None:
     folder = checkpoint.find(run)
     if folder.parent.parent.name == "checkpoints":
         raise ValueError(f"{run} holds no finished tokenizer yet: its training measures the statistics when it ends")
-    measure_latents(tokenizer, source, tokenizer.config.image_size)
-    if process()[0] == 0:
-        tokenizer.save_pretrained(folder)
-        print(
-            f"mean and deviation of {tokenizer.config.latent_channels} channels over {len(source):,} images: {folder}"
-        )
-    wait()
+    with lock(folder.parent if folder.name == "tokenizer" else folder, "latents"):  # the run's
+        measure_latents(tokenizer, source, tokenizer.config.image_size)
+        if process()[0] == 0:
+            tokenizer.save_pretrained(folder)
+            channels = tokenizer.config.latent_channels
+            print(f"mean and deviation of {channels} channels over {len(source):,} images: {folder}")
+        wait()

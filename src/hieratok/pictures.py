@@ -1,11 +1,15 @@
 """Pictures made of images: contact sheets of pyramids. Used by training, `reconstruct` and the report."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from hieratok import checkpoint
 
 MARGIN = 4
 MAX_CELL = 256
@@ -17,6 +21,16 @@ def to_pil(image: Tensor) -> Image.Image:
     """uint8 (3, H, W) -> PIL."""
     assert image.dtype == torch.uint8, image.dtype
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def save_png(picture: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> Path:
+    """Write a PNG whole or not at all, with texts by name in it if there are any."""
+    info = PngInfo()
+    for name, value in (text or {}).items():
+        info.add_text(name, value)
+    with checkpoint.atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+    return path
 
 
 def pyramid_sheet(originals: Tensor, pyramid: Sequence[Tensor]) -> Image.Image:

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from hieratok import checkpoint, evaluate_page
+from hieratok import evaluate_page
 from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.evaluate import EvaluateReconstruction, evaluate_reconstruction
 from hieratok.evaluation.processes import process, process_group
 from hieratok.files import shown
-from hieratok.pictures import MAX_CELL, fit, picture_table, to_pil
+from hieratok.pictures import MAX_CELL, fit, picture_table, save_png, to_pil
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.tiling import reconstruct_tiled
 from hieratok.training.tokenizer import reconstruct_pyramid
@@ -170,10 +169,3 @@ def shortened(stem: str) -> str:
     if len(data) <= MOST_STEM_BYTES:
         return stem
     return f"{os.fsdecode(data[: MOST_STEM_BYTES - 9])}-{hashlib.sha256(data).hexdigest()[:8]}"
-
-
-def save_png(picture: Image.Image, path: Path) -> Path:
-    """Write a PNG whole or not at all."""
-    with checkpoint.atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG")
-    return path

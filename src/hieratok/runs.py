@@ -208,7 +208,7 @@ def state_of(
 ) -> str:
     """How far a run got, and whether it still goes on: nothing but its log's age tells."""
     steps = settings.get("train.steps")
-    saved = [int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    saved = [checkpoint.step_of(path) for path in checkpoint.step_folders(folder)]
     step = int(max([log[-1]["step"] if log else 0, *saved]))
     is_whole = (folder / kind / checkpoint.WEIGHTS).is_file()
     if is_whole and (not is_number(steps) or step == 0 or step >= steps):

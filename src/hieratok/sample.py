@@ -1,13 +1,15 @@
 """`hieratok sample`: images from a generator, decoded at one scale or at every one (paper, appendix D).
 
-Image i depends on the seed, i and the settings alone, so processes share the images, and the same command draws those
-that are missing. Several processes: `torchrun --nproc-per-node 8 -m -- hieratok sample ...` (without the `--`
-torchrun may take `--num` for an option of its own).
+Image i depends on the seed, i and the settings alone, and its PNG says which: so processes share the images, and the
+same command draws those that are missing or damaged. Several processes: `torchrun --nproc-per-node 8 -m -- hieratok
+sample ...` (without the `--` torchrun may take `--num` for an option of its own).
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import logging
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +33,17 @@ from hieratok.evaluation.processes import process, process_group, wait
 from hieratok.files import read_json_table, shown
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, Samples, check_fits, class_labels, sample_latents
-from hieratok.pictures import to_pil
-from hieratok.reconstruct import best_device, save_png
+from hieratok.lock import lock
+from hieratok.pictures import save_png, to_pil
+from hieratok.reconstruct import best_device
 from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
 from hieratok.training.loop import each_inside
 
-METADATA = "metadata.json"
+logger = logging.getLogger(__name__)
+
+METADATA, ARCHIVE, SHEET = "metadata.json", "samples.npz", "contact-sheet.png"
+MARK = "hieratok"
+"""The text in each PNG that says what it is a picture of: `mark`."""
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
 SHEET_ROWS = 16  # of a sheet with every scale
 
@@ -71,7 +78,7 @@ def sample(options: Sample) -> None:
 
     Raises:
         FileNotFoundError, ValueError: no such models, ones that do not fit each other or the settings, or images of
-            other settings in `out`.
+            other settings in `out`, or another process that draws there.
     """
     with process_group():
         device = options.device or best_device()
@@ -80,16 +87,19 @@ def sample(options: Sample) -> None:
         check_models(generator, tokenizer, options)
         out = Path(options.out)
         sides = written_sides(tokenizer, options)
-        missing = start(out, options, sides)
-        draw(generator, tokenizer, options, sides, missing)
-        wait()
-        if process()[0] == 0:
-            labels = class_labels(options.labels, range(options.num), generator.config.num_classes, options.seed)
-            write_npz(out / "samples.npz", out, sides[-1], labels)
-            save_png(contact_sheet(out, sides, options.num), out / "contact-sheet.png")
-            print(f"{options.num:,} images: {out / folder_name(sides[-1])}\npictures: {out / 'contact-sheet.png'}")
-            print(f"next:     hieratok evaluate samples {out / 'samples.npz'} --reference PATH")
-        wait()
+        with lock(out, "sample"):
+            metadata = describe(options, sides)
+            settings = settings_sha256(metadata)
+            missing = start(out, metadata, settings)
+            draw(generator, tokenizer, options, sides, settings, missing)
+            wait()
+            if process()[0] == 0:
+                labels = class_labels(options.labels, range(options.num), generator.config.num_classes, options.seed)
+                write_npz(out / ARCHIVE, out, sides[-1], labels)
+                save_png(contact_sheet(out, sides, options.num), out / SHEET)
+                print(f"{options.num:,} images: {out / folder_name(sides[-1])}\npictures: {out / SHEET}")
+                print(f"next:     hieratok evaluate samples {out / ARCHIVE} --reference PATH")
+            wait()
 
 
 def check_models(generator: DiT, tokenizer: Tokenizer, options: Sample) -> None:
@@ -125,33 +135,64 @@ def image_path(out: Path, side: int, index: int) -> Path:
     return out / folder_name(side) / f"{index:06d}.png"
 
 
-def start(out: Path, options: Sample, sides: list[int]) -> list[int]:
-    """Begin a folder, or go on with it, and say which images are missing; every process must call.
+def start(out: Path, metadata: dict[str, Any], settings: str) -> list[int]:
+    """Begin a folder, or go on with it; every process must call.
+
+    Returns:
+        Which of this process's share of the images are missing or damaged, at any scale.
 
     Raises:
         ValueError: it holds images of other settings, which are named. More images than before are welcome.
     """
-    now = describe(options, sides)
     if (out / METADATA).is_file():
         before = read_settings(out)
         differing = [
             f"{name} {before.get(name)!r} -> {value!r}"
-            for name, value in now["settings"].items()
+            for name, value in metadata["settings"].items()
             if before.get(name) != value and not (name == "num" and before.get(name, 0) < value)
         ]
         if differing:
             raise ValueError(f"{out} holds images of other settings ({', '.join(differing)}): choose another --out")
-    paths = {i: [image_path(out, side, i) for side in sides] for i in range(options.num)}
-    missing = [i for i, files in paths.items() if not all(file.is_file() for file in files)]
+    rank, world = process()
+    sides, mine = metadata["settings"]["sides"], range(metadata["settings"]["num"])[rank::world]
+    missing = [i for i in mine if not all(is_whole(out, side, i, settings) for side in sides)]
     wait()  # until all processes have looked
-    if process()[0] == 0:
+    if rank == 0:
         for side in sides:
             (out / folder_name(side)).mkdir(parents=True, exist_ok=True)
-        for leftover in [*out.glob(".*.tmp"), *out.glob("*/.*.tmp")]:
-            leftover.unlink()
-        checkpoint.write_json(out / METADATA, now)
+            checkpoint.remove_leftovers(out / folder_name(side) / "*.png")
+        for name in (METADATA, ARCHIVE, SHEET):
+            checkpoint.remove_leftovers(out / name)
+        checkpoint.write_json(out / METADATA, metadata)
     wait()
     return missing
+
+
+def is_whole(out: Path, side: int, index: int, settings: str) -> bool:
+    """Whether an image is there and can be read, of these settings, this scale and this index."""
+    path = image_path(out, side, index)
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = image.info.get(MARK) == mark(settings, side, index) and image.size == (side, side)
+            image.verify()  # every chunk's checksum, which decoding alone would not look at
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        found = False
+    if not found:
+        logger.warning("%s is damaged, or a picture of something else: it is drawn again", path)
+    return found
+
+
+def mark(settings: str, side: int, index: int) -> str:
+    """What the PNG of an image says of itself."""
+    return f"{settings} {side}px {index}"
+
+
+def settings_sha256(metadata: dict[str, Any]) -> str:
+    """Of all that an image depends on besides its index: the settings but for the number of images."""
+    settings = {name: value for name, value in metadata["settings"].items() if name not in ("num", "sides")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
@@ -174,24 +215,27 @@ def read_settings(out: Path) -> dict[str, Any]:
     return settings
 
 
-def draw(generator: DiT, tokenizer: Tokenizer, options: Sample, sides: list[int], missing: list[int]) -> None:
-    """Write this process's share of the missing images; on a GPU a batch is decoded while the next is sampled."""
-    rank, world = process()
-    mine = missing[rank::world]
+def draw(
+    generator: DiT, tokenizer: Tokenizer, options: Sample, sides: list[int], settings: str, missing: list[int]
+) -> None:
+    """Write this process's missing images; on a GPU a batch is decoded while the next is sampled."""
     if options.compile:
         generator.compile(dynamic=False)
     device = next(generator.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    batches = sample_latents(generator, options, whole_batches(mine, options) if options.compile else mine)
+    batches = sample_latents(generator, options, whole_batches(missing, options) if options.compile else missing)
     written = None
-    with tqdm(total=len(mine), unit=" images", desc="sample", disable=rank > 0) as bar, ThreadPoolExecutor(1) as pool:
+    with (
+        tqdm(total=len(missing), unit=" images", desc="sample", disable=process()[0] > 0) as bar,
+        ThreadPoolExecutor(1) as pool,
+    ):
         for batch in each_inside(lambda: autocast, batches):
             if written:
                 written.result()
             if stream:
                 stream.wait_stream(torch.cuda.current_stream(device))
-            written = pool.submit(write_images, generator, tokenizer, options, sides, batch, stream)
+            written = pool.submit(write_images, generator, tokenizer, options, sides, settings, batch, stream)
             if stream is None:  # a CPU's cores all sample already
                 written.result()
             bar.update(len(set(batch.indices)))
@@ -211,6 +255,7 @@ def write_images(
     tokenizer: Tokenizer,
     options: Sample,
     sides: list[int],
+    settings: str,
     batch: Samples,
     stream: "torch.cuda.Stream | None",
 ) -> None:
@@ -220,7 +265,8 @@ def write_images(
         z = generator.latents.denormalize(batch.latents.float())
         for side, images in zip(sides, decoded(tokenizer, z, options)):
             for index, image in zip(batch.indices, to_uint8(images).cpu()):
-                save_png(to_pil(image), image_path(Path(options.out), side, index))
+                text = {MARK: mark(settings, side, index)}
+                save_png(to_pil(image), image_path(Path(options.out), side, index), text)
 
 
 def decoded(tokenizer: Tokenizer, z: Tensor, options: Sample) -> Iterator[Tensor]:

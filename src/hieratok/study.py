@@ -5,7 +5,6 @@ what is there is used again, by other studies too, and the same command goes on 
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +23,10 @@ from hieratok.checkpoint import atomic_file
 from hieratok.data.images import open_source
 from hieratok.evaluation.evaluate import EvaluateReconstruction, EvaluateSamples, evaluate_samples
 from hieratok.evaluation.pixels import psnr
+from hieratok.evaluation.processes import is_first
 from hieratok.evaluation.reconstruction import area_resize
 from hieratok.files import read_json_table
+from hieratok.lock import lock
 from hieratok.reconstruct import evaluate_tokenizer
 from hieratok.sample import Sample, folder_name, read_image, sample, written_sides
 from hieratok.studies import METRICS, Metric, Row
@@ -59,7 +60,8 @@ def run_study(options: RunStudy) -> dict[str, Any] | None:
         What is in `OUT/STUDY.json`; None with `--plan` or `--row`.
 
     Raises:
-        ValueError, FileNotFoundError: no such study or row, settings, images or weights that do not fit or are missing.
+        ValueError, FileNotFoundError: no such study or row, settings, images or weights that do not fit or are missing,
+            or another process that runs it in the same folder.
         TrainingError, Stopped: as in training.
     """
     setup = prepare(options)
@@ -67,12 +69,19 @@ def run_study(options: RunStudy) -> dict[str, Any] | None:
         print(plan(setup))
         return None
     check(setup)
+    row = "" if options.row is None else f"-row-{options.row}"
+    with lock(setup.out, f"study {options.study}", f".{options.study}{row}.lock"):  # other studies may go on
+        return _run_study(setup)
+
+
+def _run_study(setup: Setup) -> dict[str, Any] | None:
+    options = setup.options
     measured = {}
     for i, row in setup.rows:
         for seed in range(options.seeds):
             print(f"{options.study}, row {i + 1} of {len(setup.study.rows)}: {row.name}, seed {seed}", flush=True)
             measured[i, seed] = run_row(setup, row, seed)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return None
     if options.row is not None:
         print(f"done. When all rows are: hieratok study {options.study} ... without --row")
@@ -164,17 +173,12 @@ def reconstruction(setup: Setup, tokenizer: Planned) -> dict[str, Any]:
 
 
 def draw_samples(setup: Setup, tokenizer: Planned, generator: Planned, num: int, cfg: float, scales: Any) -> Path:
-    """Samples' folder in the generator's; what is missing is drawn."""
+    """Samples' folder in the generator's; what is missing or damaged is drawn."""
     name = f"samples-{scales}" + f"-cfg{cfg:g}" * (cfg != 1)
     sampler = {"sampler": setup.size.sampler, "steps": setup.size.sampler_steps}
     out = generator.folder / "measured" / f"{name}-{digest(sampler | {'num': num})}"
-    if not (out / "samples.npz").is_file():
-        sample(
-            Sample(
-                run=str(generator.folder), tokenizer=str(tokenizer.folder), out=str(out), num=num, cfg=cfg,
-                scales=scales, **sampler,
-            )
-        )  # fmt: skip
+    run, decoder = str(generator.folder), str(tokenizer.folder)
+    sample(Sample(run=run, tokenizer=decoder, out=str(out), num=num, cfg=cfg, scales=scales, **sampler))
     return out
 
 
@@ -230,7 +234,7 @@ def latent_analysis(setup: Setup, tokenizer: Planned, protocol: Literal["ours", 
         result["folder"] = str(out)
         write_analysis(out, result, analysis_page(title, summary, result, embedding, pictures))
 
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return {}
     settings = {"protocol": protocol, "draws": draws, "images": images_sha256(setup.val)}
     return cached(tokenizer.folder, "analysis", settings, measure)

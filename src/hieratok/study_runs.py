@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok import cost, studies
 from hieratok.analysis.density import MIN_POINTS
-from hieratok.checkpoint import write_json
+from hieratok.checkpoint import step_folders, step_of, write_json
 from hieratok.data.images import names_sha256, open_source
 from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
@@ -357,8 +357,8 @@ def hours_text(hours: float) -> str:
 
 def done_steps(planned: Planned) -> int:
     """Steps up to the newest checkpoint."""
-    saved = sorted((planned.folder / "checkpoints").glob("step-*"))
-    return int(saved[-1].name.removeprefix("step-")) if saved else 0
+    saved = step_folders(planned.folder)
+    return step_of(saved[0]) if saved else 0
 
 
 def images_left(planned: Planned) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hieratok.data.images import generator_of
+from hieratok.errors import NotFinite
 from hieratok.files import read_json_table, read_npy, shown
 
 MANIFEST = "manifest.json"
@@ -214,5 +215,5 @@ class LatentStatistics:
         mean, square = self.sums / self.count
         std = (square - mean.square()).clamp(min=0).sqrt()
         if not torch.isfinite(std).all():
-            raise ValueError("latents are not finite: no statistics")
+            raise NotFinite("latents are not finite: no statistics")
         return mean, std

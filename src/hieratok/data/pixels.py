@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from hieratok.errors import NotFinite
 from hieratok.files import read_bytes, read_start, shown
 
 # What is looked for in folders, globs and shards. A file's content, not its name, then says how it is decoded.
@@ -371,11 +372,12 @@ def to_uint8(images: Tensor) -> Tensor:
         images: floating-point (B, 3, H, W) or any other shape whose first axis counts images.
 
     Raises:
-        ValueError: not floating-point, or NaN or infinite values, which would become plausible pixels.
+        ValueError: not floating-point.
+        NotFinite: NaN or infinite values, which would become plausible pixels.
     """
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point, not {images.dtype}")
     if not torch.isfinite(images).all():
         bad = (~torch.isfinite(images)).reshape(len(images), -1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"images {bad} of a batch of {len(images)} hold NaN or infinite values")
+        raise NotFinite(f"images {bad} of a batch of {len(images)} hold NaN or infinite values")
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

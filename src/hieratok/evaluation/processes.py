@@ -34,6 +34,11 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
+def is_first() -> bool:
+    """Whether this is the first process, or the only one; known before the processes have joined, too."""
+    return process()[0] == 0 and os.environ.get("RANK", "0") == "0"
+
+
 def wait() -> None:
     """Until all processes are here, so that what the first one wrote can be read."""
     if process()[1] > 1:

@@ -25,12 +25,13 @@ from hieratok.generation import diffusion, flow
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.generation.flow import TimeSampling
 from hieratok.generation.sampling import SampleConfig, sample_latents
+from hieratok.lock import lock
 from hieratok.pictures import to_pil
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.pretrained import DiffusersTokenizer, Tokenizer, load_tokenizer
 from hieratok.training import parallel
 from hieratok.training.loop import DataConfig, Objective, TrainConfig, fit
-from hieratok.training.run_folder import RunFolder, plain
+from hieratok.training.run_folder import RunFolder, check_name, plain
 
 PICTURE_IMAGES, PICTURE_COLUMNS, PICTURE_STEPS = 16, 8, 50
 
@@ -106,6 +107,7 @@ class GeneratorRun:
     """How it is judged meanwhile."""
 
     def __post_init__(self):
+        check_name(self.name)
         if self.time_sampling != "uniform" and self.model.objective != "flow":
             raise ValueError(f"time_sampling {self.time_sampling} is for model.objective flow")
         if self.eval.every and self.tokenizer is None:
@@ -126,11 +128,16 @@ def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = Fa
         The averaged (EMA) generator in evaluation mode; it knows its latents.
 
     Raises:
-        ValueError, FileNotFoundError: settings, latents, images or weights that do not fit or are missing.
-        TrainingError: losses stay non-finite, or every checkpoint to resume from is damaged.
+        ValueError, FileNotFoundError: settings, latents, images or weights that do not fit or are missing, or another
+            process that trains in `out`.
+        TrainingError: the run diverged, or every checkpoint to resume from is damaged.
         Stopped: SIGTERM came; a checkpoint was saved.
     """
-    folder = RunFolder(out, plain(run), allow_changes)
+    with lock(out, "train"):
+        return _train_generator(run, RunFolder(out, plain(run), allow_changes))
+
+
+def _train_generator(run: GeneratorRun, folder: RunFolder) -> DiT:
     tokenizer = None
     if run.tokenizer:
         tokenizer = load_tokenizer(run.tokenizer, latent_size=run.model.latent_size).requires_grad_(False)
@@ -152,7 +159,7 @@ def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = Fa
     )
     weights = parallel.whole_weights(trained)
     if process()[0] == 0:
-        with checkpoint.atomic_folder(Path(out) / "generator") as finished:
+        with checkpoint.atomic_folder(folder.path / "generator") as finished:
             trained.save_pretrained(finished, weights)
     return trained
 

@@ -2,13 +2,14 @@
 
 Randomness is stateless: the data order is a function of (seed, step), each image's augmentation of (seed, epoch,
 image), and the noise of each micro-batch (posterior samples, stochastic depth) of (seed, step, micro-batch). A step
-number is therefore all that a checkpoint needs besides weights and optimisers, and one process with two micro-batches
-does what two processes with one each do.
+number is therefore all that a checkpoint needs besides weights, optimisers and what the log has summed up, and one
+process with two micro-batches does what two processes with one each do.
 """
 
 import contextlib
 import copy
 import hashlib
+import logging
 import math
 import signal
 import sys
@@ -28,11 +29,13 @@ from tqdm import tqdm
 
 from hieratok import checkpoint
 from hieratok.data.images import StepBatches, training_loader
-from hieratok.errors import Stopped, TrainingError
+from hieratok.errors import NotFinite, Stopped, TrainingError
 from hieratok.layers import Blocks
 from hieratok.training import parallel
 from hieratok.training.parallel import Strategy
-from hieratok.training.run_folder import Log, RunFolder, Snapshot
+from hieratok.training.run_folder import COUNTERS, Log, RunFolder, Snapshot
+
+logger = logging.getLogger(__name__)
 
 STOP_CHECK_STEPS = 10
 """Several processes agree this often whether to stop: asking at every step would cost time."""
@@ -273,11 +276,26 @@ class State:
         self.counts = {"bad_images": 0, "skipped_steps": 0, "rollbacks": 0}
         """Unreadable images passed over, steps left out, and how often the run went back to a checkpoint."""
 
-    def save(self, run: RunFolder, keep: int, is_main: bool) -> None:
-        """Write a checkpoint; every process must call."""
+    @property
+    def files(self) -> list[str]:
+        """What a checkpoint has to hold."""
+        model = [f"{self.name}/{file}" for file in (checkpoint.CONFIG, checkpoint.WEIGHTS)]
+        others = [f"{name}{end}" for name in self.networks for end in (".safetensors", "-optimizer.pt")]
+        return [COUNTERS, *model, *others]
+
+    def save(self, run: RunFolder, interval: dict[str, Any], keep: int | None, is_main: bool) -> None:
+        """Write a checkpoint; every process must call.
+
+        Args:
+            run: where to.
+            interval: what the meter has summed up since the last line in the log.
+            keep: how many checkpoints stay; None: all.
+            is_main: whether this process writes.
+        """
         averaged = parallel.whole_weights(self.ema)
+        counters = {"step": self.step, **self.counts, "threads": torch.get_num_threads(), "interval": interval}
         snapshot = Snapshot(
-            {"step": self.step, **self.counts},
+            counters,
             {name: parallel.whole_weights(network) for name, network in self.networks.items()},
             {name: parallel.whole_optimizer(network, self.optimizers[name]) for name, network in self.networks.items()},
         )
@@ -285,15 +303,21 @@ class State:
             model: Any = self.ema
             run.save(snapshot, lambda folder: model.save_pretrained(folder / self.name, averaged), keep)
 
-    def load(self, run: RunFolder, folder: Path) -> None:
-        """Take over what an intact checkpoint holds."""
-        snapshot = run.load(folder)
+    def load(self, run: RunFolder, folder: Path) -> dict[str, Any]:
+        """Take over what an intact checkpoint holds; what is left over: `interval` and `threads`."""
+        snapshot = run.load(folder, self.networks)
         parallel.load_weights(self.ema, checkpoint.read_tensors(folder / self.name / checkpoint.WEIGHTS))
         for name, network in self.networks.items():
             parallel.load_weights(network, snapshot.weights[name])
             parallel.load_optimizer(network, self.optimizers[name], snapshot.optimizers[name])
         self.step = snapshot.counters.pop("step")
-        self.counts = snapshot.counters
+        self.counts = {name: snapshot.counters.pop(name) for name in self.counts}
+        return snapshot.counters
+
+    def is_finite(self) -> bool:
+        """Whether all weights are; under FSDP2 those of this process."""
+        weights = [p for network in (self.ema, *self.networks.values()) for p in network.parameters()]
+        return all(bool(parallel.local(p).isfinite().all()) for p in weights)
 
 
 def fit(
@@ -322,7 +346,7 @@ def fit(
         The averaged (EMA) model, in evaluation mode.
 
     Raises:
-        TrainingError: losses stay non-finite, or every checkpoint to resume from is damaged.
+        TrainingError: the run diverged, or every checkpoint to resume from is damaged.
         Stopped: SIGTERM came; a checkpoint was saved.
         ValueError: the batch does not divide over the processes.
     """
@@ -340,6 +364,7 @@ def fit(
     accumulation = share // micro
     first_micro = accelerator.process_index * accumulation
     state = State(objective, config, device)
+    meter = Meter(device)
 
     def loader() -> Iterator[dict[str, Tensor]]:
         """Micro-batches from where `state` stands; after going back, in another order."""
@@ -358,94 +383,146 @@ def fit(
     def resume(folder: Path | None) -> None:
         """Load a checkpoint, if there is one, and forget what was logged after it."""
         if folder:
-            state.load(run, folder)
+            others = state.load(run, folder)
+            meter.resume(others.get("interval"), accelerator)
+            if is_main:
+                warn_of_threads(others.get("threads"), run, device)
         if is_main:
             run.truncate_logs(state.step)
 
     def every(steps: int) -> bool:
         """Whether something that happens so often, and at the end, happens after this step."""
-        return steps > 0 and (state.step % steps == 0 or state.step == config.steps)
+        return steps > 0 and state.step > 0 and (state.step % steps == 0 or state.step == config.steps)
+
+    def optimize() -> None:
+        """One step: micro-batches forth and back, then every network's optimiser, unless a gradient is not finite."""
+        for name, optimizer in state.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, objective.optimizations[name], config.steps)
+        for i in range(accumulation):
+            with meter.waiting():
+                batch = next(batches)
+            meter.skipped_images += int(batch.pop("skipped").sum())
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            torch.manual_seed(seed_of(config.seed, state.counts["rollbacks"], state.step, first_micro + i))
+            with parallel.synchronized(state.called.values(), i == accumulation - 1):
+                losses = objective.losses(state.called, batch, state.step)
+                for loss, terms in each_inside(lambda: accelerator.autocast(), losses):
+                    (loss / accumulation).backward()
+                    meter.add(terms)
+        norms = {
+            name: parallel.clip_gradients(network, objective.optimizations[name].clip_norm)
+            for name, network in state.networks.items()
+        }
+        bad = meter.watch(norms, state.step + 1)
+        for optimizer in state.optimizers.values():
+            parallel.step_unless(optimizer, bad)
+            optimizer.zero_grad()
+        objective.finish_step(bad)
+        update_ema(state.ema, state.networks[state.name], state.step, config.ema_decay)
+        state.step += 1
+
+    def diverged(check_weights: bool) -> int:
+        """The step from which on nothing is finite any more; 0 if all is well. A bad step or a few are no matter, but
+        for the last one: its weights would be untried."""
+        bad_steps, first_bad = meter.bad_steps()
+        if bad_steps >= (config.max_bad_steps if state.step < config.steps else 1):
+            return first_bad
+        if check_weights:
+            broken: Any = accelerator.reduce(torch.tensor(float(not state.is_finite()), device=device), reduction="sum")
+            if broken > 0:
+                return first_bad if bad_steps else state.step
+        return 0
+
+    def go_back(step: int) -> None:
+        """To the last checkpoint before the run diverged; its counter of such returns gives the data another order.
+
+        Raises:
+            TrainingError: there is none, or it was done too often.
+        """
+        rollbacks = state.counts["rollbacks"] + 1
+        folder = newest_everywhere(run, state, accelerator, before=step)
+        if folder is None or rollbacks > config.max_rollbacks:
+            raise TrainingError(divergence(step, rollbacks - 1, folder))
+        resume(folder)
+        meter.in_a_row.zero_()
+        state.counts["rollbacks"] = rollbacks
+        tqdm.write(f"{divergence(step, rollbacks - 1, folder)}: going back to it", file=sys.stderr)
+        progress.n = state.step * config.batch_size
+        progress.refresh()
+
+    def write_log() -> None:
+        """A line of means since the last one."""
+        record = meter.flush(accelerator, state, config.batch_size)
+        record["learning_rate"] = learning_rate(state.step - 1, objective.optimizations[state.name], config.steps)
+        if log:
+            log.write(record)
+            progress.set_postfix(loss=f"{record.get('loss', math.nan):.4f}", refresh=False)
+
+    def save() -> None:
+        """A checkpoint. While steps are bad it takes no other's place: those before may be the last good ones."""
+        interval = meter.state(accelerator)
+        if log:
+            log.sync()
+        state.save(run, interval, None if interval["in_a_row"] else config.keep_checkpoints, is_main)
+
+    def observe() -> None:
+        """This step's picture and evaluation, unless they are there: a run killed after its checkpoint owes them."""
+        try:
+            if draw and every(config.picture_every) and on_main(lambda: not run.picture(state.step).is_file()):
+                picture = draw(state.ema)
+                if log:
+                    log.picture(picture, state.step)
+            if evaluate and every(evaluate_every) and on_main(lambda: not run.is_evaluated(state.step)):
+                numbers = {"step": state.step, "images": state.step * config.batch_size, **evaluate(state.ema)}
+                if log:
+                    log.evaluation(numbers)
+        except NotFinite as error:  # perhaps on this process alone: no asking the others
+            bad_steps, first_bad = meter.bad_steps()
+            step = first_bad if bad_steps else state.step
+            folder = run.newest(state.files, before=step)
+            raise TrainingError(divergence(step, state.counts["rollbacks"], folder)) from error
+
+    def on_main(ask: Callable[[], bool]) -> bool:
+        """What the first process finds."""
+        return broadcast(accelerator, ask() if is_main else None)
 
     if is_main:
         run.prepare()
     accelerator.wait_for_everyone()
-    resume(newest_everywhere(run, accelerator))
+    resume(newest_everywhere(run, state, accelerator))
     batches = loader()
-    log = Log(run, state.step) if is_main else None
     progress = progress_bar(config, state.step, run.path.name, is_main)
-    meter = Meter(device)
+    log = Log(run, state.step) if is_main else None
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal(accelerator))
         stack.callback(progress.close)
         stack.callback(lambda: log and log.close())
+        observe()
         while state.step < config.steps:
-            for name, optimizer in state.optimizers.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(state.step, objective.optimizations[name], config.steps)
-            for i in range(accumulation):
-                with meter.waiting():
-                    batch = next(batches)
-                meter.skipped_images += int(batch.pop("skipped").sum())
-                batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-                torch.manual_seed(seed_of(config.seed, state.counts["rollbacks"], state.step, first_micro + i))
-                with parallel.synchronized(state.called.values(), i == accumulation - 1):
-                    losses = objective.losses(state.called, batch, state.step)
-                    for loss, terms in each_inside(lambda: accelerator.autocast(), losses):
-                        (loss / accumulation).backward()
-                        meter.add(terms)
-            norms = {
-                name: parallel.clip_gradients(network, objective.optimizations[name].clip_norm)
-                for name, network in state.networks.items()
-            }
-            bad = meter.watch(norms, state.step + 1)
-            for optimizer in state.optimizers.values():
-                parallel.step_unless(optimizer, bad)
-                optimizer.zero_grad()
-            objective.finish_step(bad)
-            update_ema(state.ema, state.networks[state.name], state.step, config.ema_decay)
-            state.step += 1
+            optimize()
             progress.update(config.batch_size)
-
-            if every(config.save_every) or every(config.log_every) or device.type == "cpu":
-                bad_steps, first_bad = meter.bad_steps()
-                if bad_steps >= config.max_bad_steps:
-                    rollbacks = state.counts["rollbacks"] + 1
-                    folder = newest_everywhere(run, accelerator)
-                    if folder is None or rollbacks > config.max_rollbacks:
-                        raise TrainingError(not_finite(first_bad, rollbacks - 1, folder))
-                    resume(folder)
-                    state.counts["rollbacks"] = rollbacks
-                    tqdm.write(f"{not_finite(first_bad, rollbacks - 1, folder)}: going back to it", file=sys.stderr)
-                    batches = loader()
-                    if log:  # its file was cut
-                        log.close()
-                        log = Log(run, state.step)
-                    meter.reset()
-                    progress.n = state.step * config.batch_size
-                    progress.refresh()
-                    continue
-            if every(config.log_every):
-                record = meter.flush(accelerator, state, config.batch_size)
-                record["learning_rate"] = learning_rate(
-                    state.step - 1, objective.optimizations[state.name], config.steps
-                )
-                if log:
-                    log.write(record)
-                    progress.set_postfix(loss=f"{record.get('loss', math.nan):.4f}", refresh=False)
-            stopping = stop(state.step)
-            if every(config.save_every) or stopping:
-                state.save(run, config.keep_checkpoints, is_main)
-            if draw and every(config.picture_every):
-                picture = draw(state.ema)
-                if log:
-                    log.picture(picture, state.step)
-            if evaluate and every(evaluate_every):
-                numbers = {"step": state.step, "images": state.step * config.batch_size, **evaluate(state.ema)}
-                if log:
-                    log.evaluation(numbers)
+            is_saved, is_logged, stopping = every(config.save_every), every(config.log_every), stop(state.step)
+            is_shown = every(config.picture_every) or every(evaluate_every)
+            is_kept = is_saved or is_shown or stopping
+            is_asked = is_kept or is_logged or device.type == "cpu"  # at every step it would cost a GPU time
+            if is_asked and (step := diverged(check_weights=is_kept)):
+                go_back(step)
+                batches = loader()
+                if log:  # its file was cut
+                    log.close()
+                    log = Log(run, state.step)
+                continue
+            if is_logged:
+                write_log()
+            if is_saved or stopping:
+                save()
+            observe()
             if stopping and state.step < config.steps:
                 raise Stopped(f"stopped by SIGTERM after step {state.step}: the same command goes on from there")
+        if step := diverged(check_weights=True):  # a run that was at its end already
+            raise TrainingError(divergence(step, state.counts["rollbacks"], run.newest(state.files, before=step)))
     accelerator.wait_for_everyone()
     return state.ema
 
@@ -461,27 +538,51 @@ def each_inside(context: Callable[[], Any], iterator: Iterator[Any]) -> Iterator
         yield item
 
 
-def newest_everywhere(run: RunFolder, accelerator: Any) -> Path | None:
-    """The newest intact checkpoint, as the first process finds it."""
-    from accelerate.utils import broadcast_object_list
-
-    found: list[Any] = [None]
+def newest_everywhere(run: RunFolder, state: State, accelerator: Any, before: int | None = None) -> Path | None:
+    """The newest intact checkpoint, as the first process finds it; if asked for, of a step before."""
+    found: Any = None
     if accelerator.is_main_process:
         try:
-            found = [run.newest()]
+            found = run.newest(state.files, before)
         except TrainingError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], TrainingError):
-        raise found[0]
-    return found[0]
+            found = error
+    found = broadcast(accelerator, found)
+    if isinstance(found, TrainingError):
+        raise found
+    return found
 
 
-def not_finite(step: int, rollbacks: int, folder: Path | None) -> str:
+def broadcast(accelerator: Any, value: Any) -> Any:
+    """The first process's value, on every process."""
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def divergence(step: int, rollbacks: int, folder: Path | None) -> str:
     """The message of a diverged run."""
-    good = f"the last good checkpoint is {folder}" if folder else "no checkpoint was written before it"
-    times = f" (after going back {rollbacks} times)" * (rollbacks > 0)
-    return f"loss or gradient is not finite from step {step} on{times}; {good}. Try a lower learning rate, or fp32"
+    good = f"the last checkpoint before that is {folder}" if folder else "no checkpoint was written before it"
+    times = f" (after going back {rollbacks} time{'s' * (rollbacks > 1)})" * (rollbacks > 0)
+    return (
+        f"the run diverged: loss, gradient or weights are not finite from step {step} on{times}; {good}. Try a lower"
+        f" learning rate, or fp32"
+    )
+
+
+def warn_of_threads(before: int | None, run: RunFolder, device: torch.device) -> None:
+    """Say so if sums will be rounded otherwise than before: on a CPU, torch splits them among its threads."""
+    now = torch.get_num_threads()
+    if device.type == "cpu" and before not in (None, now):
+        logger.warning(
+            "%s was trained with %s threads up to here, and goes on with %d: the result will differ in its last bits"
+            " from an uninterrupted run's (OMP_NUM_THREADS=%s keeps them)",
+            run.path,
+            before,
+            now,
+            before,
+        )
 
 
 @contextlib.contextmanager
@@ -525,10 +626,6 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
         self.in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
         self.first_bad = torch.zeros((), dtype=torch.long, device=self.device)
         self.start_interval()
@@ -538,9 +635,50 @@ class Meter:
         self.sums: dict[str, Tensor] = {}  # of finite values, and beside it how many there were
         self.skipped_steps = torch.zeros((), dtype=torch.long, device=self.device)
         self.skipped_images = 0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Start a new measurement of speed."""
         self.steps = 0
         self.waited = 0.0
         self.started = time.perf_counter()
+
+    def state(self, accelerator: Any) -> dict[str, Any]:
+        """The interval up to now, for a checkpoint; every process must call.
+
+        Each process's sums by themselves: added up in another order they would round differently.
+        """
+        sums = accelerator.gather(torch.stack(list(self.sums.values()))[None]).tolist() if self.sums else []
+        images = accelerator.gather(torch.tensor([self.skipped_images], device=self.device)).tolist()
+        return {
+            "sums": [dict(zip(self.sums, rows)) for rows in sums],
+            "skipped_images": images,
+            "skipped_steps": int(self.skipped_steps),
+            "in_a_row": int(self.in_a_row),
+            "first_bad": int(self.first_bad),
+        }
+
+    def resume(self, state: dict[str, Any] | None, accelerator: Any) -> None:
+        """Go on with the interval of a checkpoint; None: it has none.
+
+        With another number of processes than then, the first one takes all.
+        """
+        self.start_interval()
+        if state is None:
+            return
+        rank, world = accelerator.process_index, accelerator.num_processes
+        if len(state["skipped_images"]) == world:
+            mine = slice(rank, rank + 1)
+        else:
+            mine = slice(None) if rank == 0 else slice(0)
+        for sums in state["sums"][mine]:
+            for name, values in sums.items():
+                new = torch.tensor(values, device=self.device)
+                self.sums[name] = self.sums[name] + new if name in self.sums else new
+        self.skipped_images = sum(state["skipped_images"][mine])
+        self.skipped_steps.fill_(state["skipped_steps"])
+        self.in_a_row.fill_(state["in_a_row"])
+        self.first_bad.fill_(state["first_bad"])
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

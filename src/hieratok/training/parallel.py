@@ -70,6 +70,11 @@ def clip_gradients(module: nn.Module, norm: float) -> Tensor:
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be divided among the processes."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """An optimiser step, left out where `bad` (a scalar, 0 or 1) is 1, without asking the device where that can be.
 

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
-from collections.abc import Callable
+import os
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from hieratok import checkpoint
 from hieratok.errors import TrainingError
-from hieratok.files import read_yaml
+from hieratok.files import read_json_table, read_yaml
+from hieratok.pictures import save_png
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +43,19 @@ HARMLESS = {
     "eval.steps",
 }
 
-CHECKSUMS = "checksums.json"
+CONFIG = "config.yaml"
 LOG = "log.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+PICTURES = "pictures"
+COUNTERS = "counters.json"
 
 
 @dataclasses.dataclass
 class Snapshot:
     """What a checkpoint holds besides the averaged model."""
 
-    counters: dict[str, int]
-    """`step` and what else a run counts."""
+    counters: dict[str, Any]
+    """`step` and what else a run counts, as plain values."""
     weights: dict[str, dict[str, Tensor]]
     """Of each network by name."""
     optimizers: dict[str, dict[str, Any]]
@@ -59,16 +63,16 @@ class Snapshot:
 
 
 class RunFolder:
-    """A run on disk: config.yaml, log.jsonl, evaluations.jsonl, tensorboard/, pictures/, checkpoints/step-*/ and at the
-    end the model.
+    """A run on disk: run.json, config.yaml, log.jsonl, evaluations.jsonl, tensorboard/, pictures/, checkpoints/step-*/
+    and at the end the model.
 
     Args:
-        path: made if need be.
+        path: made by `prepare`.
         settings: the resolved config as plain values.
         allow_changes: go on with a run that has other settings.
 
     Raises:
-        ValueError: the folder holds a run with other settings; the message names them.
+        ValueError: the folder holds a run with other settings; the message names them. Or a damaged config.yaml.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], allow_changes: bool = False):
@@ -77,9 +81,9 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.log_file = self.path / LOG
         self.evaluations_file = self.path / EVALUATIONS
-        config_file = self.path / "config.yaml"
+        config_file = self.path / CONFIG
         if config_file.exists():
-            before = flatten(read_yaml(config_file))
+            before = flatten(read_config(config_file))
             now = flatten(settings)
             changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
             if changed:
@@ -105,70 +109,102 @@ class RunFolder:
                 f"{self.path} holds checkpoints of another model ({differences}), which --allow-changes cannot change:"
                 f" choose another --out"
             )
-        done, steps = int(saved[0].name.removeprefix("step-")) if saved else 0, self.settings["train"]["steps"]
+        done, steps = checkpoint.step_of(saved[0]) if saved else 0, self.settings["train"]["steps"]
         if done > steps:
             raise ValueError(f"{self.path} has done {done} steps: train.steps must be at least that, not {steps}")
 
+    @property
+    def id(self) -> str | None:
+        """What its checkpoints call it; None: it was begun before runs had one."""
+        return checkpoint.read_table(self.path / checkpoint.RUN).get("id")
+
     def prepare(self) -> None:
-        """Make the folder, note the settings, and clear what a killed run left half-written."""
+        """Make the folder, note the settings, and clear what a killed run left half-written of its own files.
+
+        The caller holds the folder's lock.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
-            _remove(leftover)
-        with checkpoint.atomic_file(self.path / "config.yaml") as temporary:
+        for name in (CONFIG, checkpoint.RUN, LOG, EVALUATIONS, self.settings["kind"], f"{PICTURES}/*"):
+            checkpoint.remove_leftovers(self.path / name)
+        checkpoint.remove_leftovers(self.checkpoints / "step-*")
+        with checkpoint.atomic_file(self.path / CONFIG) as temporary:
             temporary.write_text(yaml.safe_dump(self.settings, sort_keys=False))
+        if self.id is None and not self.saved():
+            checkpoint.write_json(self.path / checkpoint.RUN, {"id": uuid.uuid4().hex})
 
     def saved(self) -> list[Path]:
         """The checkpoints' folders, newest first."""
-        return sorted(self.checkpoints.glob("step-*"), reverse=True)
+        return checkpoint.step_folders(self.path)
 
-    def save(self, snapshot: Snapshot, save_model: Callable[[Path], None], keep: int) -> None:
+    def save(self, snapshot: Snapshot, save_model: Callable[[Path], None], keep: int | None) -> None:
         """Write a checkpoint whole or not at all, then drop the oldest ones.
 
         Args:
             snapshot: what a resumed run needs.
             save_model: writes the averaged model into the folder that it is given.
-            keep: how many checkpoints stay.
+            keep: how many checkpoints up to this one stay; None: all.
         """
-        with checkpoint.atomic_folder(self.checkpoints / f"step-{snapshot.counters['step']:08d}") as folder:
+        step = snapshot.counters["step"]
+        target = self.checkpoints / f"step-{step:08d}"
+        self._set_aside(target)
+        with checkpoint.atomic_folder(target) as folder:
             save_model(folder)
             for name, weights in snapshot.weights.items():
                 checkpoint.save_tensors(weights, folder / f"{name}.safetensors")
             for name, state in snapshot.optimizers.items():
                 with (folder / f"{name}-optimizer.pt").open("wb") as file:
                     torch.save(state, file)
-            (folder / "counters.json").write_text(json.dumps(snapshot.counters))
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            checksums = {path.relative_to(folder).as_posix(): checkpoint.file_sha256(path) for path in files}
-            (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
-        for old in self.saved()[keep:]:
-            _remove(old)
+            (folder / COUNTERS).write_text(json.dumps(snapshot.counters))
+            checkpoint.seal(folder, run=self.id, step=step)
+        if keep is not None:  # newer ones were damaged, and passed over
+            for old in [folder for folder in self.saved() if checkpoint.step_of(folder) <= step][keep:]:
+                checkpoint.remove(old)
 
-    def newest(self) -> Path | None:
+    def _set_aside(self, target: Path) -> None:
+        """Move what is not a checkpoint of this run out of a checkpoint's way."""
+        if os.path.lexists(target) and target not in self.saved():
+            aside = target.with_name(f"not-this-runs-{target.name}-{uuid.uuid4().hex[:8]}")
+            target.rename(aside)
+            logger.warning("%s is not a checkpoint of this run: it is called %s now", target, aside.name)
+
+    def newest(self, files: Iterable[str], before: int | None = None) -> Path | None:
         """The newest checkpoint that is intact; a damaged one is passed over with a warning. None: none was written.
+
+        Args:
+            files: what it has to hold.
+            before: of an earlier step than this.
 
         Raises:
             TrainingError: there are checkpoints, and all are damaged.
         """
-        folders = self.saved()
-        for folder in folders:
-            damage = find_damage(folder)
+        damages, saved, files = [], self.saved(), list(files)
+        for folder in checkpoint.named_as_steps(self.path):
+            if before is not None and checkpoint.step_of(folder) >= before:
+                continue
+            if folder not in saved and checkpoint.read_table(folder / checkpoint.CHECKSUMS):
+                logger.warning("%s is not a checkpoint of this run, and left alone", folder)
+                continue
+            damage = checkpoint.find_damage(folder, files)
             if damage is None:
                 return folder
+            damages.append(damage)
             logger.warning("%s is damaged (%s) and passed over", folder, damage)
-        if folders:
-            raise TrainingError(f"every checkpoint in {self.checkpoints} is damaged: remove them to start anew")
+        if damages:
+            raise TrainingError(
+                f"every checkpoint in {self.checkpoints} is damaged (the newest: {damages[0]}): remove them to start"
+                f" anew"
+            )
         return None
 
-    def load(self, folder: Path) -> Snapshot:
-        """What an intact checkpoint holds, on the CPU."""
-        files = sorted(folder.glob("*.safetensors"))
-        optimizers = sorted(folder.glob("*-optimizer.pt"))
+    def load(self, folder: Path, networks: Iterable[str]) -> Snapshot:
+        """What an intact checkpoint holds of networks, on the CPU."""
+        networks = list(networks)
         return Snapshot(
-            json.loads((folder / "counters.json").read_text()),
-            {path.stem: checkpoint.read_tensors(path) for path in files},
+            read_json_table(folder / COUNTERS),
+            {name: checkpoint.read_tensors(folder / f"{name}.safetensors") for name in networks},
             {
-                path.stem.removesuffix("-optimizer"): torch.load(path, map_location="cpu", weights_only=True)
-                for path in optimizers
+                name: torch.load(folder / f"{name}-optimizer.pt", map_location="cpu", weights_only=True)
+                for name in networks
             },
         )
 
@@ -179,19 +215,13 @@ class RunFolder:
             with checkpoint.atomic_file(path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
 
+    def picture(self, step: int) -> Path:
+        """Where the picture of a step lies."""
+        return self.path / PICTURES / f"step-{step:08d}.png"
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by their SHA-256; None if nothing is."""
-    try:
-        checksums = json.loads((folder / CHECKSUMS).read_text())
-        for name, expected in checksums.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if checkpoint.file_sha256(folder / name) != expected:
-                return f"{name} has changed"
-    except (OSError, ValueError, AttributeError):
-        return f"{CHECKSUMS} is missing or unreadable"
-    return None
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the evaluation of a step was written."""
+        return any(record["step"] == step for record in read_lines(self.evaluations_file))
 
 
 class Log:
@@ -227,10 +257,15 @@ class Log:
         """A contact sheet of what the averaged model does."""
         import numpy as np
 
-        folder = self.run.path / "pictures"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step-{step:08d}.png")
+        path = self.run.picture(step)
+        path.parent.mkdir(exist_ok=True)
+        save_png(picture, path)
         self.tensorboard.add_image("pictures", np.asarray(picture), step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Flush the records to the disk: a checkpoint does not outlive what was logged before it."""
+        checkpoint.sync(self.run.log_file)
+        checkpoint.sync(self.run.evaluations_file)
 
     def close(self) -> None:
         """Flush everything."""
@@ -256,18 +291,34 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings that a run's config.yaml holds.
+
+    Raises:
+        ValueError: it holds none, or is damaged.
+    """
+    try:
+        return read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: remove it, and the same command resumes") from error
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a line cut off by a crash is passed over."""
+    """The records of a log, each of a step; a line cut off by a crash is passed over."""
     records = []
     if path.is_file():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-    return records
+    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def check_name(name: str) -> None:
+    """Whether a run can be called so: it is written to runs/NAME.
+
+    Raises:
+        ValueError: it would lie elsewhere.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if not all(part.strip() and part not in (".", "..") and "\0" not in part for part in parts) or ":" in parts[0]:
+        raise ValueError(f"name {name!r} does not lead to a folder in runs/: choose another, or say where by --out")

@@ -21,11 +21,13 @@ from hieratok.data.images import (
     to_uint8,
 )
 from hieratok.data.latents import LatentStatistics
+from hieratok.errors import NotFinite, TrainingError
 from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
 from hieratok.evaluation.processes import merge_processes, process
 from hieratok.evaluation.reconstruction import ReconstructionMetrics
 from hieratok.layers import resize_positions
+from hieratok.lock import lock
 from hieratok.losses.adversarial import (
     AdversarialConfig,
     LeCam,
@@ -43,7 +45,7 @@ from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_do
 from hieratok.tokenizer.scales import Scales
 from hieratok.training import parallel
 from hieratok.training.loop import DataConfig, Objective, Optimization, TrainConfig, fit
-from hieratok.training.run_folder import RunFolder, plain
+from hieratok.training.run_folder import RunFolder, check_name, plain
 
 PICTURE_IMAGES = 6
 STATISTICS_IMAGES = 10_000
@@ -113,6 +115,7 @@ class TokenizerRun:
     """How it is judged meanwhile."""
 
     def __post_init__(self):
+        check_name(self.name)
         if self.freeze_encoder and self.start_from is None:
             raise ValueError("freeze_encoder keeps the encoder as it is: say which by --from RUN")
         if self.freeze_encoder and self.vf.weight:
@@ -134,11 +137,16 @@ def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = Fa
         The averaged (EMA) tokenizer in evaluation mode, with its latent statistics.
 
     Raises:
-        ValueError, FileNotFoundError: settings, images or weights that do not fit or are missing.
-        TrainingError: losses stay non-finite, or every checkpoint to resume from is damaged.
+        ValueError, FileNotFoundError: settings, images or weights that do not fit or are missing, or another process
+            that trains in `out`.
+        TrainingError: the run diverged, or every checkpoint to resume from is damaged.
         Stopped: SIGTERM came; a checkpoint was saved.
     """
-    folder = RunFolder(out, plain(run), allow_changes)
+    with lock(out, "train"):
+        return _train_tokenizer(run, RunFolder(out, plain(run), allow_changes))
+
+
+def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
     if run.data.path is None:
         raise ValueError("no images: give --data PATH (a folder of images, WebDataset shards, or `bundled`)")
     size, data = run.model.image_size, run.data
@@ -163,10 +171,16 @@ def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = Fa
         evaluate=evaluate,
         evaluate_every=run.eval.every,
     )
-    measure_latents(tokenizer, evenly_spread(source, STATISTICS_IMAGES), size, data.on_bad_image)
+    try:
+        measure_latents(tokenizer, evenly_spread(source, STATISTICS_IMAGES), size, data.on_bad_image)
+    except NotFinite as error:
+        raise TrainingError(
+            f"the run in {folder.path} diverged: the latents of the trained tokenizer are not finite. Train it anew"
+            f" with a lower learning rate"
+        ) from error
     weights = parallel.whole_weights(tokenizer)
     if process()[0] == 0:
-        with checkpoint.atomic_folder(Path(out) / "tokenizer") as finished:
+        with checkpoint.atomic_folder(folder.path / "tokenizer") as finished:
             tokenizer.save_pretrained(finished, weights)
     return tokenizer
 
