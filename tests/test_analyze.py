@@ -275,7 +275,7 @@ def test_latent_maps_are_drawn_from(tmp_path, command):
         (["RUN", "--data", "PHOTOS", "--draw", "0"], "unknown option --draw; did you mean 'draws'?"),
         (["RUN", "--data", "PHOTOS", "--draws", "-1"], "--draws must be at least 0, not -1"),
         (["RUN", "--data", "PHOTOS", "--num", "1"], "--num must be at least 2"),
-        (["--embedding", "nowhere.npy"], "nowhere.npy: no such file"),
+        (["--embedding", "nowhere.npy"], "nowhere.npy does not exist"),
         (["--embedding", "vectors.npy"], "an embedding must have shape (points, 2), not (20, 4)"),
         (["--embedding", "maps.npy"], "maps.npy must have shape (points, channels), not (20, 4, 2, 2)"),
         (["--embedding", "text.npy"], "text.npy cannot be read as .npy"),
