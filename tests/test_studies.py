@@ -278,7 +278,7 @@ def test_a_study_killed_anywhere_ends_as_one_that_was_not(finished, base, tmp_pa
     rng.seed(seed)
     for kills in range(5):
         process = start_process(study.run_study, options)
-        while process.is_alive() and len(list(tmp_path.rglob("trained.json"))) <= kills:
+        while process.is_alive() and len(list(tmp_path.glob("runs/*/trained.json"))) <= kills:
             time.sleep(0.01)
         time.sleep(rng.random())
         process.kill()
