@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 from torch.utils.data import default_collate
 
-from hieratok import HieraTok, cli
+from hieratok import HieraTok, checkpoint, cli
 from hieratok.data import LatentDataset, evaluation_batches, open_source
 from hieratok.evaluation import EvaluateStats, FeatureSet, evaluate, frechet_distance, load_network, write_statistics
 from hieratok.generation import flow
@@ -20,7 +20,6 @@ from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.latents import WriteLatents, write_latents
 from hieratok.settings import load_run
 from hieratok.training import generator as module
-from hieratok.training import loop
 from hieratok.training.generator import GeneratorEval, GeneratorObjective, GeneratorRun, train_generator
 from hieratok.training.loop import DataConfig, TrainConfig
 from hieratok.training.run_folder import plain
@@ -82,7 +81,7 @@ def final_state(out: Path) -> dict[str, object]:
     newest = max((out / "checkpoints").glob("step-*"))
     state: dict[str, object] = {"counters": json.loads((newest / "counters.json").read_text())}
     for file in ("generator.safetensors", "generator/model.safetensors"):
-        weights = loop.load_file(newest / file)
+        weights = checkpoint.read_tensors(newest / file)
         state |= {f"{file}.{name}": tensor for name, tensor in weights.items()}
     moments = torch.load(newest / "generator-optimizer.pt", weights_only=True)["state"]
     state |= {f"{name}.{k}": v for name, values in moments.items() for k, v in values.items()}
