@@ -30,7 +30,7 @@ from hieratok.training.tokenizer import TokenizerRun
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS]
+PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")), *DOCS]
 IDS = [page.name for page in PAGES]
 
 SHORTER = {  # appended: of an option that stands twice, the last counts
@@ -114,6 +114,9 @@ def run_command(capsys, monkeypatch):
             check_extras(arguments)
         elif program == "python":
             assert (ROOT / arguments[0]).is_file(), words
+        elif program.startswith(".venv/bin/"):  # tools of those who work on the package
+            assert program.removeprefix(".venv/bin/") in ("pytest", "pyright"), words
+            assert all((ROOT / argument).exists() for argument in arguments), words
         elif program == "torchrun":
             assert understood, f"{words}: several processes are not started here; mark the block"
             start = arguments.index("hieratok")
@@ -170,7 +173,7 @@ def test_blocks(page, workplace, run_command):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_block_has_a_known_kind(page):
     opened = re.findall(r"^```(.+)$", page.read_text(), re.MULTILINE)
-    assert len(opened) == len(blocks(page, "sh", "python", "yaml", "text")), opened
+    assert len(opened) == len(blocks(page, "sh", "python", "yaml", "text", "bibtex")), opened
 
 
 def test_wrong_commands_are_noticed(run_command, workplace):
