@@ -74,8 +74,8 @@ Stage 2 did not help at the sizes that were trained here ([limits.md](limits.md)
 - **Parameters**: those that are trained, discriminators included.
 - **GFLOPs an image**: forward and backward of the whole step, losses included; two per multiply-add.
 - **Memory**: weights, gradients, averaged weights and AdamW's moments, and what one more image in a micro-batch adds
-  at the peak of a step, in the recipe's precision. Tensors alone are counted: no gaps
-  between them, no workspace of the GPU's libraries. A test compares this with what torch's allocator counts on a CPU.
+  at the peak of a step, in the recipe's precision. Tensors alone are counted: no gaps between
+  them, no workspace of the GPU's libraries. A test compares this with what torch's allocator counts on a CPU.
 - **Fits**: the largest `--train.micro_batch_size` (a power of two, at most the batch) that fills {share:.0%} of the
   GPU. It does not change the run. "-": not one image; `--train.activation_checkpointing true` or `fsdp2` may help.
 - **Time**: FLOPs of all steps. One GPU is taken to do {gpu:.0f} TFLOP/s, which is an assumption: a third of an A100's

@@ -145,8 +145,8 @@ def lines_of(counting: ModuleType) -> dict[str, list[str]]:
 
 def test_every_recipe_has_one_line(counting):
     listed = [name for starts, _ in counting.GROUPS.values() for name in counting.names_of(starts)]
-    assert sorted(listed) == sorted(recipes.RECIPES)
-    assert sorted(lines_of(counting)) == sorted(recipes.RECIPES)
+    assert sorted(listed) == sorted(recipes.RECIPES), "a new family of recipes needs a line in GROUPS"
+    assert sorted(lines_of(counting)) == sorted(recipes.RECIPES), "run `make docs`"
     assert counting.PAGE.read_text().startswith(counting.INTRODUCTION.format(share=counting.SHARE, gpu=100)[:500])
 
 
