@@ -215,9 +215,18 @@ def test_swapped_shards_are_written_again(run, photos, tmp_path, caplog):
     assert "its encoder_sha256 is" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "changes", [{"images": 8}, {"shape": [4, 2, 8]}, {"shard_images": 3}, {"mean": [0.0] * 4}, {"std": None}]
-)
+def test_a_damaged_manifest_is_refused_and_made_anew(run, photos, tmp_path):
+    whole = write(run, photos, tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for damaged in (json.dumps(manifest | {"std": None}), "{"):
+        (tmp_path / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest\.json.*: remove manifest\.json, and the same command"):
+            write(run, photos, tmp_path)
+        (tmp_path / "manifest.json").unlink()
+        assert write(run, photos, tmp_path) == whole
+
+
+@pytest.mark.parametrize("changes", [{"images": 8}, {"shape": [4, 2, 8]}, {"shard_images": 3}, {"mean": [0.0] * 4}])
 def test_a_changed_manifest_is_put_right(run, photos, tmp_path, changes):
     whole = write(run, photos, tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

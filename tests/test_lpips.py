@@ -360,7 +360,7 @@ def test_unreadable_files(tmp_path, tensors):
     for ending in (".pth", ".safetensors", ".npz"):
         path = tmp_path / f"noise{ending}"
         path.write_bytes(b"no weights")
-        with pytest.raises(ValueError, match=rf"^.*noise\{ending} cannot be read .*$"):
+        with pytest.raises(ValueError, match=rf"^.*noise\{ending} cannot be read.*$"):
             PerceptualLoss("squeeze", path)
     code = tmp_path / "code.pth"
     torch.save({"0.weight": Path("an object that only code can build")}, code)

@@ -436,9 +436,9 @@ def poison(monkeypatch, is_bad) -> list[int]:
     calls: list[int] = []
 
     def poisoned(self, *args):
-        loss, terms = original(self, *args)
+        loss, *others = original(self, *args)
         calls.append(len(calls) + 1)
-        return (loss * float("nan") if is_bad(len(calls)) else loss), terms
+        return (loss * float("nan") if is_bad(len(calls)) else loss), *others
 
     monkeypatch.setattr(ReconstructionLoss, "forward", poisoned)
     return calls
@@ -719,7 +719,7 @@ def test_other_commands_files_are_left_alone(photos, tmp_path):
 def test_a_damaged_config_is_one_line(photos, tmp_path, content):
     train_tokenizer(small_run(photos), tmp_path)
     (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.yaml is damaged, it holds no settings: remove it"):
+    with pytest.raises(ValueError, match=r"config\.yaml (holds no settings|is not valid YAML.*): remove it"):
         train_tokenizer(small_run(photos), tmp_path)
 
 

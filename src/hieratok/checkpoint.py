@@ -394,9 +394,10 @@ def _has_type(value: Any, wanted: Any) -> bool:
 def tensor_names(folder: Path) -> set[str]:
     """The names of a model's weights; none if there is no readable file, which `load_weights` will say."""
     try:
+        check_regular(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as file:
             return set(file.keys())
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         return set()
 
 

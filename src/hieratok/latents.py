@@ -113,10 +113,15 @@ def start(out: Path, manifest: Manifest) -> Manifest:
     """Begin a folder, or go on with it if it is of the same tokenizer and images; every process must call.
 
     Raises:
-        ValueError: it holds latents of something else.
+        ValueError: it holds latents of something else, or a damaged manifest.
     """
     if (out / MANIFEST).is_file():
-        before = Manifest.read(out)
+        try:
+            before = Manifest.read(out)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: remove {MANIFEST}, and the same command makes it and what else is missing"
+            ) from error
         if before.tokenizer["encoder_sha256"] != manifest.tokenizer["encoder_sha256"]:
             raise ValueError(
                 f"{out} holds latents of another tokenizer, {before.tokenizer['source']}: choose another --out"
