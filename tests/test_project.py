@@ -180,7 +180,7 @@ def test_memory_is_what_the_allocator_counts(counting, name):
     for count in (4, 8):
         step, _ = counting.make_step(run, count)
         step()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             step()
         assert profiler.profiler is not None
         now, peak = 0, 0
