@@ -269,6 +269,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, base, tmp_pat
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_study_killed_anywhere_ends_as_one_that_was_not(finished, base, tmp_path):
     """In training, between a run's end and its note, in measuring: and nothing is trained or measured twice."""
     options = RunStudy(study="table3", base=base, out=str(tmp_path))
