@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from hieratok import data
-from hieratok.data import (
+from hieratok.data.images import (
     BadImageError,
     ImageDataset,
     StepBatches,

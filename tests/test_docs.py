@@ -22,9 +22,10 @@ from PIL import Image
 
 from hieratok import HieraTok, recipes, studies
 from hieratok.cli import COMMANDS, main
+from hieratok.core.typed import plain
 from hieratok.settings import load_run
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.run_folder import flatten, plain
+from hieratok.training.run_folder import flatten
 from hieratok.training.tokenizer import TokenizerRun
 
 ROOT = Path(__file__).resolve().parents[1]

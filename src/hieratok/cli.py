@@ -51,7 +51,7 @@ def recipes(argv: list[str]) -> None:
     if args.name:
         import yaml
 
-        from hieratok.training.run_folder import plain
+        from hieratok.core.typed import plain
 
         print(yaml.safe_dump(plain(book.get(args.name)), sort_keys=False), end="")
         return

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hieratok import recipes
-from hieratok.checkpoint import nearest
+from hieratok.core.messages import nearest
+from hieratok.core.typed import plain
 from hieratok.files import read_yaml, shown
 from hieratok.recipes import Run
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.run_folder import flatten, plain
+from hieratok.training.run_folder import flatten
 from hieratok.training.tokenizer import TokenizerRun
 
 if TYPE_CHECKING:

@@ -10,15 +10,14 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
 from hieratok.checkpoint import file_sha256, read_tensors
-
-TrunkName = Literal["vgg", "alex", "squeeze", "squeeze-caffe"]
+from hieratok.losses.config import TrunkName
 
 
 @dataclass(frozen=True)
