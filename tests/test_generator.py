@@ -372,7 +372,7 @@ def test_commands(tokenizer, latents, tmp_path, capsys, monkeypatch):
     assert f"hieratok sample {os.path.join('runs', 'small')} --tokenizer {tokenizer} --sampler heun" in out
     assert Path("runs/small/generator/model.safetensors").is_file()
     assert cli.main(["train", "dit-tiny", "--gan.weight", "1"]) == 2
-    assert "unknown setting --gan.weight" in capsys.readouterr().err
+    assert "unknown option --gan.weight" in capsys.readouterr().err
     Path("bad.yaml").write_text("kind: generater\n")
     assert cli.main(["train", "bad.yaml"]) == 2
     assert "kind must be tokenizer or generator, not 'generater'; did you mean 'generator'?" in capsys.readouterr().err

@@ -39,12 +39,11 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         ValueError, FileNotFoundError, TrainingError, Stopped: as of `train_tokenizer` and `train_generator`.
-        SystemExit: help was asked for, and printed.
     """
     source = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if HELP & set(arguments):
         print(train_help(source))
-        raise SystemExit(0)
+        return
     if source is None:
         raise ValueError("what to train comes first: hieratok train RECIPE|FILE.yaml (`hieratok recipes` lists them)")
     run, out, allow_changes = load_run(source, arguments[1:])

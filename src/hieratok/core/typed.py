@@ -161,4 +161,6 @@ def words(wanted: Any) -> str:
 
 
 def _brief(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     return shown(repr(value))[:MOST_SHOWN]
