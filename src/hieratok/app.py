@@ -20,6 +20,7 @@ from hieratok.app_config import ServeApp
 from hieratok.app_handlers import GUIDANCE, SAMPLERS, SAMPLES, SEEDS, STEPS, Demo, ModelFacts
 from hieratok.app_page import STYLE, message, status
 from hieratok.app_worker import Worker, WorkerError
+from hieratok.core.extras import MissingPackageError
 from hieratok.generation.dit import DiT
 from hieratok.reconstruct import best_device
 from hieratok.sample import Sample, check_models
@@ -45,7 +46,7 @@ def serve(options: ServeApp) -> None:
         FileNotFoundError, ValueError: no such models, ones that do not fit each other, no gradio, or a port in use.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the app needs gradio: pip install 'hieratok[demo]'")
+        raise MissingPackageError("gradio")
     if not options.time_limit > 0:
         raise ValueError(f"time_limit must be above 0 seconds, not {options.time_limit:g}")
     with (

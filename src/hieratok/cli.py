@@ -20,6 +20,7 @@ from hieratok.commands import (
     study,
     train,
 )
+from hieratok.core.extras import needs_extras
 from hieratok.core.messages import nearest, shown
 from hieratok.errors import Stopped, TrainingError
 from hieratok.settings import Command, entry
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return fail(f"no command {name!r}{nearest(name, COMMANDS)} (`hieratok --help` lists them)", 2)
     try:
-        COMMANDS[name].main(rest)
+        with needs_extras():
+            COMMANDS[name].main(rest)
     except KeyboardInterrupt:
         resumes = name in ("train", "quickstart", "study")
         if name in ("latents", "sample"):

@@ -273,7 +273,7 @@ def _lpips_file(spec: Trunk) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"{name}, the linear heads of LPIPS v0.1, is missing: it comes with `pip install lpips`, "
+        f"{name}, the linear heads of LPIPS v0.1, is missing: it comes with pip install 'hieratok[eval]', "
         "or name it by --loss.head_weights FILE"
     )
 

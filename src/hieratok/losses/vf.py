@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok.checkpoint import read_tensors
+from hieratok.core.extras import needs_extras
 from hieratok.core.messages import nearest
 from hieratok.losses.config import VFConfig
 
@@ -192,8 +193,9 @@ class FoundationModel(nn.Module):
 
 def _load_vit(setting: str, name: str, weights: str | Path | None, random_weights: bool) -> Any:
     """timm's ViT for any image size, with the weights of a file, or random ones from a fixed seed."""
-    import timm
-    from timm.models import Eva, VisionTransformer
+    with needs_extras():
+        import timm
+        from timm.models import Eva, VisionTransformer
 
     if not timm.is_model(name):
         raise ValueError(f"{setting}: timm has no model {name!r}{nearest(name.partition('.')[0], timm.list_models())}")

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from hieratok import checkpoint
+from hieratok.core.extras import needs_extras
 from hieratok.data.images import StepBatches, training_loader
 from hieratok.errors import NotFinite, Stopped, TrainingError
 from hieratok.layers import Blocks
@@ -223,7 +224,8 @@ def fit(
         Stopped: SIGTERM came; a checkpoint was saved.
         ValueError: the batch does not divide over the processes.
     """
-    from accelerate import Accelerator
+    with needs_extras():
+        from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -365,8 +367,8 @@ def fit(
     accelerator.wait_for_everyone()
     resume(newest_everywhere(run, state, accelerator))
     batches = loader()
-    progress = progress_bar(config, state.step, run.path.name, is_main)
     log = Log(run, state.step) if is_main else None
+    progress = progress_bar(config, state.step, run.path.name, is_main)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal(accelerator))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hieratok import checkpoint
+from hieratok.core.extras import needs_extras
 from hieratok.core.typed import flatten
 from hieratok.errors import TrainingError
 from hieratok.files import read_json_table, read_yaml
@@ -229,7 +230,8 @@ class Log:
     """log.jsonl, TensorBoard and pictures/ of a run; written by the main process."""
 
     def __init__(self, run: RunFolder, step: int):
-        from torch.utils.tensorboard import SummaryWriter
+        with needs_extras():
+            from torch.utils.tensorboard import SummaryWriter
 
         self.run = run
         self.file = run.log_file.open("a", buffering=1)
