@@ -419,7 +419,7 @@ def test_a_run_that_diverges_says_so(config, photos, hieratok):
         "train", config, "--data", photos, "--train.learning_rate", "1e30", "--train.max_bad_steps", "1"
     )
     assert status == 1
-    assert errors[-1].startswith("hieratok: loss or gradient is not finite from step ")
+    assert errors[-1].startswith("hieratok: the run diverged: loss, gradient or weights are not finite from step ")
     assert not Path("runs/small/tokenizer").exists()
 
 
@@ -555,7 +555,7 @@ def test_samples_of_the_posterior_do_not_depend_on_batches(trained, photos, hier
         results[batch_size] = json.loads(printed)
     mean = json.loads(hieratok(*command, "--data", photos)[1])["psnr"]
     assert results[1]["psnr"] == pytest.approx(results[3]["psnr"], abs=1e-4)  # but for rounding in sums
-    assert abs(results[1]["psnr"] - mean) > 1e-2  # noise was drawn
+    assert abs(results[1]["psnr"] - mean) > 1e-3  # noise was drawn: ten times what rounding may do
     assert results[1]["manifest"]["latents"] == "one sample of the posterior"
     assert results[1]["manifest"] == results[3]["manifest"]
 
