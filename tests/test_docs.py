@@ -176,7 +176,7 @@ def test_every_block_has_a_known_kind(page):
 
 def test_wrong_commands_are_noticed(run_command, workplace):
     """That the test above can fail, for blocks that are only understood and for those that run."""
-    with pytest.raises(AssertionError, match="unknown setting --train"):
+    with pytest.raises(AssertionError, match="unknown option --train"):
         run_command(["hieratok", "train", "f16d16-multi", "--train.step", "3", "--data", "nowhere"], understood=True)
     with pytest.raises(AssertionError, match="unknown option --cgf"):
         run_command(["torchrun", "-m", "hieratok", "sample", "RUN", "--cgf", "3"], understood=True)

@@ -45,7 +45,7 @@ del sys.modules["accelerate"]
 assert main(["train", "small.yaml", "--data", "photos"]) == 2
 assert main(["analyze", "--embedding", "points.npy"]) == 2
 assert main(["analyze", "--latents", "latents.npy", "--draws", "1"]) == 2
-assert main(["train", "small.yaml", "--data", "photos", "--vf.weight", "1", "--vf.random_model"]) == 2
+assert main(["train", "small.yaml", "--data", "photos", "--vf.weight", "1", "--vf.random_model", "--out", "v"]) == 2
 assert main(["app", "tokenizer"]) == 2
 try:
     import hieratok.interop
