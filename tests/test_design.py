@@ -28,8 +28,6 @@ RANKS = {
     "settings": 6,
     "study_config": 5,
     "studies": 6,
-    "commands": 8,
-    "cli": 9,
 }
 
 
