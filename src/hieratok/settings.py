@@ -233,23 +233,20 @@ def parse(prog: str, options: Sequence[Option], arguments: Sequence[str]) -> dic
     Raises:
         ValueError: unknown options (the nearest is offered), too many words, values of a wrong type.
     """
-    parser = _Parser(prog=prog, usage="", add_help=False, allow_abbrev=False)
-    for option in options:
-        if option.is_positional:
-            number = "*" if get_origin(option.kind) is list else "?"
-            parser.add_argument(option.name, nargs=number, default=argparse.SUPPRESS)
-        else:
-            parser.add_argument(*option.flags, dest=option.name, default=argparse.SUPPRESS)
-    booleans = {flag for option in options if option.kind is bool for flag in option.flags}
-    found, others = parser.parse_known_intermixed_args(_normalized(arguments, booleans))
+    flagged = [option for option in options if not option.is_positional]
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    for option in flagged:
+        parser.add_argument(*option.flags, dest=option.name, default=argparse.SUPPRESS)
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)  # behind it there are no flags
+    booleans = {flag for option in flagged if option.kind is bool for flag in option.flags}
+    found, others = parser.parse_known_args(_normalized(words[:end], booleans))
     for word in others:
-        if word.startswith("--") and word != "--":
+        if word.startswith("--"):
             name = word[2:].partition("=")[0]
-            known = [flag[2:] for option in options if not option.is_positional for flag in option.flags]
+            known = [flag[2:] for option in flagged for flag in option.flags]
             raise ValueError(f"unknown option --{shown(name)}{nearest(name, known)} (`{prog} --help` lists them)")
-    if others:
-        raise ValueError(f"unrecognized arguments: {shown(' '.join(others))} (`{prog} --help` shows how)")
-    given = vars(found)
+    given = {**vars(found), **_positionals(prog, options, others + words[end + 1 :])}
     return {
         option.name: typed(_plain_value(given[option.name], option.kind), option.kind, option.how)
         for option in options
@@ -257,23 +254,35 @@ def parse(prog: str, options: Sequence[Option], arguments: Sequence[str]) -> dic
     }
 
 
-def _normalized(arguments: Sequence[str], booleans: set[str]) -> list[str]:
+def _positionals(prog: str, options: Sequence[Option], words: list[str]) -> dict[str, str | list[str]]:
+    """Words without a flag, in order; a list takes all that are left."""
+    given: dict[str, str | list[str]] = {}
+    for option in options:
+        if option.is_positional and words:
+            if get_origin(option.kind) is list:
+                given[option.name], words = words, []
+            else:
+                given[option.name], *words = words
+    if words:
+        raise ValueError(f"unrecognized arguments: {shown(' '.join(words))} (`{prog} --help` shows how)")
+    return given
+
+
+def _normalized(words: Sequence[str], booleans: set[str]) -> list[str]:
     """`--a_flag` for `--a-flag`; `--flag=true` for a boolean's `--flag`, and `--flag=false` for `--flag false`."""
-    words = list(arguments)
-    end = words.index("--") if "--" in words else len(words)
     normalized, i = [], 0
-    while i < end:
+    while i < len(words):
         word = words[i]
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             word = f"--{flag.replace('-', '_')}{equals}{value}"
         if word in booleans:
-            has_value = i + 1 < end and words[i + 1].lower() in ("true", "false")
+            has_value = i + 1 < len(words) and words[i + 1].lower() in ("true", "false")
             word += f"={words[i + 1] if has_value else 'true'}"
             i += has_value
         normalized.append(word)
         i += 1
-    return normalized + words[end:]
+    return normalized
 
 
 def _plain_value(text: str | list[str], wanted: Any) -> Any:
