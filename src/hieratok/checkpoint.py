@@ -328,9 +328,10 @@ def load_config(
 def tensor_names(folder: Path) -> set[str]:
     """The names of a model's weights; none if there is no readable file, which `load_weights` will say."""
     try:
+        check_regular(folder / WEIGHTS)  # a FIFO would block
         with safe_open(folder / WEIGHTS, "pt") as file:
             return set(file.keys())
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         return set()
 
 
