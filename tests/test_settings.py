@@ -115,7 +115,7 @@ def test_what_is_refused(arguments, message):
     assert str(error.value) == message
 
 
-@given(st.text())
+@given(st.text().filter(lambda text: text != "--"))  # which argparse drops before Python 3.13, and refuses
 def test_a_text_stays_as_it_is(text):
     assert load("here", f"--name={text}").name == (None if text == "null" else text)
 
