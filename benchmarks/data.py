@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from hieratok.data import ImageDataset, StepBatches, TarShards, center_crop, open_source, training_loader
+from hieratok.data.images import ImageDataset, StepBatches, TarShards, center_crop, open_source, training_loader
 
 ROUNDS = 7
 

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hieratok.data import open_source
-from hieratok.evaluation import EvaluateSamples, evaluate_samples
+from hieratok.data.images import open_source
+from hieratok.evaluation.config import EvaluateSamples
 from hieratok.evaluation.distribution import IS_SPLIT_SIZE
+from hieratok.evaluation.evaluate import evaluate_samples
 from hieratok.evaluation.features import Inception
 
 THEIR_KEYS = {

@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from hieratok.checkpoint import write_json
-from hieratok.data import open_source
-from hieratok.data.images import evaluation_batches, to_float, to_uint8
-from hieratok.evaluation import ReconstructionMetrics
+from hieratok.data.images import evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.distribution import distances
 from hieratok.evaluation.features import load_network
+from hieratok.evaluation.reconstruction import ReconstructionMetrics
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 from hieratok.losses.lpips import PerceptualLoss
 from hieratok.losses.reconstruction import LossConfig
@@ -36,7 +35,8 @@ from hieratok.recipes import single
 from hieratok.tokenizer import model as tokenizer_model
 from hieratok.tokenizer.downsample import ConvBranch, ConvDownsample
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
-from hieratok.training.loop import DataConfig, TrainConfig
+from hieratok.training.config import DataConfig
+from hieratok.training.loop import TrainConfig
 from hieratok.training.run_folder import LOG
 from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
 

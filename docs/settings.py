@@ -1,50 +1,17 @@
 """`docs/settings.md`, made from the dataclasses' docstrings: `python docs/settings.py`. A test fails if it is stale."""
 
-import typing
-from dataclasses import MISSING, Field, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-from docstring_parser import parse_from_object
-
-from hieratok import recipes
-from hieratok.analyze import Analyze
-from hieratok.app import ServeApp
-from hieratok.bench import Bench
-from hieratok.evaluation.evaluate import (
-    EvaluateCompare,
-    EvaluateImages,
-    EvaluateReconstruction,
-    EvaluateSamples,
-    EvaluateStats,
-)
-from hieratok.gallery import Report
-from hieratok.hub import Push
-from hieratok.latents import WriteLatents
-from hieratok.sample import Sample
-from hieratok.study_runs import RunStudy
-from hieratok.training.generator import GeneratorRun
+from hieratok import cli, recipes
+from hieratok.settings import Command, Option, about, options_of, value_text
+from hieratok.training.config import GeneratorRun, TokenizerRun
 from hieratok.training.run_folder import HARMLESS
-from hieratok.training.tokenizer import TokenizerRun
 
 PAGE = Path(__file__).parent / "settings.md"
-
-COMMANDS = {  # command: its options, and which of them come first, without a flag
-    "evaluate reconstruction": (EvaluateReconstruction, ["run"]),
-    "evaluate images": (EvaluateImages, ["a", "b"]),
-    "evaluate samples": (EvaluateSamples, ["path"]),
-    "evaluate stats": (EvaluateStats, ["path"]),
-    "evaluate compare": (EvaluateCompare, ["a", "b"]),
-    "analyze": (Analyze, ["run"]),
-    "latents": (WriteLatents, ["run"]),
-    "sample": (Sample, ["run"]),
-    "study": (RunStudy, ["study"]),
-    "report": (Report, ["folder"]),
-    "push": (Push, ["run", "hub_id"]),
-    "app": (ServeApp, ["run"]),
-    "bench": (Bench, ["what"]),
-}
 
 INTRODUCTION = """\
 # Every setting
@@ -69,14 +36,23 @@ def page() -> str:
     parts = [INTRODUCTION, ", ".join(f"`{name}`" for name in sorted(HARMLESS)) + ".", contents(), recipe_table()]
     parts += [run_section("tokenizer", TokenizerRun()), run_section("generator", GeneratorRun())]
     parts += ["## Options of the other commands"]
-    parts += [command_section(name, options, first) for name, (options, first) in COMMANDS.items()]
+    parts += [command_section(name, command) for name, command in commands()]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def commands() -> Iterator[tuple[str, Command]]:
+    """Every command but `train`, whose options are a run's settings, and every kind of `evaluate`."""
+    for name, command in cli.COMMANDS.items():
+        if command.options:
+            yield name, command
+        for kind, one in command.kinds.items():
+            yield f"{name} {kind}", one
 
 
 def contents() -> str:
     """Links to the sections."""
     links = ["[recipes](#recipes)", "[a tokenizer's run](#a-tokenizers-run)", "[a generator's run](#a-generators-run)"]
-    links += [f"[{name}](#hieratok-{name.replace(' ', '-')})" for name in COMMANDS]
+    links += [f"[{name}](#hieratok-{name.replace(' ', '-')})" for name, _ in commands()]
     return "On this page: " + ", ".join(links) + "."
 
 
@@ -90,65 +66,41 @@ def recipe_table() -> str:
 
 def run_section(kind: str, run: TokenizerRun | GeneratorRun) -> str:
     """A run's settings, group by group."""
-    groups = {field.name: getattr(run, field.name) for field in fields(run)}
+    options = options_of(run, with_texts=True)
     parts = [f"## A {kind}'s run", first_paragraph(type(run))]
-    parts += [table(["setting", "type", "default", "meaning"], rows_of(run, "", only_plain=True))]
-    for name, value in groups.items():
+    parts += [table(["setting", "type", "default", "meaning"], [row(o, o.name) for o in options if "." not in o.name])]
+    for field in fields(run):
+        value = getattr(run, field.name)
         if is_dataclass(value):
-            parts += [f"### {name} ({kind})", first_paragraph(type(value))]
-            parts += [table(["setting", "type", "default", "meaning"], rows_of(value, f"{name}."))]
+            rows = [row(option, option.name) for option in options if option.name.startswith(f"{field.name}.")]
+            parts += [f"### {field.name} ({kind})", first_paragraph(type(value))]
+            parts += [table(["setting", "type", "default", "meaning"], rows)]
     return "\n\n".join(parts)
 
 
-def command_section(name: str, options: type, first: list[str]) -> str:
+def command_section(name: str, command: Command) -> str:
     """A command's options."""
-    rows = []
-    types, texts = typing.get_type_hints(options), attribute_texts(options)
-    for field in fields(options):
-        flag = field.name.upper() if field.name in first else f"--{field.name}"
-        rows.append([f"`{flag}`", type_text(types[field.name]), default_text(field), cell(texts[field.name])])
+    assert command.options is not None
+    options = options_of(command.options, command.positionals, with_texts=True)
+    rows = [row(option, option.how) for option in options]
     table_text = table(["option", "type", "default", "meaning"], rows)
-    return f"### hieratok {name}\n\n{first_paragraph(options)}\n\n{table_text}"
+    return f"### hieratok {name}\n\n{first_paragraph(command.options)}\n\n{table_text}"
 
 
-def rows_of(config: Any, prefix: str, only_plain: bool = False) -> list[list[str]]:
-    """A row per field of a dataclass, with the values of this instance as defaults."""
-    types, texts = typing.get_type_hints(type(config)), attribute_texts(type(config))
-    return [
-        [
-            f"`{prefix}{field.name}`",
-            type_text(types[field.name]),
-            value_text(getattr(config, field.name)),
-            cell(texts[field.name]),
-        ]
-        for field in fields(config)
-        if not (only_plain and is_dataclass(getattr(config, field.name)))
-    ]
-
-
-def attribute_texts(cls: type) -> dict[str, str]:
-    """The docstring under each field of a class and of those that it inherits from.
-
-    Raises:
-        ValueError: a field has none.
-    """
-    found: dict[str, str] = {}
-    for one in reversed([c for c in cls.__mro__ if is_dataclass(c)]):
-        found |= {p.arg_name: p.description or "" for p in parse_from_object(one).params}
-    for field in fields(cls):
-        if not found.get(field.name):
-            raise ValueError(f"{cls.__name__}.{field.name} has no docstring")
-    return found
+def row(option: Option, name: str) -> list[str]:
+    """An option as a row of a table."""
+    default = "required" if option.default is MISSING else f"`{value_text(option.default)}`"
+    return [f"`{name}`", type_text(option.kind), default, cell(option.text)]
 
 
 def first_paragraph(cls: type) -> str:
     """What a class's docstring says first."""
-    return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
+    return about(cls).partition("\n")[0]
 
 
 def type_text(hint: Any) -> str:
     """A type as a user writes its values."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " \\| ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
@@ -156,26 +108,8 @@ def type_text(hint: Any) -> str:
     if origin in (tuple, list):
         (inner,) = {type_text(argument) for argument in arguments if argument is not ...}
         return f"list of {inner}s" if inner.endswith("number") else f"list of {inner}"
-    names = {int: "whole number", float: "number", str: "text", bool: "`true` \\| `false`", type(None): "`null`"}
+    names = {int: "whole number", float: "number", str: "text", bool: "`true` \\| `false`", NoneType: "`null`"}
     return names[hint]
-
-
-def default_text(field: Field) -> str:
-    """An option's default."""
-    if field.default is not MISSING:
-        return value_text(field.default)
-    return value_text(field.default_factory()) if field.default_factory is not MISSING else "required"
-
-
-def value_text(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if value is None:
-        return "`null`"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, tuple | list):
-        return "`[" + ", ".join(map(str, value)) + "]`"
-    return f"`{value}`"
 
 
 def cell(text: str) -> str:

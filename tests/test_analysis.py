@@ -11,37 +11,28 @@ from scipy import fft, stats
 from torch import Tensor, nn
 
 import hieratok
-from hieratok.analysis import (
-    Codec,
-    block_dct,
+from hieratok.analysis.channels import (
     channel_kl,
     channel_moments,
-    codec_of,
-    commutation,
-    commutation_error,
     correlation,
-    dct_profile,
-    draw_points,
     effective_rank,
+    participation_ratio,
+    standardize,
+)
+from hieratok.analysis.codec import Codec, codec_of, encode_all
+from hieratok.analysis.commutation import commutation, commutation_error, equivariance, pyramid_commutation, target_mse
+from hieratok.analysis.density import (
+    MIN_POINTS,
+    draw_points,
     embed,
-    encode_all,
-    equivariance,
     evenness,
     gaussian_points,
-    high_frequency_share,
     kernel_density,
     measure_density,
-    noise_psnr,
-    participation_ratio,
-    power_slope,
-    pyramid_commutation,
-    radial_power,
-    standardize,
-    summarize,
-    target_mse,
 )
-from hieratok.analysis.density import MIN_POINTS
-from hieratok.analysis.spectrum import zigzag
+from hieratok.analysis.intervals import summarize
+from hieratok.analysis.robustness import noise_psnr
+from hieratok.analysis.spectrum import block_dct, dct_profile, high_frequency_share, power_slope, radial_power, zigzag
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
 from hieratok.tokenizer.scales import area_pool
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hieratok.analysis import Codec, evenness, kernel_density, measure_density
+from hieratok.analysis.codec import Codec
+from hieratok.analysis.density import evenness, kernel_density, measure_density
 from hieratok.analysis.meanings import MEANINGS, lines
 from hieratok.analyze import Analyze, analyze, analyze_tokenizer, coarser_grids
 from hieratok.cli import main

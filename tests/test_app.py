@@ -340,8 +340,8 @@ def test_models_that_do_not_fit_are_refused(run, tmp_path):
 def test_without_gradio_one_line_says_what_to_install(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["app", str(run)]) == 2
-    assert capsys.readouterr().err == "hieratok: the app needs gradio: pip install 'hieratok[demo]'\n"
-    with pytest.raises(ValueError, match="needs gradio"):
+    assert capsys.readouterr().err == "hieratok: gradio is not installed: pip install 'hieratok[app]'\n"
+    with pytest.raises(ValueError, match="gradio is not installed"):
         serve(ServeApp(run=str(run)))
 
 

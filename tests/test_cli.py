@@ -1,6 +1,7 @@
 """The command line: what each command prints and writes, and that a user's mistake is one line and leaves nothing."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +17,14 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from hieratok import HieraTok, __version__, cli, recipes
 from hieratok.cli import main
+from hieratok.commands.train import SUMMARY
+from hieratok.core.typed import field_types, flatten, plain
 from hieratok.data.images import center_crop, open_source, to_float, to_uint8
 from hieratok.errors import TrainingError
 from hieratok.pictures import MARGIN, pyramid_sheet
 from hieratok.reconstruct import SHEET_ROWS
-from hieratok.settings import load_run
+from hieratok.settings import Command, load_run
+from hieratok.training.config import TokenizerRun
 
 SMALL = """
 model: {image_size: 16, patch_size: 4, latent_channels: 4, scales: [1, 2, 4], encoder_width: 16, encoder_depth: 1,
@@ -96,28 +100,60 @@ def refused(hieratok, tmp_path) -> Callable[..., str]:
 # --- without a command ------------------------------------------------------------------------------------------------
 
 
-def test_help_and_mistyped_commands_do_not_wait_for_torch():
+def help_of_all() -> list[list[str]]:
+    """Every command line that asks for help, and `recipes`."""
+    words = [[name] for name in cli.COMMANDS] + [["evaluate", kind] for kind in cli.COMMANDS["evaluate"].kinds]
+    words += [["train", "f16d16-multi"], ["train", "dit-tiny"]]
+    return [[], *([*line, "--help"] for line in words), ["recipes"], ["recipes", "f16d16-multi"]]
+
+
+def test_help_and_mistakes_do_not_wait_for_torch():
+    """With torch and numpy out of reach, as imports of them take seconds."""
     script = """
 import sys
+sys.modules["torch"] = sys.modules["numpy"] = None
 from hieratok.cli import main
-assert [main(argv) for argv in ([], ["--help"], ["-h"], ["--version"], ["evaluate"])] == [0] * 5
-assert [main(argv) for argv in (["evaluate", "picture"], ["trian"])] == [2, 2]
-for name in ("quickstart", "recipes", "reconstruct", "cost"):
+from hieratok.commands.train import SUMMARY
+from hieratok.core.typed import field_types, flatten, plain
+for line in LINES:
     try:
-        main([name, "--help"])
+        assert main(line) == 0, line
     except SystemExit as stop:
-        assert stop.code == 0
-assert "torch" not in sys.modules
+        assert stop.code == 0, line
+mistakes = [["evaluate", "picture"], ["trian"], ["sample", "--stpes", "3"], ["train", "tiny-mutli"], ["cost"]]
+mistakes += [["train", "tiny-multi", "--train.steps", "x"], ["reconstruct", "run"]]
+assert [main(line) for line in mistakes] == [2] * len(mistakes)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = f"LINES = {help_of_all()}\n"
+    done = subprocess.run([sys.executable, "-c", lines + script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"hieratok {__version__}\n" in done.stdout
     for name in cli.COMMANDS:
         assert f"\n  {name} " in done.stdout
-    assert done.stderr.splitlines() == [
+    assert done.stderr.splitlines()[:2] == [
         "hieratok: no evaluation 'picture': choose from reconstruction, images, samples, stats, compare",
         "hieratok: no command 'trian'; did you mean 'train'? (`hieratok --help` lists them)",
     ]
+
+
+def test_version(hieratok):
+    assert hieratok("--version") == (0, f"hieratok {__version__}\n", [])
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in ("train", "evaluate")])
+def test_help_begins_with_usage_one_sentence_and_an_example(hieratok, name):
+    command = cli.COMMANDS[name]
+    status, printed, errors = hieratok(name, "--help")
+    assert (status, errors) == (0, [])
+    start, sentence, *_ = printed.split("\n\n")
+    assert start.startswith(f"usage: hieratok {name}")
+    assert " ".join(sentence.split()).startswith(command.summary)
+    assert f"\n\nExample: hieratok {name}" in printed
+    assert command.options is not None
+    for option in field_types(command.options):
+        shown = rf"^  {option.upper()}( |$)" if option in command.positionals else rf"^  --{option}( |$)"
+        assert len(re.findall(shown, printed, re.MULTILINE)) == 1, option
+    for option in command.positionals:
+        assert re.search(rf"\b{option.upper()}\b", start)
 
 
 def test_the_process_ends_with_the_status():
@@ -140,7 +176,7 @@ def test_how_a_command_fails(hieratok, monkeypatch, error, status, line):
     def failing(argv: list[str]) -> None:
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", failing)
+    monkeypatch.setitem(cli.COMMANDS, "recipes", Command("", failing))
     result, printed, errors = hieratok("recipes")
     assert (result, printed, len(errors)) == (status, "", 1)
     assert errors[0].startswith(line)
@@ -150,7 +186,7 @@ def test_our_own_mistakes_are_not_passed_off_as_the_users(monkeypatch):
     def broken(argv: list[str]) -> None:
         raise AssertionError
 
-    monkeypatch.setitem(cli.COMMANDS, "recipes", broken)
+    monkeypatch.setitem(cli.COMMANDS, "recipes", Command("", broken))
     with pytest.raises(AssertionError):
         main(["recipes"])
 
@@ -194,7 +230,7 @@ def test_cost(hieratok, config, refused):
     ]  # a file, of which the paper says nothing
     assert rows[0] == ["small"]
     assert ["decoder", "tokens", str(1 + 4 + 16), "-"] in rows
-    assert "recipe" in refused("cost")
+    assert refused("cost") == "hieratok cost needs RECIPE (`hieratok cost --help` shows how)"
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -203,20 +239,25 @@ def test_cost(hieratok, config, refused):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train.stpes", "3"], "unknown setting --train.stpes; did you mean 'train.steps'?"),
-        (["--train.ste", "3"], "unknown setting --train.ste; did you mean 'train.steps'?"),  # no guessed abbreviations
-        (["--train", "3"], "unknown setting --train"),
+        (["--train.stpes", "3"], "unknown option --train.stpes; did you mean 'train.steps'?"),
+        (["--train.ste", "3"], "unknown option --train.ste; did you mean 'train.steps'?"),  # no guessed abbreviations
+        (["--train", "3"], "unknown option --train"),
         (["stray"], "unrecognized arguments: stray"),
         (["--train.steps"], "--train.steps: expected one argument"),
-        (["--train.steps", "many"], "train.steps: expected int, got many"),
-        (["--train.steps", "2.5"], "train.steps: expected int, got 2.5"),
-        (["--train.steps", "null"], "train.steps: expected int"),
+        (["--train.steps", "many"], "--train.steps must be a whole number, not 'many'"),
+        (["--train.steps", "2.5"], "--train.steps must be a whole number, not '2.5'"),
+        (["--train.steps", "null"], "--train.steps must be a whole number, not 'null'"),
         (["--train.steps=0"], "train.steps must be at least 1, not 0"),
-        (["--train.micro_batch_size", "many"], "train.micro_batch_size: expected int or null, got many"),
-        (["--train.learning_rate=fast"], "train.learning_rate: expected float, got fast"),
-        (["--train.precision", "fp16"], "train.precision: expected Literal['bf16', 'fp32'], got fp16"),
-        (["--model.attention", "casual"], "'causal'], got casual"),
-        (["--model.scales", "16"], "model.scales: expected a list such as '[1,2,4]', got 16"),
+        (["--train.micro_batch_size", "many"], "--train.micro_batch_size must be a whole number or null, not 'many'"),
+        (["--train.learning_rate=fast"], "--train.learning_rate must be a finite number, not 'fast'"),
+        (["--train.precision", "fp16"], "--train.precision must be one of bf16, fp32, not 'fp16'"),
+        (["--model.attention", "casual"], "--model.attention must be one of full, independent, causal, not 'casual'"),
+        (["--model.scales", "16"], "--model.scales must be a list of whole numbers, not '16'"),
+        (["--model.scales", "[1, two]"], "--model.scales must be a list of whole numbers, not '[1, two]'"),
+        (["--train.betas", "[0.9]"], "--train.betas must be a list of 2 finite numbers, not '[0.9]'"),
+        (["--train.learning_rate", "1e999"], "--train.learning_rate must be a finite number, not '1e999'"),
+        (["--data.flip", "maybe"], "unrecognized arguments: maybe"),
+        (["--data.flip=maybe"], "--data.flip must be true or false, not 'maybe'"),
         (
             ["--model.scales", "[1,2]"],
             "model.scales [1, 2] must end at the latent grid's side, image_size / patch_size",
@@ -240,17 +281,23 @@ def test_bad_flags(refused, flags, message):
         ("on: 1", "x.yaml: the name True is no text: put it in quotes"),  # YAML's idea of `on`
         ("train: {stpes: 3}", "x.yaml: unknown setting 'train.stpes'; did you mean 'train.steps'?"),
         ("train: {steps: {a: 3}}", "x.yaml: unknown setting 'train.steps.a'; did you mean 'train.steps'?"),
-        ("train: {steps: many}", "train.steps: expected int, got many"),
-        ("train: {steps: null}", "x.yaml: train.steps must not be null"),
-        ("name: null", "x.yaml: name must not be null"),
+        ("train: {steps: many}", "x.yaml: train.steps must be a whole number, not 'many'"),
+        ("train: {steps: null}", "x.yaml: train.steps must be a whole number, not null"),
+        ("name: null", "x.yaml: name must be a text, not null"),
         ("train: 3", "x.yaml: train must hold settings of its own by name, not 3"),
         ("train:", "x.yaml: train must hold settings of its own by name, not None"),
-        ("data: {flip: maybe}", "data.flip: expected bool, got maybe"),
-        ("model: {attention: casual}", "'causal'], got casual"),
-        ("model: {scales: [1, two]}", "model.scales: expected int, got two"),
+        ("data: {flip: maybe}", "x.yaml: data.flip must be true or false, not 'maybe'"),
+        (
+            "model: {attention: casual}",
+            "model.attention must be one of full, independent, causal, not 'casual'",
+        ),
+        ("model: {scales: [1, two]}", "x.yaml: model.scales must be a list of whole numbers, not [1, 'two']"),
         ("model: {scales: [1, 2]}", "model.scales [1, 2] must end at the latent grid's side"),
         ("model: {image_size: 100}", "model.image_size 100 is not divisible by model.patch_size 16"),
-        ("loss: {scale_weights: [1, x]}", "loss.scale_weights: expected tuple[float, ...] or null, got [1, 'x']"),
+        (
+            "loss: {scale_weights: [1, x]}",
+            "loss.scale_weights must be a list of finite numbers or null, not [1, 'x']",
+        ),
         ("model: [", "x.yaml is not valid YAML: "),
         ("!!python/object/apply:os.getcwd []", "x.yaml is not valid YAML: "),
         ("- train", "x.yaml holds no settings"),
@@ -279,12 +326,29 @@ def test_help_of_train_explains_every_setting(hieratok):
     status, printed, errors = hieratok("train", "--help")
     assert (status, errors) == (0, [])
     assert "pixels per token side" in printed  # from TokenizerConfig's docstrings
-    assert "example: hieratok train" in printed
-    for name in ("--out", "--name", "--model.scales", "--data.path", "--loss.kl_weight", "--train.learning_rate"):
-        assert f"  {name} " in printed
-    assert "configuration file" not in printed  # --data takes images, and no group takes a file
-    defaults = " ".join(hieratok("train", "tiny-multi", "--help")[1].split())
-    assert "(type: tuple[int, ...], default: [1, 2, 4, 8])" in defaults
+    assert "Example: hieratok train" in printed
+    for name in field_types(TokenizerRun).keys() - {"kind", "data.path", "start_from"} | {"out", "allow_changes"}:
+        assert len(re.findall(rf"^  --{re.escape(name)}( |$)", printed, re.MULTILINE)) == 1, name
+    assert "\n  --data, --data.path PATH " in printed
+    assert "\n  --from, --start_from RUN " in printed
+    assert "default: " not in printed  # a recipe's settings are others than those of the 400M model
+    assert not [word for word in ("Union[", "Literal[", "{true,false}", "--x+") if word in printed]
+    order = ["usage: ", SUMMARY, "Example: ", "  RECIPE|FILE.yaml ", "  --data", "  --from", "  --train.steps "]
+    places = [printed.index(word) for word in [*order, "  --model.scales ", "  --model.encoder_width "]]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("recipe", ["tiny-multi", "dit-tiny"])
+def test_help_of_a_recipe_shows_its_values(hieratok, recipe):
+    run = recipes.get(recipe)
+    status, printed, errors = hieratok("train", recipe, "--help")
+    assert (status, errors) == (0, [])
+    words = " ".join(printed.split())
+    for name, value in flatten(plain(run)).items():
+        assert f"--{name} " in words or name == "kind"
+        if isinstance(value, int | float | str) and not isinstance(value, bool) and name != "kind":
+            assert f"(default: {value})" in words, name
+    assert "(default: [1, 2, 4, 8])" in words or recipe == "dit-tiny"
 
 
 def test_a_boolean_needs_no_value():
@@ -415,7 +479,7 @@ def test_reconstruct_refuses_what_is_not_there(trained, photos, refused):
     assert refused("reconstruct", trained, "x.png", "--out", "out").startswith("no such file or folder: x.png")
     assert refused("reconstruct", trained, "x*.png", "--out", "out") == "nothing matches x*.png"
     assert "--out" in refused("reconstruct", trained, photos)
-    assert "images" in refused("reconstruct", trained, "--out", "out")
+    assert refused("reconstruct", trained, "--out", "out").startswith("hieratok reconstruct needs IMAGES")
 
 
 def test_reconstruct_refuses_two_images_of_one_name(trained, refused):
@@ -532,6 +596,7 @@ def test_compare_refuses_other_protocols(trained, photos, hieratok, refused):
     ("arguments", "message"),
     [
         (["picture"], "no evaluation 'picture': choose from reconstruction, images"),
+        (["sample"], "no evaluation 'sample'; did you mean 'samples'?: choose from"),
         (["reconstruction"], "hieratok evaluate reconstruction needs RUN"),
         (["reconstruction", "run"], "hieratok evaluate reconstruction needs --data"),
         (["reconstruction", "--data", "x"], "hieratok evaluate reconstruction needs RUN"),
@@ -542,8 +607,8 @@ def test_compare_refuses_other_protocols(trained, photos, hieratok, refused):
         (["compare", "a"], "hieratok evaluate compare needs B"),
         (["compare", "a", "b"], "a does not exist"),
         (["reconstruction", "run", "--data", "x", "--feature", "none"], "--feature; did you mean 'features'?"),
-        (["reconstruction", "run", "--data", "x", "--size", "big"], "size: expected int or null, got big"),
-        (["reconstruction", "run", "--data", "x", "--json=maybe"], "json: expected bool, got maybe"),
+        (["reconstruction", "run", "--data", "x", "--size", "big"], "--size must be a whole number or null, not 'big'"),
+        (["reconstruction", "run", "--data", "x", "--json=maybe"], "--json must be true or false, not 'maybe'"),
         (["reconstruction", "run", "--data", "x"], "run: no such folder"),
         (["images", "a", "b", "--features", "none"], "no such file or folder: a"),
     ],

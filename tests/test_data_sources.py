@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hieratok.data import BadImageError, BundledPhotos, ImageFiles, TarShards, open_source
 from hieratok.data import shards as shards_module
+from hieratok.data.images import BadImageError, BundledPhotos, ImageFiles, TarShards, open_source
 
 
 def jpeg(shade: int, side: int = 16) -> bytes:
@@ -707,7 +707,7 @@ def test_compressed_shards_are_refused_with_the_reason(tmp_path, suffix):
 
 
 def test_a_slash_at_the_end_is_the_same_data(tmp_path):
-    from hieratok.training.loop import DataConfig
+    from hieratok.training.config import DataConfig
 
     assert DataConfig(path="photos/", val_path="val//") == DataConfig(path="photos", val_path="val")
     assert DataConfig(path="/") == DataConfig(path="/")

@@ -10,6 +10,7 @@ import hieratok
 PACKAGE = Path(hieratok.__file__).parent
 # A module imports from its own rank or a lower one. What is not listed (commands, pages) may import everything.
 RANKS = {
+    "core": 0,
     "errors": 0,
     "files": 0,
     "layers": 0,
@@ -25,6 +26,7 @@ RANKS = {
     "training": 4,
     "recipes": 5,
     "settings": 6,
+    "study_config": 5,
     "studies": 6,
 }
 
@@ -62,9 +64,10 @@ def test_there_is_something_to_check():
     ("importer", "forbidden"),
     [
         ("generation", {"tokenizer", "data", "losses", "training"}),  # a generator sees only z
-        ("data", set(RANKS) - {"data", "files", "errors"}),  # caching takes an `encode` callable
+        ("data", set(RANKS) - {"core", "data", "files", "errors"}),  # caching takes an `encode` callable
         ("evaluation", {"tokenizer", "generation", "training"}),  # images, never models
         ("training", {"analysis", "cost", "interop", "report"}),
+        ("commands", {"cli"}),
     ],
 )
 def test_rules(importer, forbidden):
@@ -79,3 +82,11 @@ def test_left_never_imports_right():
         if top(module) in RANKS and top(name) != "__version__" and RANKS.get(top(name), 99) > RANKS[top(module)]
     ]
     assert not broken
+
+
+def test_a_command_never_imports_a_command():
+    assert not [(module, name) for module, name in imports() if top(module) == top(name) == "commands"]
+
+
+def test_only_the_table_of_commands_imports_commands():
+    assert {module for module, name in imports() if top(name) == "commands"} == {"cli"}

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from hieratok.generation.dit import SIZES, DiT, DiTConfig, rotary_attention, sincos_positions
+from hieratok.generation.config import SIZES
+from hieratok.generation.dit import DiT, DiTConfig, rotary_attention, sincos_positions
 
 CLASSIC = dict(latent_channels=3, latent_size=6, patch_size=2, width=32, depth=2, heads=2, num_classes=5)
 MODERN = dict(norm="rms", mlp="swiglu", positions="rotary", qk_norm=True)

@@ -19,26 +19,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from hieratok.data import to_uint8
-from hieratok.evaluation import (
+from hieratok.data.images import to_uint8
+from hieratok.evaluation.config import (
     EvaluateCompare,
     EvaluateImages,
     EvaluateReconstruction,
     EvaluateSamples,
     EvaluateStats,
-    FeatureNetwork,
-    FeatureSet,
-    PixelMetrics,
-    ReconstructionMetrics,
-    SetStatistics,
+)
+from hieratok.evaluation.evaluate import (
     compare,
     evaluate_images,
     evaluate_reconstruction,
     evaluate_samples,
     write_statistics,
 )
+from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.images import NpzImages, batches, pair
-from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
+from hieratok.evaluation.pixels import PixelMetrics
+from hieratok.evaluation.reconstruction import ReconstructionMetrics, area_resize, one_colour_per_token
+from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 
 
 class Tiny(nn.Module):
@@ -705,7 +705,9 @@ def test_manifests_hold_what_the_numbers_depend_on(tmp_path: Path) -> None:
 
 SCRIPT = """
 from pathlib import Path
-from hieratok.evaluation import *
+from hieratok.evaluation.config import EvaluateImages, EvaluateSamples, EvaluateStats
+from hieratok.evaluation.evaluate import evaluate_images, evaluate_samples, write_statistics
+from hieratok.evaluation.processes import process_group
 folder = Path({folder!r})
 common = dict(features={features!r}, batch_size=3)
 a, b, out = str(folder / "a.npz"), str(folder / "b.npz"), str(folder / {out!r})

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hieratok.checkpoint import read_tensors
-from hieratok.data import open_source
-from hieratok.evaluation import EvaluateSamples, evaluate_samples
+from hieratok.data.images import open_source
+from hieratok.evaluation.config import EvaluateSamples
+from hieratok.evaluation.evaluate import evaluate_samples
 from hieratok.evaluation.features import (
     INCEPTION_FILES,
     FeatureNetwork,

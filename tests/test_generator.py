@@ -13,16 +13,23 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from hieratok import HieraTok, checkpoint, cli
-from hieratok.data import LatentDataset, evaluation_batches, open_source
-from hieratok.evaluation import EvaluateStats, FeatureSet, evaluate, frechet_distance, load_network, write_statistics
+from hieratok.core.typed import plain
+from hieratok.data.images import evaluation_batches, open_source
+from hieratok.data.latents import LatentDataset
+from hieratok.evaluation import evaluate
+from hieratok.evaluation.config import EvaluateStats
+from hieratok.evaluation.distribution import frechet_distance
+from hieratok.evaluation.evaluate import write_statistics
+from hieratok.evaluation.features import load_network
+from hieratok.evaluation.statistics import FeatureSet
 from hieratok.generation import flow
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.latents import WriteLatents, write_latents
 from hieratok.settings import load_run
 from hieratok.training import generator as module
-from hieratok.training.generator import GeneratorEval, GeneratorObjective, GeneratorRun, train_generator
-from hieratok.training.loop import DataConfig, TrainConfig
-from hieratok.training.run_folder import plain
+from hieratok.training.config import DataConfig, GeneratorEval
+from hieratok.training.generator import GeneratorObjective, GeneratorRun, train_generator
+from hieratok.training.loop import TrainConfig
 from test_latents import photos, save_tokenizer  # noqa: F401
 from test_training import TORCHRUN, crash_in_step, read_log, same
 
@@ -365,7 +372,7 @@ def test_commands(tokenizer, latents, tmp_path, capsys, monkeypatch):
     assert f"hieratok sample {os.path.join('runs', 'small')} --tokenizer {tokenizer} --sampler heun" in out
     assert Path("runs/small/generator/model.safetensors").is_file()
     assert cli.main(["train", "dit-tiny", "--gan.weight", "1"]) == 2
-    assert "unknown setting --gan.weight" in capsys.readouterr().err
+    assert "unknown option --gan.weight" in capsys.readouterr().err
     Path("bad.yaml").write_text("kind: generater\n")
     assert cli.main(["train", "bad.yaml"]) == 2
     assert "kind must be tokenizer or generator, not 'generater'; did you mean 'generator'?" in capsys.readouterr().err

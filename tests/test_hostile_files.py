@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from hieratok import HieraTok, cli
 from hieratok.analyze import load_array
 from hieratok.checkpoint import json_text, read_tensors
-from hieratok.data import open_source
+from hieratok.data.images import open_source
 from hieratok.data.latents import LatentDataset
 from hieratok.evaluation.evaluate import EvaluateCompare, compare
 from hieratok.evaluation.features import FeatureNetwork, load_network

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from hieratok import HieraTok, TokenizerConfig, cli
-from hieratok.data import to_float
+from hieratok.data.images import to_float
 from hieratok.data.latents import Manifest
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.generation import diffusion, flow

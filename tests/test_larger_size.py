@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hieratok import HieraTok, recipes
 from hieratok.tokenizer.attention import AttentionMode
-from hieratok.tokenizer.downsample import DownsampleMode
+from hieratok.tokenizer.config import DownsampleMode
 from hieratok.training.tokenizer import TokenizerRun, initial_tokenizer, train_tokenizer
 from test_training import photos, small_run  # noqa: F401  `photos` is a fixture
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 import hieratok.latents
 from hieratok import HieraTok, TokenizerConfig, checkpoint, cli
-from hieratok.data import ImageDataset, LatentDataset, center_crop, open_source, to_float
+from hieratok.data.images import ImageDataset, center_crop, open_source, to_float
+from hieratok.data.latents import LatentDataset
 from hieratok.latents import WriteLatents, write_latents
 from hieratok.lock import lock
 from test_training import TORCHRUN

@@ -346,7 +346,7 @@ def test_missing_files(tmp_path, tensors, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^.*nowhere.pth, given as loss.head_weights.*$"):
         PerceptualLoss("squeeze", trunk, tmp_path / "nowhere.pth")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"^squeeze.pth, .*pip install lpips.*--loss.head_weights FILE$"):
+    with pytest.raises(FileNotFoundError, match=r"^squeeze.pth, .*hieratok.eval.*--loss.head_weights FILE$"):
         PerceptualLoss("squeeze", trunk)
 
 

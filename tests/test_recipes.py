@@ -7,11 +7,11 @@ import torch
 import yaml
 
 from hieratok import HieraTok, recipes
+from hieratok.core.typed import plain
 from hieratok.cost import PAPER, measure
 from hieratok.generation.dit import DiT
 from hieratok.settings import load_run
 from hieratok.training.loop import learning_rate
-from hieratok.training.run_folder import plain
 
 # (table, name, d, scales, KL, down-sampling, attention), straight from the paper
 M, S = (1, 2, 4, 8, 16), (16,)

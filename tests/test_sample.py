@@ -14,7 +14,7 @@ from PIL import Image
 
 import hieratok.sample
 from hieratok import HieraTok, cli
-from hieratok.data import to_uint8
+from hieratok.data.images import to_uint8
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.images import open_images
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace

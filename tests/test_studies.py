@@ -21,12 +21,13 @@ from hieratok import HieraTok, checkpoint, cost, recipes, studies, study, study_
 from hieratok.analysis import convergence, density
 from hieratok.analysis.convergence import speed_up
 from hieratok.cli import main
+from hieratok.core.typed import plain
 from hieratok.data.images import center_crop, open_source
 from hieratok.generation.dit import DiTConfig
 from hieratok.lock import lock
 from hieratok.losses.adversarial import AdversarialConfig
 from hieratok.study_runs import RunStudy, place, planned_runs, prepare
-from hieratok.training.run_folder import Log, plain
+from hieratok.training.run_folder import Log
 from test_generator import FEATURES
 from test_report import Reader, assert_self_contained
 from test_training import TORCHRUN, environment, start_process

@@ -25,14 +25,16 @@ from safetensors.torch import load_file
 from hieratok import HieraTok, TokenizerConfig, checkpoint
 from hieratok.checkpoint import read_table
 from hieratok.cli import main
+from hieratok.core.typed import plain
 from hieratok.errors import TrainingError
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.runs import read_run
 from hieratok.settings import load_run
 from hieratok.training import loop
+from hieratok.training.config import DataConfig
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.loop import DataConfig, Optimization, TrainConfig, learning_rate, seed_of
-from hieratok.training.run_folder import Log, RunFolder, plain
+from hieratok.training.loop import Optimization, TrainConfig, learning_rate, seed_of
+from hieratok.training.run_folder import Log, RunFolder
 from hieratok.training.tokenizer import EvalConfig, TokenizerRun, train_tokenizer
 
 

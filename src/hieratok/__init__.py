@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hieratok.hub import push_to_hub
-    from hieratok.tokenizer.model import HieraTok, TokenizerConfig
+    from hieratok.tokenizer.config import TokenizerConfig
+    from hieratok.tokenizer.model import HieraTok
     from hieratok.tokenizer.posterior import DiagonalGaussian
 
 __version__ = "0.1.0"
@@ -18,7 +19,7 @@ __all__ = ["DiagonalGaussian", "HieraTok", "TokenizerConfig", "push_to_hub"]
 
 _HOME = {
     "HieraTok": "hieratok.tokenizer.model",
-    "TokenizerConfig": "hieratok.tokenizer.model",
+    "TokenizerConfig": "hieratok.tokenizer.config",
     "DiagonalGaussian": "hieratok.tokenizer.posterior",
     "push_to_hub": "hieratok.hub",
 }
@@ -31,3 +32,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'hieratok' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted({*globals(), *__all__})

@@ -2,9 +2,8 @@
 
 import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from hieratok.analysis.channels import (
 )
 from hieratok.analysis.codec import Codec, Latents, codec_of, encode_all
 from hieratok.analysis.commutation import commutation, equivariance, pyramid_commutation
+from hieratok.analysis.config import Analyze
 from hieratok.analysis.density import (
     ITERATIONS,
     MIN_POINTS,
@@ -51,53 +51,6 @@ from hieratok.tokenizer.scales import area_pool
 SHOWN = 4  # images in the page's pictures
 KDE = "Gaussian kernel, Scott's bandwidth, at the points themselves"
 TSNE = f"2-D, perplexity {PERPLEXITY}, {ITERATIONS} iterations, PCA start"
-
-
-@dataclass(kw_only=True)
-class Analyze:
-    """Measure a tokenizer's latent space: density, commutation, equivariance, spectra, channels, robustness to noise.
-
-    Example: hieratok analyze runs/photos --data photos/val; hieratok analyze --latents latents.npy;
-    hieratok analyze --embedding tsne.npy
-    """
-
-    run: str | None = None
-    """Run or folder of a tokenizer, hub id, or folder of diffusers' AutoencoderKL or AutoencoderDC."""
-    data: str | None = None
-    """Images, best never trained on: a folder, a pattern, WebDataset shards, or `bundled:val`."""
-    latents: str | None = None
-    """Instead of a run: a .npy of latents, (N, d) or (N, d, h, w), for the density alone."""
-    embedding: str | None = None
-    """Instead of a run: a .npy of points in the plane, (N, 2), for the density without t-SNE."""
-    protocol: Literal["ours", "vavae"] = "ours"
-    """ours: posterior mean, images as they are, statistics of the training images where the tokenizer has them. vavae:
-    posterior sample, image or mirror image, statistics of the images at hand."""
-    num: int = 10_000
-    """Images, and so points of the density, at most; a random choice of those there are."""
-    decoded: int = 256
-    """Of these, how many to use for what needs decoding, and for spectra, at most."""
-    draws: int = 10
-    """Sets of points that the density is averaged over, each with as large a set of noise; 10,000 points take a minute
-    or two a set. 0: no density."""
-    size: int | None = None
-    """Side that images are cut to, in pixels. Default: the tokenizer's own."""
-    batch_size: int = 16
-    """Images at a time. It changes the speed, not the result."""
-    seed: int = 0
-    """Of the choice of images, positions and noise."""
-    device: str | None = None
-    """Where to run the tokenizer, such as cuda:0 or cpu. Default: the GPU if there is one."""
-    out: str | None = None
-    """Folder for metrics.json and index.html. Default: `analysis` in the run's folder, else nothing is written."""
-
-    def __post_init__(self):
-        if sum(x is not None for x in (self.run, self.latents, self.embedding)) != 1:
-            raise ValueError("analyze takes one of RUN, --latents FILE.npy and --embedding FILE.npy")
-        if self.run is not None and self.data is None:
-            raise ValueError("which images? hieratok analyze RUN --data PATH")
-        for name, least in (("num", 2), ("decoded", 2), ("draws", 0), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
 
 
 def analyze(options: Analyze) -> dict[str, Any]:

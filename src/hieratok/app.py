@@ -13,13 +13,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hieratok.app_config import ServeApp
 from hieratok.app_handlers import GUIDANCE, SAMPLERS, SAMPLES, SEEDS, STEPS, Demo, ModelFacts
 from hieratok.app_page import STYLE, message, status
 from hieratok.app_worker import Worker, WorkerError
+from hieratok.core.extras import MissingPackageError
 from hieratok.generation.dit import DiT
 from hieratok.reconstruct import best_device
 from hieratok.sample import Sample, check_models
@@ -38,30 +39,6 @@ CONNECTIONS = 500  # a browser needs three
 END_SECONDS = 4.0  # from SIGTERM to the end, at most
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeApp:
-    """Show what a tokenizer keeps of photos, and what a generator makes, in the browser.
-
-    Example: hieratok app runs/quickstart --generator runs/quickstart/dit
-    """
-
-    run: str
-    """The tokenizer: a run's folder, a tokenizer's folder or a hub id."""
-    generator: str | None = None
-    """A generator of its latents: a run's folder, a generator's folder or a hub id. Default: no samples."""
-    host: str = "127.0.0.1"
-    """Address to listen on: this machine alone. 0.0.0.0 listens to everybody who reaches it; there is no password."""
-    port: int = 7860
-    """Port to listen on."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Names under which others reach the app, such as '[photos.example.org]'. Requests for any other name than these,
-    localhost and --host are refused."""
-    time_limit: float = 120.0
-    """Seconds that one request may take; then it is stopped."""
-    device: str | None = None
-    """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
-
-
 def serve(options: ServeApp) -> None:
     """The command `hieratok app`: serves until it is interrupted or ended.
 
@@ -69,7 +46,7 @@ def serve(options: ServeApp) -> None:
         FileNotFoundError, ValueError: no such models, ones that do not fit each other, no gradio, or a port in use.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the app needs gradio: pip install 'hieratok[demo]'")
+        raise MissingPackageError("gradio")
     if not options.time_limit > 0:
         raise ValueError(f"time_limit must be above 0 seconds, not {options.time_limit:g}")
     with (

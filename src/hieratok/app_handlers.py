@@ -25,8 +25,9 @@ from hieratok.app_page import (
     status,
 )
 from hieratok.data.pixels import center_crop, to_float, to_uint8
+from hieratok.generation.config import Sampler
 from hieratok.generation.dit import DiT
-from hieratok.generation.sampling import SampleConfig, Sampler, sample_latents
+from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.tokenizer.model import HieraTok
 from hieratok.uploads import read_upload
 

@@ -1,7 +1,6 @@
 """Models on disk and on the hub: a folder with `config.json` and `model.safetensors`. Nothing is ever unpickled."""
 
 import contextlib
-import difflib
 import errno
 import hashlib
 import json
@@ -13,16 +12,15 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hieratok.core.typed import from_json
 from hieratok.files import check_regular, read_json_table, read_npz, shown
 
 Config = TypeVar("Config")
@@ -327,74 +325,10 @@ def load_config(
     return from_json(config_class, config, shown(path)), rest
 
 
-def from_json(config_class: type[Config], values: Any, where: str) -> Config:
-    """A dataclass from a table of JSON, whose values must have its fields' types; the class itself checks the ranges.
-
-    Args:
-        config_class: with fields of plain types, tuples of them, literals, tables, or one of these or None.
-        values: the table; fields with a default may be left out.
-        where: its file, for messages.
-
-    Raises:
-        ValueError: names the file and the field.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a table of values by name, not {shown(repr(values))[:80]}")
-    types = get_type_hints(config_class)
-    known = [field.name for field in fields(config_class)]  # type: ignore[arg-type]
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{where}: unknown setting {shown(repr(name))}{nearest(name, known)}")
-        if not _has_type(value, types[name]):
-            raise ValueError(f"{where}: {name} must be {_words(types[name])}, not {shown(repr(value))[:80]}")
-    for field in fields(config_class):  # type: ignore[arg-type]
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
-            raise ValueError(f"{where} lacks {field.name}")
-    try:
-        return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _words(wanted: Any) -> str:
-    """A type in words, for messages."""
-    parts = get_args(wanted)
-    if get_origin(wanted) is Literal:
-        return f"one of {', '.join(parts)}"
-    if get_origin(wanted) is UnionType:
-        return " or ".join(map(_words, parts))
-    if get_origin(wanted) is tuple:
-        return f"a list of {'' if ... in parts else f'{len(parts)} '}{_words(parts[0]).split(' ', 1)[1]}s"
-    words = {int: "a whole number", float: "a finite number", str: "a text", bool: "a true or false", NoneType: "null"}
-    return words.get(wanted, "a table")
-
-
-def _has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value from JSON, whose lists stand for tuples, has a type. Numbers must be finite."""
-    origin, parts = get_origin(wanted), get_args(wanted)
-    if origin is Literal:
-        return isinstance(value, str) and value in parts
-    if origin is UnionType:
-        return any(_has_type(value, part) for part in parts)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        if parts[1:] == (...,):
-            return all(_has_type(item, parts[0]) for item in value)
-        return len(value) == len(parts) and all(map(_has_type, value, parts))
-    if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if wanted is NoneType:
-        return value is None
-    return isinstance(value, origin or wanted)
-
-
 def tensor_names(folder: Path) -> set[str]:
     """The names of a model's weights; none if there is no readable file, which `load_weights` will say."""
     try:
-        check_regular(folder / WEIGHTS)
+        check_regular(folder / WEIGHTS)  # a FIFO would block
         with safe_open(folder / WEIGHTS, "pt") as file:
             return set(file.keys())
     except (OSError, ValueError, SafetensorError):
@@ -430,9 +364,3 @@ def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "c
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=device)
     model.load_state_dict(weights)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A hint for error messages: "; did you mean 'x'?" or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -22,6 +22,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import yaml
 
+from hieratok.core.messages import shown
+
 MAX_JSON_BYTES = 8 << 20
 MAX_YAML_BYTES = 256 << 10
 MAX_LOG_BYTES = 256 << 20
@@ -41,23 +43,6 @@ KINDS = {
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------
-
-
-def shown(name: object) -> str:
-    """A file's name (or other text from outside) as one line that can be printed anywhere.
-
-    Names are bytes: they may hold line breaks, marks that turn the direction of writing, or bytes that are no UTF-8.
-    Each such character becomes its escape, such as `\\n`, `\\u202e` or `\\xe9`.
-    """
-    text = str(name)
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file's name that is no UTF-8
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
 
 
 # --- Bytes ------------------------------------------------------------------------------------------------------------

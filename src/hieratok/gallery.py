@@ -13,6 +13,7 @@ from hieratok.data.pixels import BadImageError, read_image
 from hieratok.evaluate_page import digits
 from hieratok.evaluation.results import describe
 from hieratok.pictures import to_pil
+from hieratok.reports.config import Report
 from hieratok.runs import Measurement, Run, find_runs, is_run, problem_of
 
 MAX_POINTS = 200
@@ -49,21 +50,6 @@ TERMS = {
 """What a log's terms are, by what stands before "/" or "[": `l1/64` is the L1 error of the 64 px scale."""
 ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
 BETTER = "↑: higher is better, ↓: lower is better."
-
-
-@dataclass(kw_only=True)
-class Report:
-    """A page of all runs in a folder and below it: how far each got, settings that differ, curves, metrics, pictures.
-
-    Example: hieratok report runs
-    """
-
-    folder: str
-    """Where the runs are."""
-    out: str | None = None
-    """The page. Default: index.html in the folder, or report.html if the folder is itself a run's."""
-    json: bool = False
-    """Print all that is known of the runs as JSON instead of a table."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,40 +53,19 @@ dit = DiT.from_pretrained("{hub_id}")
 }
 
 
-@dataclass(kw_only=True)
-class Push:
-    """Publish a run's tokenizer or generator on the Hugging Face hub, with a model card made from the run.
-
-    Look at what would be published first, by --dry_run: the card shows the run's latest picture, settings and metrics.
-
-    Example: hieratok push runs/photos NAME/MODEL --license mit --dry_run
-    """
-
-    run: str
-    """The run, or a model's folder."""
-    hub_id: str
-    """Where to: NAME/MODEL; made if need be."""
-    license: str
-    """Under which licence, by the hub's identifier: mit, apache-2.0, cc-by-nc-4.0, other, ..."""
-    private: bool = False
-    """Make a new repository private. One that is there stays as it is."""
-    dry_run: bool = False
-    """Write what would be published to `hub` in the run's folder, and ask no network."""
-
-
-def push(options: Push) -> None:
-    """The command `hieratok push`.
+def push(run: str, hub_id: str, license: str, private: bool, dry_run: bool) -> None:
+    """The command `hieratok push`; with `dry_run`, into the folder `hub` of the run and not to the hub.
 
     Raises:
         ValueError, FileNotFoundError: no such model, no licence, no token.
         OSError: the hub refused.
     """
-    if options.dry_run:
-        folder = Path(options.run) / "hub"
-        write_folder(options.run, options.hub_id, options.license, folder)
+    if dry_run:
+        folder = Path(run) / "hub"
+        write_folder(run, hub_id, license, folder)
         print(f"what would be published: {folder}\nnext: the same command without --dry_run")
         return
-    url = push_to_hub(options.run, options.hub_id, license=options.license, private=options.private)
+    url = push_to_hub(run, hub_id, license=license, private=private)
     print(f"published: {url}")
 
 

@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-try:
+from hieratok.core.extras import needs_extras
+
+with needs_extras():
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
@@ -31,8 +33,6 @@ try:
     from diffusers.utils.accelerate_utils import apply_forward_hook
     from diffusers.utils.outputs import BaseOutput
     from diffusers.utils.torch_utils import randn_tensor
-except ImportError as error:
-    raise ImportError("hieratok.interop needs diffusers: pip install 'hieratok[diffusers]'") from error
 
 from hieratok.generation import diffusion
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace

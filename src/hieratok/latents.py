@@ -6,7 +6,7 @@ goes on where it was stopped; under `torchrun` the shards are divided among the 
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hieratok import checkpoint
+from hieratok.data.config import WriteLatents
 from hieratok.data.images import Source, Subset, evaluation_batches, names_sha256, open_source, to_float
 from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, read_shard, shard_folder
 from hieratok.evaluation.features import tensors_sha256
@@ -31,38 +32,6 @@ logger = logging.getLogger(__name__)
 SHARD_IMAGES = 2_048
 FILES = [f"{name}.npy" for name in ("mean", "logvar", "labels", "names", "moments")]
 """Of a shard."""
-
-
-@dataclass(kw_only=True)
-class WriteLatents:
-    """Write the latents of images and of their mirror images, for training generators.
-
-    Example: hieratok latents runs/photos --data PHOTOS --out latents/photos
-    """
-
-    run: str
-    """The tokenizer: a run's folder, a tokenizer's folder or a hub id; or a folder of diffusers' AutoencoderKL or
-    AutoencoderDC."""
-    data: str
-    """Images, as `hieratok train` takes them; each is cut to the tokenizer's size as ADM does."""
-    out: str | None = None
-    """Folder to write to; the same command again goes on."""
-    stats_only: bool = False
-    """Write no latents: measure every channel's mean and deviation over all images and put them into RUN."""
-    size: int | None = None
-    """Side that images are cut to, in pixels, for an autoencoder of diffusers. Default: the tokenizer's own."""
-    batch_size: int = 32
-    """Images at a time, each with its mirror image."""
-    device: str | None = None
-    """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-        if self.stats_only and self.out:
-            raise ValueError("--stats-only writes into RUN alone: leave out --out")
-        if not self.stats_only and not self.out:
-            raise ValueError("say where to write by --out DIR, or --stats-only to put statistics into RUN")
 
 
 def write_latents(options: WriteLatents) -> None:

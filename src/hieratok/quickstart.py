@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hieratok import recipes, report
 from hieratok.checkpoint import write_json
+from hieratok.core.typed import plain
 from hieratok.data.images import Source, evaluation_batches, open_source, to_uint8
 from hieratok.evaluate_page import metric_table
 from hieratok.evaluation.pixels import PIXEL_PROTOCOL
@@ -24,7 +25,7 @@ from hieratok.pictures import fit, to_pil
 from hieratok.reconstruct import reconstruct_any
 from hieratok.tokenizer.model import HieraTok
 from hieratok.training.generator import GeneratorRun, train_generator
-from hieratok.training.run_folder import LOG, plain, read_lines
+from hieratok.training.run_folder import LOG, read_lines
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
 PHOTOS = 3  # that are shown whole

@@ -7,17 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from hieratok.checkpoint import nearest
-from hieratok.generation.dit import DiTConfig
-from hieratok.losses.adversarial import AdversarialConfig
-from hieratok.losses.reconstruction import LossConfig
-from hieratok.losses.vf import VFConfig
-from hieratok.tokenizer.attention import AttentionMode
-from hieratok.tokenizer.downsample import DownsampleMode
-from hieratok.tokenizer.model import TokenizerConfig
-from hieratok.training.generator import GeneratorRun
-from hieratok.training.loop import DataConfig, TrainConfig
-from hieratok.training.tokenizer import TokenizerRun
+from hieratok.core.messages import nearest
+from hieratok.generation.config import DiTConfig
+from hieratok.losses.config import AdversarialConfig, LossConfig, VFConfig
+from hieratok.tokenizer.config import AttentionMode, DownsampleMode, TokenizerConfig
+from hieratok.training.config import DataConfig, GeneratorRun, TokenizerRun, TrainConfig
 
 Run = TokenizerRun | GeneratorRun
 Build = TypeVar("Build", bound=Callable[[], Run])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hieratok import evaluate_page
 from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.evaluate import EvaluateReconstruction, evaluate_reconstruction
 from hieratok.evaluation.processes import process, process_group
@@ -122,6 +121,8 @@ def evaluate_tokenizer(options: EvaluateReconstruction) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such run, images or weights, or options that the protocol fixes.
     """
+    from hieratok import evaluate_page  # pages need packages that reconstructing photos does not
+
     tokenizer = HieraTok.from_pretrained(options.run)
     side = tokenizer.config.image_size
     if options.size not in (None, side):

@@ -13,9 +13,8 @@ import logging
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +30,9 @@ from hieratok.data.pixels import read_image as read_pixels
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.processes import process, process_group, wait
 from hieratok.files import read_json_table, shown
+from hieratok.generation.config import Sample, SampleConfig
 from hieratok.generation.dit import DiT
-from hieratok.generation.sampling import SampleConfig, Samples, check_fits, class_labels, sample_latents
+from hieratok.generation.sampling import Samples, check_fits, class_labels, sample_latents
 from hieratok.lock import lock
 from hieratok.pictures import save_png, to_pil
 from hieratok.reconstruct import best_device
@@ -46,31 +46,6 @@ MARK = "hieratok"
 """The text in each PNG that says what it is a picture of: `mark`."""
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
 SHEET_ROWS = 16  # of a sheet with every scale
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample(SampleConfig):
-    """Draw images from a generator; the same command again draws what is missing.
-
-    Example: hieratok sample runs/dit-b --tokenizer runs/f16d16-multi --out samples --num 64 --cfg 4.2 --scales all
-    """
-
-    run: str
-    """The generator: a run's folder, a generator's folder or a hub id."""
-    tokenizer: str
-    """The tokenizer whose latents it learned: the same; or a folder of diffusers' AutoencoderKL or AutoencoderDC."""
-    out: str
-    """Folder to write to: 256px/000000.png and so on, samples.npz for ADM's evaluation suite, contact-sheet.png."""
-    scales: Literal["finest", "all"] = "finest"
-    """Decode the finest scale, or every one, each into a folder of its own: 16px, 32px, ..."""
-    preview: bool = False
-    """Every scale, and of each batch the coarse ones on the disk before the finest is computed."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the generator computes in bfloat16 (autocast), as it was trained; about twice as fast on a GPU."""
-    compile: bool = False
-    """torch.compile the generator: minutes to start, faster to run. Worth it for thousands of images."""
-    device: str | None = None
-    """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
 
 
 def sample(options: Sample) -> None:

@@ -1,29 +1,98 @@
-"""A run's settings, from a recipe or a YAML file and the command line: one config system, the run's dataclasses."""
+"""Dataclasses as flags, help and YAML: one way for every command, with the check of types of `hieratok.core.typed`."""
 
 import argparse
+import ast
+import functools
+import inspect
 import re
-from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hieratok import recipes
-from hieratok.checkpoint import nearest
-from hieratok.files import read_yaml, shown
+from hieratok.core.messages import nearest, shown
+from hieratok.core.typed import field_types, flatten, from_json, has_type, nested, plain, typed
 from hieratok.recipes import Run
-from hieratok.training.generator import GeneratorRun
-from hieratok.training.run_folder import flatten, plain
-from hieratok.training.tokenizer import TokenizerRun
+from hieratok.training.config import GeneratorRun, TokenizerRun
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Options = TypeVar("Options", bound="DataclassInstance")
-SHORTHANDS = {"--data": "--data.path", "--from": "--start_from"}
+Options = TypeVar("Options")
 CODE = "eval.features"
 """The one setting that may name code (`module:function`), from the command line or from Python alone."""
-OPTIONS = ["out", "allow_changes"]  # of the command, and no settings of the run
 KINDS: dict[str, type[Run]] = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+HELP = {"-h", "--help"}
+LEFT, WIDEST = 30, 120
+"""Columns of the help's left side, and of all of it at most."""
+
+
+class Option(NamedTuple):
+    """One flag, or one word without a flag, of a command line."""
+
+    name: str
+    """Of its field, after the groups that it is in: train.steps."""
+    kind: Any
+    """The field's type."""
+    text: str
+    """What it does."""
+    default: Any = MISSING
+    """MISSING: it must be given."""
+    is_positional: bool = False
+    alias: str = ""
+    """A shorter flag, without its dashes."""
+    value: str = ""
+    """What stands for its value in help; default: made from its type."""
+
+    @property
+    def flags(self) -> list[str]:
+        """As they are typed, the shorter one first."""
+        return [f"--{name}" for name in (self.alias, self.name) if name]
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for its value in help: nothing for a boolean."""
+        return self.value or placeholder(self.kind, self.name.rpartition(".")[2].upper())
+
+    @property
+    def how(self) -> str:
+        """How it is given, for messages: RUN or --data."""
+        return self.name.upper() if self.is_positional else f"--{self.name}"
+
+
+class Command(NamedTuple):
+    """One command of `hieratok`."""
+
+    summary: str
+    """One sentence."""
+    main: Callable[[list[str]], object]
+    """Takes what follows the command's name."""
+    options: type | None = None
+    """The dataclass of its options."""
+    positionals: tuple[str, ...] = ()
+    """Those of its options that have no flag."""
+    kinds: Mapping[str, "Command"] = {}
+    """Commands of a second word, such as `evaluate samples`."""
+
+
+def command(name: str, options: type[Options], run: Callable[[Options], object], *positionals: str) -> Command:
+    """A command whose options are a dataclass.
+
+    Args:
+        name: what stands after `hieratok`.
+        options: a dataclass; the first sentence of its docstring says what the command does.
+        run: what it does.
+        positionals: fields that come without a flag.
+    """
+
+    def main(arguments: list[str]) -> None:
+        run(load_options(options, positionals, f"hieratok {name}", arguments))
+
+    return Command(about(options).partition("\n")[0], main, options, positionals)
 
 
 class TrainCommand(NamedTuple):
@@ -32,6 +101,36 @@ class TrainCommand(NamedTuple):
     run: Run
     out: Path
     allow_changes: bool
+
+
+def load_options(
+    options_class: type[Options], positionals: Sequence[str], prog: str, arguments: Sequence[str]
+) -> Options:
+    """One command's options from its command line; `--flag` alone sets a boolean, `--a-flag` is `--a_flag`.
+
+    Args:
+        options_class: a dataclass, a flag per field.
+        positionals: the fields that have no flag.
+        prog: the command, for messages.
+        arguments: the command line.
+
+    Raises:
+        ValueError: missing or unknown options (the nearest is offered), wrong types.
+        SystemExit: help was asked for, and printed.
+    """
+    if HELP & set(arguments):
+        options = options_of(options_class, positionals, with_texts=True)
+        words = [option for option in options if option.is_positional]
+        flags = [option for option in options if not option.is_positional]
+        flags.sort(key=lambda option: option.default is not MISSING)  # what is required comes first
+        print(help_text(usage(prog, options), about(options_class), [("arguments", words), ("options", flags)]))
+        raise SystemExit(0)
+    options = options_of(options_class, positionals)
+    given = parse(prog, options, arguments)
+    for option in options:
+        if option.default is MISSING and given.get(option.name, []) == []:
+            raise ValueError(f"{prog} needs {option.how} (`{prog} --help` shows how)")
+    return options_class(**given)
 
 
 def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
@@ -47,103 +146,23 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
         FileNotFoundError: no such file.
     """
     settings = read_settings(source)
-    arguments = [_expand(argument) for argument in arguments]
-    check_settings(settings, source)
     run_class = kind_of(settings, source)
-    defaults = flatten(plain(run_class()))
-    known = list(defaults)
-    arguments = _bare_booleans(arguments, [name for name, value in defaults.items() if isinstance(value, bool)])
-    for name in _flags(arguments):
-        if name not in [*known, *OPTIONS]:
-            raise ValueError(f"unknown setting --{name}{nearest(name, known)}")
-
-    try:
-        make_parser(run_class).parse_object(settings)  # defaults are not checked, so a file's types are checked apart
-        parser = make_parser(run_class, settings)
-        parsed = parser.instantiate(parser.parse_args(arguments))
-    except Exception as error:
-        raise ValueError(_one_line(error)) from error
-    try:
-        run = run_class(**{field.name: parsed[field.name] for field in fields(run_class)})
-    except ValueError as error:
-        raise ValueError(_one_line(error)) from error
-    return TrainCommand(run, Path(parsed.out or f"runs/{run.name}"), parsed.allow_changes)
+    in_file = check_settings(settings, source)
+    given = parse("hieratok train", run_options(run_class()), arguments)
+    out, allow_changes = given.pop("out", None), given.pop("allow_changes", False)
+    run = from_json(run_class, nested(flatten(plain(run_class())) | in_file | given), "")
+    return TrainCommand(run, Path(out or f"runs/{run.name}"), allow_changes)
 
 
-def load_options(
-    options_class: type[Options], positionals: Sequence[str], prog: str, arguments: Sequence[str]
-) -> Options:
-    """One command's options from its command line; `--flag` alone sets a boolean, `--a-flag` is `--a_flag`.
-
-    Args:
-        options_class: a dataclass, a flag per field.
-        positionals: the fields that come first, without a flag.
-        prog: the command, for messages.
-        arguments: the command line.
-
-    Raises:
-        ValueError: missing or unknown options (the nearest is offered), wrong types.
-    """
-    known = {field.name: field for field in fields(options_class)}
-    expanded = []
-    for i, argument in enumerate(map(_underscored, arguments)):
-        if i < len(positionals) and not argument.startswith("-"):
-            expanded.append(f"--{positionals[i]}={argument}")
-        elif argument[2:] in known and known[argument[2:]].type is bool and argument.startswith("--"):
-            expanded.append(f"{argument}=true")
-        else:
-            expanded.append(argument)
-    for name in _flags(expanded):
-        if name not in known and name != "help":
-            raise ValueError(f"unknown option --{name}{nearest(name, list(known))}")
-    given = _flags(expanded)
-    parser = _parser(prog, options_class.__doc__ or "", "")
-    parser.add_class_arguments(options_class)
-    if {"-h", "--help"} & set(arguments):
-        parser.print_help()
-        raise SystemExit(0)
-    for name, field in known.items():
-        if field.default is MISSING and field.default_factory is MISSING and name not in given:
-            how = name.upper() if name in positionals else f"--{name}"
-            raise ValueError(f"{prog} needs {how} (`{prog} --help` shows how)")
-    try:
-        return options_class(**vars(parser.parse_args(expanded)))
-    except Exception as error:
-        raise ValueError(_one_line(error)) from error
-
-
-def _parser(prog: str, description: str, example: str) -> Any:
-    try:
-        from jsonargparse import ArgumentParser, set_parsing_settings
-    except ImportError as error:
-        raise ValueError("settings on the command line need jsonargparse: pip install jsonargparse") from error
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return ArgumentParser(prog=prog, description=description, epilog=example, exit_on_error=False)
-
-
-def make_parser(run_class: type[Run] = TokenizerRun, defaults: dict[str, Any] | None = None) -> Any:
-    """The command line of `hieratok train`: a flag per field of the run's dataclasses, their docstrings as help."""
-    parser = _parser(
-        "hieratok train RECIPE|FILE.yaml",
-        "Train a recipe or a YAML file; the same command again resumes. --data PATH is --data.path PATH.",
-        "example: hieratok train tiny-multi --data photos/ --train.steps 2000 --model.scales '[1,4,8]'",
-    )
-    parser.add_argument("--out", type=str | None, default=None, help="Folder of the run (default: runs/NAME).")
-    parser.add_argument("--allow_changes", type=bool, default=False, help="Go on with a run that had other settings.")
-    parser.add_class_arguments(run_class)
-    groups = {name for name, value in vars(run_class()).items() if is_dataclass(value)}
-    for action in parser._actions:
-        if action.dest in groups:
-            action.help = argparse.SUPPRESS  # a file for one group, which `load_run` refuses: --data is something else
-    parser.set_defaults(defaults or {})
-    return parser
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def read_settings(source: str) -> dict[str, Any]:
     """A recipe's or a YAML file's settings as they stand there, not checked yet."""
     if not source.endswith((".yaml", ".yml")):
         return plain(recipes.get(source))
+    from hieratok.files import read_yaml  # it needs numpy, for which a recipe's help need not wait
+
     return {"name": Path(source).stem, **read_yaml(source)}
 
 
@@ -155,71 +174,278 @@ def kind_of(settings: dict[str, Any], source: str) -> type[Run]:
     """
     kind = settings.get("kind", "tokenizer")
     if not isinstance(kind, str) or kind not in KINDS:
-        hint = nearest(str(kind), list(KINDS))
+        hint = nearest(str(kind), KINDS)
         raise ValueError(f"{shown(source)}: kind must be {' or '.join(KINDS)}, not {shown(repr(kind))}{hint}")
     return KINDS[kind]
 
 
-def check_settings(settings: dict[str, Any], source: str) -> None:
-    """Refuse names that no run has, and null where a run needs a value: the parser takes that for "not given".
+def check_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """A file's settings by their whole names, as their types want them.
 
     Raises:
-        ValueError: names the setting, and the nearest one where the name is unknown.
+        ValueError: a name that no run has (the nearest is offered), a value of another type, or code.
     """
-    default = kind_of(settings, source)()
-    defaults, run = flatten(plain(default)), vars(default)
+    run_class = kind_of(settings, source)
+    types, groups = field_types(run_class), get_type_hints(run_class)
     for name, value in settings.items():
         top = str(name).partition(".")[0]
-        if top not in run:
-            raise ValueError(f"{shown(source)}: unknown setting {top!r}{nearest(top, list(run))}")
-        if is_dataclass(run[top]) and name == top and not isinstance(value, dict):
+        if top not in groups:
+            raise ValueError(f"{shown(source)}: unknown setting {top!r}{nearest(top, groups)}")
+        if is_dataclass(groups[top]) and name == top and not isinstance(value, dict):
             raise ValueError(f"{shown(source)}: {name} must hold settings of its own by name, not {value!r}")
+    checked = {}
     for name, value in flatten(settings).items():
         if name == CODE and ":" in str(value):
             raise ValueError(
                 f"{shown(source)}: {CODE} {shown(repr(value))} names code, which no file may: give it on the command"
                 f" line, --{CODE} {shown(value)}"
             )
-        if name not in defaults:
-            raise ValueError(f"{shown(source)}: unknown setting {name!r}{nearest(name, list(defaults))}")
-        if value is None and defaults[name] is not None:
-            raise ValueError(f"{shown(source)}: {name} must not be null")
+        if name not in types:
+            raise ValueError(f"{shown(source)}: unknown setting {name!r}{nearest(name, types)}")
+        checked[name] = typed(_with_exponents(value, types[name]), types[name], f"{shown(source)}: {name}")
+    return checked
 
 
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument[2:].partition("=")
-    return "--" + flag.replace("-", "_") + equals + value
+def _with_exponents(value: Any, wanted: Any) -> Any:
+    """YAML 1.1 takes 3e-4, without a dot, for text: where numbers are wanted, it is one."""
+    kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    if isinstance(value, list):
+        items = [get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)]
+        return [_with_exponents(item, items[0]) for item in value] if items else value
+    if isinstance(value, str) and float in kinds and EXPONENT.fullmatch(value):
+        return float(value)
+    return value
 
 
-def _expand(argument: str) -> str:
-    if argument == "--allow-changes":
-        return "--allow_changes=true"
-    flag, equals, value = argument.partition("=")
-    return SHORTHANDS.get(flag, flag) + equals + value
+# --- The command line -------------------------------------------------------------------------------------------------
 
 
-def _bare_booleans(arguments: list[str], names: Sequence[str]) -> list[str]:
-    """`--flag` for `--flag=true` where no value follows."""
-    followed = [not following.startswith("--") for following in [*arguments[1:], "--"]]
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are a user's mistakes as any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')} (`{self.prog} --help` shows how)")
+
+
+def parse(prog: str, options: Sequence[Option], arguments: Sequence[str]) -> dict[str, Any]:
+    """The values of the options that a command line gives, by name and as their types want them.
+
+    Raises:
+        ValueError: unknown options (the nearest is offered), too many words, values of a wrong type.
+    """
+    flagged = [option for option in options if not option.is_positional]
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    for option in flagged:
+        parser.add_argument(*option.flags, dest=option.name, default=argparse.SUPPRESS)
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)  # behind it there are no flags
+    booleans = {flag for option in flagged if option.kind is bool for flag in option.flags}
+    found, others = parser.parse_known_args(_normalized(words[:end], booleans))
+    for word in others:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0]
+            known = [flag[2:] for option in flagged for flag in option.flags]
+            raise ValueError(f"unknown option --{shown(name)}{nearest(name, known)} (`{prog} --help` lists them)")
+    given = {**vars(found), **_positionals(prog, options, others + words[end + 1 :])}
+    return {
+        option.name: typed(_plain_value(given[option.name], option.kind), option.kind, option.how)
+        for option in options
+        if option.name in given
+    }
+
+
+def _positionals(prog: str, options: Sequence[Option], words: list[str]) -> dict[str, str | list[str]]:
+    """Words without a flag, in order; a list takes all that are left."""
+    given: dict[str, str | list[str]] = {}
+    for option in options:
+        if option.is_positional and words:
+            if get_origin(option.kind) is list:
+                given[option.name], words = words, []
+            else:
+                given[option.name], *words = words
+    if words:
+        raise ValueError(f"unrecognized arguments: {shown(' '.join(words))} (`{prog} --help` shows how)")
+    return given
+
+
+def _normalized(words: Sequence[str], booleans: set[str]) -> list[str]:
+    """`--a_flag` for `--a-flag`; `--flag=true` for a boolean's `--flag`, and `--flag=false` for `--flag false`."""
+    normalized, i = [], 0
+    while i < len(words):
+        word = words[i]
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            word = f"--{flag.replace('-', '_')}{equals}{value}"
+        if word in booleans:
+            has_value = i + 1 < len(words) and words[i + 1].lower() in ("true", "false")
+            word += f"={words[i + 1] if has_value else 'true'}"
+            i += has_value
+        normalized.append(word)
+        i += 1
+    return normalized
+
+
+def _plain_value(text: str | list[str], wanted: Any) -> Any:
+    """What words of a command line stand for: as YAML reads a word where the type has such a value, else itself."""
+    if isinstance(text, list):
+        return text
+    import yaml
+
+    try:
+        value = _with_exponents(yaml.safe_load(text), wanted)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    if isinstance(value, str) or (value is None and text != "null"):  # YAML drops quotes, spaces and comments
+        value = _with_exponents(text, wanted)
+    return value if has_type(value, wanted) else text
+
+
+def options_of(
+    config: Any, positionals: Sequence[str] = (), prefix: str = "", with_texts: bool = False
+) -> list[Option]:
+    """An option for each field of a dataclass and of those in it.
+
+    Args:
+        config: the class; or an instance, whose values are then the defaults.
+        positionals: fields that have no flag.
+        prefix: of the options' names.
+        with_texts: what each does, for help; it takes reading the source.
+    """
+    config_class = config if isinstance(config, type) else type(config)
+    types, options = get_type_hints(config_class), []
+    texts = field_texts(config_class) if with_texts else {}
+    for field in fields(config_class):
+        default = _default(field) if config is config_class else getattr(config, field.name)
+        name, kind = f"{prefix}{field.name}", types[field.name]
+        if is_dataclass(kind):
+            options += options_of(default, prefix=f"{name}.", with_texts=with_texts)
+        else:
+            options.append(Option(name, kind, texts.get(field.name, ""), default, field.name in positionals))
+    return options
+
+
+def run_options(run: Run, with_texts: bool = False) -> list[Option]:
+    """The options of `hieratok train` for a run whose settings are the defaults."""
+    short = {"data.path": ("data", "PATH"), "start_from": ("from", "RUN")}
+    settings = [
+        option._replace(alias=short[option.name][0], value=short[option.name][1]) if option.name in short else option
+        for option in options_of(run, with_texts=with_texts)
+    ]
     return [
-        f"{argument}=true" if argument[2:] in names and argument.startswith("--") and not has_value else argument
-        for argument, has_value in zip(arguments, followed)
+        *settings,
+        Option("out", str | None, "Folder of the run. Default: runs/NAME.", None, value="DIR"),
+        Option("allow_changes", bool, "Go on with a run in --out that had other settings.", False),
     ]
 
 
-def _flags(arguments: list[str]) -> list[str]:
-    return [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
-    text = re.sub(r'^Parser key "([^"]+)": Expected an? (.*)\. Got value: ', r"\1: expected \2, got ", text)
-    text = re.sub(
-        r'^Parser key "([^"]+)": Does not validate .* Subtypes: \[(.*), NoneType\] Errors: .* Given value: ',
-        r"\1: expected \2 or null, got ",
-        text,
-    )
-    return text.replace("expected tuple,", "expected a list such as '[1,2,4]',")
+# --- Help -------------------------------------------------------------------------------------------------------------
+
+
+def usage(prog: str, options: Sequence[Option]) -> str:
+    """The line that shows how a command is called: what it takes without a flag, and the flags that it needs."""
+    parts = [prog]
+    for option in options:
+        if option.is_positional:
+            word = option.name.upper() + ("..." if get_origin(option.kind) is list else "")
+            parts.append(word if option.default is MISSING else f"[{word}]")
+    parts += [f"{o.flags[0]} {o.placeholder}" for o in options if o.default is MISSING and not o.is_positional]
+    has_others = any(option.default is not MISSING and not option.is_positional for option in options)
+    return " ".join([*parts, *["[OPTIONS]"] * has_others])
+
+
+def help_text(usage: str, about: str, groups: Sequence[tuple[str, Sequence[Option]]]) -> str:
+    """A command's help: how it is called, what it does with an example, and its options by group."""
+    parts = [f"usage: {usage}"]
+    for paragraph in about.split("\n"):  # an example stays on one line, so that it can be copied
+        parts.append(paragraph if paragraph.startswith("Example:") else textwrap.fill(paragraph, columns()))
+    for title, options in groups:
+        if options:
+            parts.append("\n".join([f"{title}:", *map(_entry, options)]))
+    return "\n\n".join(parts)
+
+
+def columns() -> int:
+    """How wide help is: as the terminal, within reason."""
+    return min(shutil.get_terminal_size().columns, WIDEST)
+
+
+def entry(head: str, text: str, left: int) -> str:
+    """A name and what it is, side by side; the text begins after `left` columns, on a line of its own if need be."""
+    lines = textwrap.wrap(text, max(20, columns() - left), break_on_hyphens=False) or [""]
+    if len(head) + 4 > left:
+        lines.insert(0, "")
+    return "\n".join([f"  {head}".ljust(left) + lines[0], *(" " * left + line for line in lines[1:])]).rstrip()
+
+
+def _entry(option: Option) -> str:
+    name = option.placeholder if option.value and option.is_positional else option.name.upper()
+    head = name if option.is_positional else f"{', '.join(option.flags)} {option.placeholder}".rstrip()
+    text = " ".join(option.text.split())
+    if option.default is MISSING:
+        text += " (required)" * (not option.is_positional)
+    elif option.default is not None and option.default is not False:
+        text += f" (default: {value_text(option.default)})"
+    return entry(head, text, LEFT)
+
+
+def about(config_class: type) -> str:
+    """What a class's docstring says, a line each paragraph, but for what it raises."""
+    paragraphs = inspect.cleandoc(config_class.__doc__ or "").split("\n\n")
+    return "\n".join(" ".join(p.split()) for p in paragraphs if not p.startswith("Raises:"))
+
+
+def field_texts(config_class: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass and of those that it inherits from, by the field's name."""
+    texts: dict[str, str] = {}
+    for one in reversed(config_class.__mro__):
+        if is_dataclass(one):
+            texts |= _own_texts(one)
+    missing = [field.name for field in fields(config_class) if not texts.get(field.name)]
+    assert not missing, f"{config_class.__name__}: no docstring under {missing}"
+    return texts
+
+
+def _own_texts(config_class: type) -> dict[str, str]:
+    texts = {}
+    for statement, following in pairwise(_classes(config_class.__module__)[config_class.__name__].body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            match following:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[statement.target.id] = " ".join(text.split())
+    return texts
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def placeholder(kind: Any, name: str = "TEXT") -> str:
+    """What stands for a value in help: N for a whole number, X for another, nothing for a boolean."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "|".join(parts)
+    if origin in (Union, UnionType):
+        return "|".join(placeholder(part, name) for part in parts if part is not NoneType)
+    if origin in (tuple, list):
+        item = placeholder(parts[0])
+        number = 2 if origin is list or ... in parts else len(parts)
+        dots = ",..." if origin is list or ... in parts else ""
+        return f"'[{','.join([item] * number)}{dots}]'"
+    return {int: "N", float: "X", bool: "", str: name}[kind]
+
+
+def value_text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(value_text, value))}]"
+    return str(value)

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hieratok import recipes
-from hieratok.checkpoint import nearest
-from hieratok.generation.sampling import Sampler
+from hieratok.core.messages import nearest
+from hieratok.generation.config import Sampler
 from hieratok.recipes import single, with_kl, with_latent_channels, with_mixing, with_scales
-from hieratok.training.generator import GeneratorRun
-from hieratok.training.tokenizer import TokenizerRun
+from hieratok.study_config import SizeName
+from hieratok.training.config import GeneratorRun, TokenizerRun
 
 Build = Callable[[TokenizerRun], TokenizerRun]
 Need = Literal["reconstruction", "generation", "guided", "curves", "density", "commutation", "samples", "cost"]
-SizeName = Literal["tiny", "small", "paper"]
 GeneratorName = Literal["scaled up", "xl", "l", "b"]
 
 

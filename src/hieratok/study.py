@@ -20,6 +20,7 @@ from hieratok.analyze import Analyze, analyze_tokenizer, load_tokenizer
 from hieratok.analyze import write as write_analysis
 from hieratok.analyze_page import make_page as analysis_page
 from hieratok.checkpoint import atomic_file
+from hieratok.core.typed import plain
 from hieratok.data.images import open_source
 from hieratok.evaluation.evaluate import EvaluateReconstruction, EvaluateSamples, evaluate_samples
 from hieratok.evaluation.pixels import psnr
@@ -46,7 +47,7 @@ from hieratok.study_runs import (
     wants_generator,
 )
 from hieratok.tokenizer.model import HieraTok
-from hieratok.training.run_folder import EVALUATIONS, plain, read_lines
+from hieratok.training.run_folder import EVALUATIONS, read_lines
 from hieratok.training.tokenizer import TokenizerRun
 
 CONSISTENCY_SAMPLES = 256

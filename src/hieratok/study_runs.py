@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hieratok import cost, studies
 from hieratok.analysis.density import MIN_POINTS
 from hieratok.checkpoint import step_folders, step_of, write_json
+from hieratok.core.typed import plain
 from hieratok.data.images import names_sha256, open_source
 from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
@@ -28,71 +29,18 @@ from hieratok.losses.reconstruction import ReconstructionLoss
 from hieratok.quickstart import hardware, speed
 from hieratok.reconstruct import best_device
 from hieratok.settings import load_run
-from hieratok.studies import Row, Size, SizeName, Study
+from hieratok.studies import Row, Size, Study
+from hieratok.study_config import RunStudy, SizeName
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.scales import Scales
-from hieratok.training.generator import GeneratorEval, GeneratorRun, train_generator
-from hieratok.training.run_folder import HARMLESS, LOG, flatten, plain, read_lines
+from hieratok.training.config import GeneratorEval
+from hieratok.training.generator import GeneratorRun, train_generator
+from hieratok.training.run_folder import HARMLESS, LOG, flatten, read_lines
 from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
 
 AnyRun = TypeVar("AnyRun", TokenizerRun, GeneratorRun)
 DONE = "trained.json"
 """In a finished run's folder: on what, how long and on how many images it was trained."""
-
-
-@dataclass(kw_only=True)
-class RunStudy:
-    """Run one of the paper's tables or figures, and set the paper's numbers beside its own.
-
-    Example: hieratok study table3; hieratok study table2 --size small --data PHOTOS/train --val PHOTOS/val --plan
-    """
-
-    study: str
-    """table1 .. table7, figure4, figure5, appendix-b, appendix-d."""
-    size: SizeName | None = None
-    """tiny: a row in less than a minute on a CPU; small: one GPU, minutes a row; paper: the paper's settings. Default:
-    tiny, and paper for table7, which trains nothing."""
-    data: str | None = None
-    """Images to train on; tiny has ten photos of its own."""
-    val: str | None = None
-    """Images to judge by, never trained on."""
-    out: str | None = None
-    """Folder of pages, tables and runs. Default: studies/SIZE."""
-    base: str | None = None
-    """Recipe or YAML file of the multi-scale tokenizer that rows are variants of, instead of the size's."""
-    steps: int | None = None
-    """Training steps of every run, instead of the size's."""
-    generator_steps: int | None = None
-    """Training steps of every generator, instead of --steps or the size's."""
-    samples: int | None = None
-    """Images that gFID is measured on, instead of the size's."""
-    seeds: int = 1
-    """Runs of each row; several give intervals."""
-    row: int | None = None
-    """Run this row alone, from 1, and write no page: for many machines, one a row. Without --row again, the study is
-    put together from what they made."""
-    plan: bool = False
-    """Print what would be trained, what is there, and how long the rest would take; train nothing."""
-    features: str = "none"
-    """Feature network of FID, as of `hieratok evaluate`. none: no rFID, and no generator is trained."""
-    weights: str | None = None
-    """File with the feature network's weights. Default: torch's cache."""
-    lpips: list[str] = field(default_factory=list)
-    """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
-    reference: str | None = None
-    """Real images that samples are compared with, or an .npz of their statistics. Default: those of --val; size paper
-    needs it: ADM's VIRTUAL_imagenet256_labeled.npz."""
-
-    @property
-    def steps_of_generators(self) -> int | None:
-        """What --generator_steps or else --steps says."""
-        return self.generator_steps or self.steps
-
-    def __post_init__(self):
-        for name, least in (("seeds", 1), ("steps", 1), ("generator_steps", 1), ("samples", 2), ("row", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, not {value}")
 
 
 class Planned(NamedTuple):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hieratok.core.extras import needs_extras
+
 SHARES = (0.5, 0.75, 1.0)
 """Levels are what the baseline has reached after these shares of its steps."""
 REPLICATES = 1_000
@@ -96,7 +98,8 @@ def reach(x: np.ndarray, baseline: np.ndarray, other: np.ndarray, at: int) -> tu
 
 def monotone(values: np.ndarray) -> np.ndarray:
     """The falling curve nearest to `values`, (steps,)."""
-    from scipy.optimize import isotonic_regression
+    with needs_extras():
+        from scipy.optimize import isotonic_regression
 
     return isotonic_regression(values, increasing=False).x
 

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from hieratok.core.extras import needs_extras
+
 PERPLEXITY = 30
 ITERATIONS = 1_000
 MIN_POINTS = 3 * PERPLEXITY + 2  # t-SNE looks at 3 x perplexity + 1 neighbours of every point
@@ -69,7 +71,8 @@ def kernel_density(embedding: ArrayLike) -> np.ndarray:
     Raises:
         ValueError: another shape, values that are not finite, or points on one line.
     """
-    from scipy.stats import gaussian_kde
+    with needs_extras():
+        from scipy.stats import gaussian_kde
 
     points = np.asarray(embedding, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
@@ -92,7 +95,8 @@ def embed(points: ArrayLike, seed: int = 0) -> np.ndarray:
     Raises:
         ValueError: another shape, too few points, or values that are not finite or all the same.
     """
-    from sklearn.manifold import TSNE
+    with needs_extras():
+        from sklearn.manifold import TSNE
 
     x = np.asarray(points, dtype=np.float32)
     if x.ndim != 2 or x.shape[1] < 2:

@@ -4,6 +4,8 @@ import math
 
 from torch import Tensor
 
+from hieratok.core.extras import needs_extras
+
 CONFIDENCE = 0.95
 
 
@@ -14,7 +16,8 @@ def half_width(deviation: float, n: int) -> float:
         deviation: their standard deviation, with n - 1.
         n: how many there are.
     """
-    from scipy.stats import t
+    with needs_extras():
+        from scipy.stats import t
 
     return float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * deviation / math.sqrt(n) if n > 1 else math.nan
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hieratok.core.extras import MissingPackageError
 from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
 from hieratok.data.pixels import (
     SUFFIXES,
@@ -264,12 +265,11 @@ def names_sha256(source: Source) -> str:
 def _bundled(package: str, file: str) -> Tensor:
     """A photo from a package's folder, found without importing the package, which would take seconds."""
     spec = importlib.util.find_spec(package)
-    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"the bundled photos come with {distribution}, which is not installed")
+        raise MissingPackageError(package)
     path = Path(spec.origin).parent / file
     if not path.is_file():
-        raise FileNotFoundError(f"this {distribution} came without {path}: reinstall it, or give --data PATH")
+        raise FileNotFoundError(f"this {package} came without {path}: reinstall it, or give --data PATH")
     return read_image(path)
 
 

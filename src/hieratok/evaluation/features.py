@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchvision.models import inception as tv
 
 from hieratok.checkpoint import file_sha256, read_tensors
+from hieratok.core.extras import needs_extras
 from hieratok.evaluation.pixels import check_images
 from hieratok.files import check_regular, parse_json, shown
 
@@ -345,8 +346,9 @@ def _load_dinov2(size: str, path: Path) -> FeatureNetwork:
 
     At 224 px, as the authors of FD-DINOv2 compute it (Stein et al. 2023, arXiv 2306.04675; their code is dgm-eval).
     """
-    import timm
-    from timm.models.vision_transformer import checkpoint_filter_fn
+    with needs_extras():
+        import timm
+        from timm.models.vision_transformer import checkpoint_filter_fn
 
     network: Any = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, img_size=518, num_classes=0)
     try:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hieratok.data import Source, center_crop, open_source
+from hieratok.data.images import Source, center_crop, open_source
 from hieratok.files import map_npz, shown
 
 

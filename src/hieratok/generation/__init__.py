@@ -1,17 +1,6 @@
 """Generators of latents: the DiT, the two processes it can be trained for, and sampling.
 
 A process is a module with two functions, `loss` and `sample`: `diffusion` (DDPM, the paper's) and `flow`. Both see a
-generator only as `Predict` and noise only as `Draw`, so guidance, seeds and batches are `sampling`'s business alone.
-Nothing here knows a tokenizer: a generator sees only z, normalised per channel by whoever made it.
+generator only as `Predict` and noise only as `Draw` (`process`), so guidance, seeds and batches are `sampling`'s
+business alone. Nothing here knows a tokenizer: a generator sees only z, normalised per channel by whoever made it.
 """
-
-from collections.abc import Callable
-
-from torch import Tensor
-
-# (latents (B, d, h, w), times (B,), class labels (B,)) -> what the process predicts, (B, d, h, w), or (B, 2 d, h, w)
-# where the second half sets the variance. A DiT, a guided one, or any function in a test.
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# () -> the next standard normals for the batch being sampled, (B, d, h, w)
-Draw = Callable[[], Tensor]

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hieratok.generation import Draw, Predict
+from hieratok.generation.config import STEPS
+from hieratok.generation.process import Draw, Predict
 
-STEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02
 
 

@@ -5,9 +5,8 @@ Weights are named as in facebookresearch/DiT, so that a state dict from there lo
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,131 +14,12 @@ from torch import Tensor, nn
 
 from hieratok import checkpoint
 from hieratok.files import shown
+from hieratok.generation.config import DiTConfig
 from hieratok.layers import Attend, Attention, Blocks, Mlp
-
-Objective = Literal["ddpm", "flow"]
-NormName = Literal["layer", "rms"]
-MlpName = Literal["gelu", "swiglu"]
-Positions = Literal["sincos", "rotary"]
 
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256  # features of a timestep before its MLP
 MAX_PERIOD = 10_000  # of timestep features, fixed positions and rotary positions
-
-# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
-MOST = {
-    "latent_channels": 65_536,
-    "latent_size": 4_096,
-    "patch_size": 4_096,
-    "width": 65_536,
-    "depth": 1_000,
-    "heads": 65_536,
-    "num_classes": 100_000_000,
-}
-
-# Parameters with 16 latent channels, patch 1, 16 x 16 latents and 1000 classes: 2M, 33M, 130M, 458M, 675M.
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(width=128, depth=6, heads=4),  # a CPU [ours]
-    "s": dict(width=384, depth=12, heads=6),  # one GPU
-    "b": dict(width=768, depth=12, heads=12),
-    "l": dict(width=1024, depth=24, heads=16),
-    "xl": dict(width=1152, depth=28, heads=16),
-}
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The generator's shape and what it is trained to predict. Defaults: the paper's DiT-XL on f16d16 at 256 px.
-
-    Raises:
-        ValueError: settings that do not fit together; the message names them.
-    """
-
-    objective: Objective = "ddpm"
-    """What it predicts: the noise of a DDPM (ddpm), or the velocity of a linear flow (flow)."""
-    latent_channels: int = 16
-    """d: channels of a latent."""
-    latent_size: int = 16
-    """Side of the (square) latent grid."""
-    patch_size: int = 1
-    """Latent positions per token side. [ours]: the paper does not say; 1 gives the 256 tokens of DiT-XL/2."""
-    width: int = 1152
-    """Channels of the tokens."""
-    depth: int = 28
-    """Transformer blocks."""
-    heads: int = 16
-    """Attention heads."""
-    mlp_ratio: float = 4.0
-    """Hidden width of every MLP over its width; swiglu takes two thirds of it, for the same number of parameters."""
-    num_classes: int = 1000
-    """Class labels are 0 .. num_classes - 1; the label num_classes stands for "no class"."""
-    label_dropout: float = 0.1
-    """Share of training labels replaced by "no class", which guidance needs; 0: there is no such label."""
-    learn_sigma: bool = True
-    """Predict the variance of each denoising step too; for the objective ddpm alone."""
-    norm: NormName = "layer"
-    """Normalisation before attention and MLP: LayerNorm as in DiT (layer), or RMSNorm (rms)."""
-    mlp: MlpName = "gelu"
-    """MLP: as in DiT (gelu), or gated (swiglu)."""
-    positions: Positions = "sincos"
-    """Where a token lies: fixed sines and cosines added to it, as in DiT (sincos), or rotated queries and keys."""
-    qk_norm: bool = False
-    """Normalise queries and keys."""
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (isinstance(value, int) and 1 <= value <= MOST[field.name]):
-                raise ValueError(
-                    f"model.{field.name} must be a whole number from 1 to {MOST[field.name]:,}, not {value!r}"
-                )
-        choices = {"objective": Objective, "norm": NormName, "mlp": MlpName, "positions": Positions}
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(get_args(literal))}, not {getattr(self, name)!r}"
-                )
-        if self.latent_size % self.patch_size:
-            raise ValueError(
-                f"model.latent_size {self.latent_size} is not divisible by model.patch_size {self.patch_size}"
-            )
-        if self.width % self.heads:
-            raise ValueError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
-        if self.positions == "sincos" and self.width % 4:
-            raise ValueError(f"model.width {self.width} must be a multiple of 4 for sincos positions")
-        if self.positions == "rotary" and self.width // self.heads % 4:
-            raise ValueError(
-                f"model.width / model.heads = {self.width // self.heads} must be a multiple of 4 for rotary positions"
-            )
-        if not 0 < self.mlp_ratio <= 100:
-            raise ValueError(f"model.mlp_ratio must be positive and at most 100, not {self.mlp_ratio}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
-        if self.learn_sigma and self.objective == "flow":
-            raise ValueError(
-                "model.learn_sigma must be false for model.objective flow: a flow has no variance to learn"
-            )
-
-    @classmethod
-    def of_size(cls, size: str, **settings: Any) -> "DiTConfig":
-        """A row of `SIZES` (tiny, s, b, l, xl), and any other settings by name.
-
-        Raises:
-            ValueError: no such size, or settings that do not fit together.
-        """
-        if size not in SIZES:
-            raise ValueError(f"no DiT of size {size!r}: the sizes are {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **settings})
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(d, h, w) of one latent."""
-        return (self.latent_channels, self.latent_size, self.latent_size)
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of a prediction: d, or 2 d with learned variance."""
-        return 2 * self.latent_channels if self.learn_sigma else self.latent_channels
 
 
 @dataclass(frozen=True)

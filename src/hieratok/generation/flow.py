@@ -11,9 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hieratok.generation import Draw, Predict
-
-TimeSampling = Literal["uniform", "logit-normal"]
+from hieratok.generation.config import TimeSampling
+from hieratok.generation.process import Draw, Predict
 
 
 def loss(

@@ -1,90 +1,18 @@
 """Sampling latents from a trained DiT: guidance, labels, and noise that belongs to an image and not to its batch."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hieratok.generation import Predict, diffusion, flow
+from hieratok.generation import diffusion, flow
+from hieratok.generation.config import SAMPLERS, SampleConfig
 from hieratok.generation.dit import DiT, DiTConfig
+from hieratok.generation.process import Predict
 
-Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
-SAMPLERS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun", "sde")}  # by the objective of the generator
 LEGACY_CHANNELS = 3  # what DiT, SiT and LightningDiT guide
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How latents are sampled. Defaults: DiT's protocol for gFID, 250 DDPM steps, without guidance as in the paper.
-
-    Raises:
-        ValueError: settings out of range, or that the sampler does not have.
-    """
-
-    sampler: Sampler = "ddpm"
-    """ddpm or ddim for a generator trained with objective ddpm; euler, heun (ODE) or sde for flow. [ours]"""
-    steps: int = 250
-    """Steps from noise to latent, at most 1000 with ddpm and ddim; heun evaluates the generator twice in each. [ours]:
-    the paper does not say."""
-    cfg: float = 1.0
-    """Guidance weight w: unconditional + w (conditional - unconditional). 1: none. The paper's pictures have 4.2."""
-    cfg_interval: tuple[float, float] | None = None
-    """Times between which to guide, of 0 (data) .. 999 for ddpm and ddim, of 0 (noise) .. 1 for flow. None: always."""
-    legacy_cfg: bool = False
-    """Guide the first three channels alone, as DiT, SiT and LightningDiT do: for parity with their numbers."""
-    time_shift: float = 1.0
-    """s in t' = s t / (1 + (s - 1) t), t = 0 noise; for flow. Below 1 more steps are spent near the noise."""
-    eta: float = 0.0
-    """Randomness of ddim, from 0 to 1."""
-    seed: int = 0
-    """Image i's noise and random label depend on this and i alone."""
-    labels: Literal["balanced", "random"] | tuple[int, ...] = "random"
-    """Classes: drawn (random, as DiT's), in turn (balanced: gFID lower by about 0.1), or a list, used in turn."""
-    num: int = 16
-    """Images."""
-    batch_size: int = 64
-    """Images at a time."""
-
-    def __post_init__(self):
-        for name in ("cfg_interval", "labels"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.sampler not in get_args(Sampler):
-            raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, not {self.sampler!r}")
-        for name in ("steps", "num", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.objective == "ddpm" and self.steps > diffusion.STEPS:
-            raise ValueError(f"steps must be at most {diffusion.STEPS} for sampler {self.sampler}, not {self.steps}")
-        if not (math.isfinite(self.cfg) and self.cfg >= 0):
-            raise ValueError(f"cfg must be a number of at least 0, not {self.cfg}")
-        if self.cfg_interval is not None and (
-            len(self.cfg_interval) != 2 or not self.cfg_interval[0] <= self.cfg_interval[1]
-        ):
-            raise ValueError(f"cfg_interval must be two times, the lower first, not {list(self.cfg_interval)}")
-        if self.time_shift <= 0:
-            raise ValueError(f"time_shift must be positive, not {self.time_shift}")
-        if self.time_shift != 1 and self.objective != "flow":
-            raise ValueError(f"time_shift is for the samplers {', '.join(SAMPLERS['flow'])}, not {self.sampler}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be in [0, 1], not {self.eta}")
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta is for the sampler ddim, not {self.sampler}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, it is {self.seed}")
-        if isinstance(self.labels, str) and self.labels not in ("balanced", "random"):
-            raise ValueError(f"labels must be balanced, random or a list of classes, not {self.labels!r}")
-        if not self.labels:
-            raise ValueError("labels must not be an empty list")
-
-    @property
-    def objective(self) -> str:
-        """What a generator must have been trained for."""
-        return "ddpm" if self.sampler in SAMPLERS["ddpm"] else "flow"
 
 
 class Samples(NamedTuple):

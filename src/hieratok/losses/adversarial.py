@@ -9,8 +9,7 @@ of processes and micro-batches does not change a run.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -20,95 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from hieratok.layers import LayerNorm2d, init_weights
+from hieratok.losses.config import AdversarialConfig, GanLoss
 from hieratok.losses.vf import FoundationModel
-
-DiscriminatorName = Literal["patchgan", "residual", "dino"]
-GanLoss = Literal["hinge", "non-saturating"]
 
 LEAK = 0.2  # slope of every LeakyReLU below zero, as in pix2pix, StyleGAN2 and StyleGAN-T
 DIFFAUGMENT_CUTOUT = 0.5  # of the side, in DiffAugment's paper and code
 STYLEGAN_T_CUTOUT = 0.2  # of the side, in StyleGAN-T's code
-
-
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """The GAN loss on the finest scale, its discriminator and the discriminator's optimiser (AdamW, cosine).
-
-    Raises:
-        ValueError: settings out of range.
-    """
-
-    weight: float = 0.6
-    """l_adv (paper, table 9), times the adaptive weight if that is on; 0: no GAN."""
-    discriminator: DiscriminatorName = "patchgan"
-    """patchgan: convolutions on patches; residual: StyleGAN2's, on the image; dino: StyleGAN-T's, heads on frozen DINO
-    features. [ours]: the paper names none."""
-    loss: GanLoss = "non-saturating"
-    """Of discriminator and generator. non-saturating: StyleGAN's, which the paper names; hinge: StyleGAN-T's, usual
-    with dino."""
-    r1_weight: float = 0.0
-    """gamma of the R1 gradient penalty on real images, in the discriminator's loss; StyleGAN uses 10; 0: none. [ours]:
-    the paper does not mention it."""
-    r1_interval: int = 16
-    """Steps from one R1 penalty to the next, each then so many times as heavy, as in StyleGAN2; 1: every step."""
-    adaptive: bool = False
-    """VQGAN's weight: the GAN's gradient at the pixel head as large as the reconstruction's. The paper's is fixed."""
-    diffaugment: bool = False
-    """Augment what the discriminator sees, real and generated: colour, translation, cutout. [ours]; usual with dino."""
-    lecam_weight: float = 0.0
-    """Of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none. [ours]"""
-    generator_start: int = 5_000
-    """The generator feels the discriminator from this step on; the discriminator trains from step 0. [ours]"""
-    ramp_steps: int = 5_000
-    """Steps from there in which the weight rises linearly to its full value; 0: at once. [ours]"""
-    discriminator_learning_rate: float = 1e-4
-    """After warm-up. [ours]: the paper's value is lost."""
-    discriminator_min_learning_rate: float = 1e-6
-    """At the end of the cosine. [ours]: the paper's value is lost."""
-    warmup_ratio: float = 0.01
-    """Share of the steps in which the discriminator's learning rate rises linearly (paper, table 8)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas (paper, table 8)."""
-    weight_decay: float = 0.05
-    """AdamW's weight decay. [ours]: the paper's value is lost; this is the tokenizer's."""
-    width: int = 64
-    """Channels of the first layer of patchgan and residual; deeper ones have up to 8 times as many. [ours]"""
-    num_layers: int = 3
-    """Halvings in patchgan: a logit sees 16, 34, 70 or 142 px with 1, 2, 3 or 4."""
-    backbone: str = "vit_small_patch16_224.dino"
-    """dino's frozen network, a ViT of timm's by name."""
-    backbone_weights: str | None = None
-    """File with the backbone's weights. None: the hub's or torch's cache; nothing is downloaded."""
-    random_backbone: bool = False
-    """Train on an untrained backbone: for tests only."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for name, choices in (("discriminator", get_args(DiscriminatorName)), ("loss", get_args(GanLoss))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"gan.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in (
-            "weight",
-            "lecam_weight",
-            "r1_weight",
-            "generator_start",
-            "ramp_steps",
-            "discriminator_min_learning_rate",
-            "weight_decay",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"gan.{name} must not be negative, it is {getattr(self, name)}")
-        for name in ("width", "num_layers", "r1_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"gan.{name} must be at least 1, not {getattr(self, name)}")
-        if not self.discriminator_learning_rate > 0:
-            raise ValueError(
-                f"gan.discriminator_learning_rate must be positive, not {self.discriminator_learning_rate}"
-            )
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"gan.warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"gan.betas must be two numbers in [0, 1), not {list(self.betas)}")
 
 
 def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:

@@ -10,15 +10,14 @@ import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
 from hieratok.checkpoint import file_sha256, read_tensors
-
-TrunkName = Literal["vgg", "alex", "squeeze", "squeeze-caffe"]
+from hieratok.losses.config import TrunkName
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ def _lpips_file(spec: Trunk) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"{name}, the linear heads of LPIPS v0.1, is missing: it comes with `pip install lpips`, "
+        f"{name}, the linear heads of LPIPS v0.1, is missing: it comes with pip install 'hieratok[eval]', "
         "or name it by --loss.head_weights FILE"
     )
 

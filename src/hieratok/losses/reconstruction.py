@@ -1,67 +1,14 @@
 """Stage 1's loss: L1, MSE and a perceptual distance at every scale, and KL (eqs. 3, 4, 8, 9)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hieratok.losses.lpips import PerceptualLoss, TrunkName
+from hieratok.losses.config import LossConfig
+from hieratok.losses.lpips import PerceptualLoss
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales, area_pool
-
-PixelReduction = Literal["scales", "tokens"]
-PerceptualReduction = Literal["mean", "sum", "finest"]
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of stage 1's losses (paper, table 9), and how they are reduced over scales.
-
-    The text of eqs. 8 and 9 is lost, so the reduction is [ours], chosen by measurement (docs/results.md).
-
-    Raises:
-        ValueError: a negative weight, or no such reduction.
-    """
-
-    l1_weight: float = 1.0
-    """l_1: mean absolute error."""
-    mse_weight: float = 0.4
-    """l_2: mean squared error."""
-    perceptual_weight: float = 1.0
-    """l_p: perceptual distance; 0 needs no trunk."""
-    kl_weight: float = 1e-6
-    """l_kl: KL divergence, summed over latent dimensions, averaged over the batch."""
-    pixel_reduction: PixelReduction = "scales"
-    """Of L1 and MSE: the mean of the scales' means (scales), or the mean over the pixels of all scales (tokens)."""
-    perceptual_reduction: PerceptualReduction = "mean"
-    """Of the perceptual distance: mean or sum over scales, or the finest scale's alone (finest)."""
-    scale_weights: tuple[float, ...] | None = None
-    """One weight per scale, coarse to fine, of its share in the reductions above. None: all alike."""
-    trunk: TrunkName = "vgg"
-    """The network of the perceptual distance: vgg, alex, squeeze (LPIPS), or squeeze-caffe (LPIPS-like)."""
-    trunk_weights: str | None = None
-    """File with the trunk's weights. None: torchvision's cache."""
-    head_weights: str | None = None
-    """File with LPIPS's linear heads. None: those of the installed lpips package."""
-    random_trunk: bool = False
-    """Train on an untrained trunk: for tests only."""
-
-    def __post_init__(self):
-        if self.scale_weights is not None:
-            object.__setattr__(self, "scale_weights", tuple(self.scale_weights))
-            if any(w < 0 for w in self.scale_weights) or not sum(self.scale_weights):
-                raise ValueError(f"loss.scale_weights must be non-negative, not all 0: {list(self.scale_weights)}")
-        for name, choices in (
-            ("pixel_reduction", get_args(PixelReduction)),
-            ("perceptual_reduction", get_args(PerceptualReduction)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"loss.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ("l1_weight", "mse_weight", "perceptual_weight", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} must not be negative, it is {getattr(self, name)}")
 
 
 class ReconstructionLoss(nn.Module):

@@ -10,7 +10,6 @@ with m_dist 0.25 and m_cos 0.5.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok.checkpoint import nearest, read_tensors
+from hieratok.checkpoint import read_tensors
+from hieratok.core.extras import needs_extras
+from hieratok.core.messages import nearest
+from hieratok.losses.config import VFConfig
 
 VF_MAX_WEIGHT = 1e8
 """VA-VAE's bound of this loss's adaptive weight, `adversarial.adaptive_weight` at the encoder's last layer."""
-
-
-@dataclass(frozen=True)
-class VFConfig:
-    """The vision-foundation loss. The paper names it and gives neither weight nor margins: those of recipes are [ours].
-
-    Raises:
-        ValueError: settings out of range.
-    """
-
-    weight: float = 0.0
-    """Of the loss, times the adaptive weight if that is on; 0: no such loss, and no foundation model is loaded."""
-    model: str = "vit_large_patch14_dinov2.lvd142m"
-    """A ViT of timm's by name. The default, DINOv2 large, is the one VA-VAE published its results with."""
-    model_weights: str | None = None
-    """File with the model's weights. None: the hub's or torch's cache; nothing is downloaded."""
-    cos_margin: float = 0.0
-    """m_cos: cosine distance to the model's feature that costs nothing."""
-    distance_margin: float = 0.0
-    """m_dist: difference between two positions' cosine and the model's that costs nothing."""
-    adaptive: bool = True
-    """Scale the loss so that its gradient at the encoder's last layer is as large as the reconstruction's."""
-    normalize: bool = True
-    """Give the model images with the mean and deviation it was trained on. False: in [-1, 1], as VA-VAE's code."""
-    random_model: bool = False
-    """Train on an untrained model: for tests only."""
-
-    def __post_init__(self):
-        if not self.weight >= 0:
-            raise ValueError(f"vf.weight must not be negative, it is {self.weight}")
-        for name in ("cos_margin", "distance_margin"):
-            if not 0 <= getattr(self, name) < 2:
-                raise ValueError(f"vf.{name} must be in [0, 2), not {getattr(self, name)}")
 
 
 class VFLoss(nn.Module):
@@ -224,8 +193,9 @@ class FoundationModel(nn.Module):
 
 def _load_vit(setting: str, name: str, weights: str | Path | None, random_weights: bool) -> Any:
     """timm's ViT for any image size, with the weights of a file, or random ones from a fixed seed."""
-    import timm
-    from timm.models import Eva, VisionTransformer
+    with needs_extras():
+        import timm
+        from timm.models import Eva, VisionTransformer
 
     if not timm.is_model(name):
         raise ValueError(f"{setting}: timm has no model {name!r}{nearest(name.partition('.')[0], timm.list_models())}")

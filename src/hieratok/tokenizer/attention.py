@@ -1,15 +1,12 @@
 """Scale attention: full, independent (eq. 6) and causal (eq. 7), and the key/value cache of progressive decoding."""
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hieratok.layers import Attend
+from hieratok.tokenizer.config import AttentionMode
 from hieratok.tokenizer.scales import Scales
-
-AttentionMode = Literal["full", "independent", "causal"]
 
 
 def scale_attention(scales: Scales, mode: AttentionMode, device: torch.device) -> Attend:

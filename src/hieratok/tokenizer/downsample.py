@@ -6,15 +6,12 @@ decoded before finer maps are computed.
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok.layers import LayerNorm2d
 from hieratok.tokenizer.scales import Scales
-
-DownsampleMode = Literal["interpolate", "conv"]
 
 
 class AreaDownsample(nn.Module):

@@ -6,9 +6,8 @@ K scales (coarse to fine), h_k w_k token grid of scale k, N tokens of all scales
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,108 +15,11 @@ from torch import Tensor, nn
 
 from hieratok import checkpoint
 from hieratok.layers import init_weights
-from hieratok.tokenizer.attention import AttentionMode
-from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample, DownsampleMode
+from hieratok.tokenizer.config import TokenizerConfig
+from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
 from hieratok.tokenizer.vit import Decoder, Encoder
-
-# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
-MOST = {
-    "image_size": 65_536,
-    "patch_size": 4_096,
-    "latent_channels": 65_536,
-    "encoder_width": 65_536,
-    "encoder_depth": 1_000,
-    "encoder_heads": 65_536,
-    "decoder_width": 65_536,
-    "decoder_depth": 1_000,
-    "decoder_heads": 65_536,
-}
-MOST_SCALES = 64
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """The tokenizer's shape. The defaults are the paper's f16d16 multi-scale tokenizer at 256 px (tables 7 and 10).
-
-    Raises:
-        ValueError: settings that do not fit together; the message names them.
-    """
-
-    image_size: int = 256
-    """Side of the (square) training images in pixels; a multiple of `patch_size`."""
-    patch_size: int = 16
-    """f: pixels per token side, which is the spatial compression."""
-    latent_channels: int = 16
-    """d: channels of the latent map z."""
-    scales: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """S: tokens per side of every scale, ascending; the last is image_size / patch_size. One entry: a plain ViT."""
-    attention: AttentionMode = "causal"
-    """Who sees whom in the decoder: every scale up to one's own (causal), one's own (independent), all (full)."""
-    downsample: DownsampleMode = "conv"
-    """How coarse tokens are made from z: learnable convolutions (conv) or area pooling (interpolate)."""
-    encoder_width: int = 768
-    """Channels of the encoder's tokens."""
-    encoder_depth: int = 6
-    """Transformer blocks of the encoder."""
-    encoder_heads: int = 12
-    """Attention heads of the encoder."""
-    decoder_width: int = 1024
-    """Channels of the decoder's tokens."""
-    decoder_depth: int = 24
-    """Transformer blocks of the decoder."""
-    decoder_heads: int = 16
-    """Attention heads of the decoder."""
-    mlp_ratio: float = 4.0
-    """Hidden width of every MLP over its width."""
-    drop_path: float = 0.1
-    """Stochastic depth of the decoder's last block in training; earlier blocks less, in proportion to depth."""
-
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; small models learn sooner with about 1 / sqrt(width). [ours]"""
-
-    def __post_init__(self):
-        object.__setattr__(self, "scales", tuple(self.scales))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (isinstance(value, int) and 1 <= value <= MOST[field.name]):
-                raise ValueError(
-                    f"model.{field.name} must be a whole number from 1 to {MOST[field.name]:,}, not {value!r}"
-                )
-        for name, choices in (("attention", get_args(AttentionMode)), ("downsample", get_args(DownsampleMode))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"model.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"
-            )
-        side = self.image_size // self.patch_size
-        if not self.scales or any(not isinstance(s, int) or s < 1 for s in self.scales):
-            raise ValueError(f"model.scales must be a list of positive whole numbers, not {list(self.scales)}")
-        if sorted(set(self.scales)) != list(self.scales):
-            raise ValueError(f"model.scales must ascend without repeats, not {list(self.scales)}")
-        if self.scales[-1] != side:
-            raise ValueError(
-                f"model.scales {list(self.scales)} must end at the latent grid's side,"
-                f" image_size / patch_size = {self.image_size} / {self.patch_size} = {side}"
-            )
-        for part in ("encoder", "decoder"):
-            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width % heads:
-                raise ValueError(f"model.{part}_width {width} is not divisible by model.{part}_heads {heads}")
-        if len(self.scales) > MOST_SCALES:
-            raise ValueError(f"model.scales may have {MOST_SCALES} entries, not {len(self.scales)}")
-        for name, most in (("mlp_ratio", 100), ("init_std", 100)):
-            if not 0 < getattr(self, name) <= most:
-                raise ValueError(f"model.{name} must be positive and at most {most}, not {getattr(self, name)}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path must be in [0, 1), not {self.drop_path}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) of the latent map at the training size."""
-        return (self.scales[-1], self.scales[-1])
 
 
 class HieraTok(nn.Module):

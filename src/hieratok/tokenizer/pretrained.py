@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hieratok import checkpoint
+from hieratok.core.extras import needs_extras
 from hieratok.files import check_regular, read_json_table, shown
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
 from hieratok.tokenizer.posterior import DiagonalGaussian
@@ -165,12 +166,8 @@ def load_diffusers(source: str, kind: str) -> Any:
     Raises:
         ValueError: diffusers is not installed, or the files do not fit.
     """
-    try:
+    with needs_extras():
         import diffusers
-    except ImportError as error:
-        raise ValueError(
-            f"{source} holds a {kind}, which needs diffusers: pip install 'hieratok[diffusers]'"
-        ) from error
     where, config = f"{source} cannot be loaded as {kind}", read_json_table(Path(source) / checkpoint.CONFIG)
     for name, value in config.items():
         numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int | float)]

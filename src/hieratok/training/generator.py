@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 from hieratok import checkpoint
+from hieratok.core.typed import plain
 from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
 from hieratok.data.latents import MANIFEST, LatentDataset
 from hieratok.evaluation.distribution import distances
@@ -23,97 +23,17 @@ from hieratok.evaluation.processes import merge_processes, process
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 from hieratok.generation import diffusion, flow
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
-from hieratok.generation.flow import TimeSampling
 from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.lock import lock
 from hieratok.pictures import to_pil
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.pretrained import DiffusersTokenizer, Tokenizer, load_tokenizer
 from hieratok.training import parallel
-from hieratok.training.loop import DataConfig, Objective, TrainConfig, fit
-from hieratok.training.run_folder import RunFolder, check_name, plain
+from hieratok.training.config import GeneratorRun
+from hieratok.training.loop import Objective, fit
+from hieratok.training.run_folder import RunFolder
 
 PICTURE_IMAGES, PICTURE_COLUMNS, PICTURE_STEPS = 16, 8, 50
-
-
-@dataclass(frozen=True)
-class GeneratorEval:
-    """Evaluation during training, of the averaged model's samples; nothing of it changes the run.
-
-    The same noise and labels every time, without guidance, by ddim or euler.
-
-    Raises:
-        ValueError: settings out of range.
-    """
-
-    every: int = 0
-    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
-    num_images: int = 5_000
-    """Samples."""
-    reference: str | None = None
-    """Real images, or an .npz of their statistics, as of `hieratok evaluate samples`."""
-    features: str = "inception"
-    """Feature network of the Frechet distance, as of `hieratok evaluate`."""
-    weights: str | None = None
-    """File with the feature network's weights. None: torch's cache."""
-    steps: int = 50
-    """Of the sampler: few, as curves are compared with each other and not with tables."""
-    batch_size: int = 64
-    """Images at a time."""
-
-    def __post_init__(self):
-        if self.every < 0 or self.num_images < 2 or self.batch_size < 1 or not 1 <= self.steps <= diffusion.STEPS:
-            raise ValueError(
-                f"eval.every must not be negative, eval.num_images at least 2, eval.batch_size at least 1 and"
-                f" eval.steps from 1 to {diffusion.STEPS}, not {self.every}, {self.num_images}, {self.batch_size} and"
-                f" {self.steps}"
-            )
-
-
-@dataclass(frozen=True)
-class GeneratorRun:
-    """A generator's training run, whole. Defaults: the paper's DiT-XL on f16d16.
-
-    Raises:
-        ValueError: settings that do not fit together.
-    """
-
-    kind: Literal["generator"] = "generator"
-    """What is trained."""
-    name: str = "generator"
-    """Where it is written unless --out says otherwise: runs/NAME."""
-    tokenizer: str | None = None
-    """Whose latents: a run, a tokenizer's folder or a hub id, or a folder of diffusers' AutoencoderKL or AutoencoderDC,
-    then with latents as --data. None: pictures and evaluation are left out, and --data must be a folder of latents."""
-    model: DiTConfig = field(default_factory=DiTConfig)
-    """The generator."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(crop="center"))
-    """Latents: `path` is a folder of `hieratok latents`. Or images, which are then encoded anew at every step."""
-    time_sampling: TimeSampling = "uniform"
-    """Times that objective flow trains at: uniform, or more often in the middle (logit-normal)."""
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            steps=400_000,
-            learning_rate=1e-4,
-            min_learning_rate=1e-4,  # constant, as DiT's
-            warmup_ratio=0.0,
-            betas=(0.9, 0.999),
-            weight_decay=0.0,
-        )
-    )
-    """How. Steps, batch and optimiser are the paper's (appendix F), the averaging of weights is DiT's; bf16 and the
-    clipping of gradients are [ours]."""
-    eval: GeneratorEval = field(default_factory=GeneratorEval)
-    """How it is judged meanwhile."""
-
-    def __post_init__(self):
-        check_name(self.name)
-        if self.time_sampling != "uniform" and self.model.objective != "flow":
-            raise ValueError(f"time_sampling {self.time_sampling} is for model.objective flow")
-        if self.eval.every and self.tokenizer is None:
-            raise ValueError("eval.every judges decoded samples: say by which tokenizer, --tokenizer RUN")
-        if self.eval.every and self.eval.reference is None:
-            raise ValueError("eval.every compares samples with real images: set --eval.reference PATH")
 
 
 def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = False) -> DiT:

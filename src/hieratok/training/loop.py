@@ -16,9 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,143 +27,18 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from hieratok import checkpoint
+from hieratok.core.extras import needs_extras
 from hieratok.data.images import StepBatches, training_loader
 from hieratok.errors import NotFinite, Stopped, TrainingError
 from hieratok.layers import Blocks
 from hieratok.training import parallel
-from hieratok.training.parallel import Strategy
+from hieratok.training.config import Optimization, TrainConfig
 from hieratok.training.run_folder import COUNTERS, Log, RunFolder, Snapshot
 
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_STEPS = 10
 """Several processes agree this often whether to stop: asking at every step would cost time."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where images come from and how they are cut.
-
-    Raises:
-        ValueError: settings out of range.
-    """
-
-    path: str | None = None
-    """Folder of images (class = sub-folder), WebDataset shards (folder, file or 'glob-*.tar'), or `bundled`."""
-    val_path: str | None = None
-    """Images never trained on, for the pictures during training. None: of `path`, centre-cropped."""
-    crop: Literal["random-resized", "center"] = "random-resized"
-    """Training crop; evaluation always takes the ADM centre crop. [ours]: the paper names no crop; DiT's is center."""
-    min_area: float = 0.5
-    """Smallest share of an image's area that a random-resized crop may keep. [ours]"""
-    flip: bool = True
-    """Mirror half of the images. [ours]: the paper does not say; DiT does."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """Stop at an unreadable image and name it, or go on without it and count."""
-    num_workers: int = 8
-    """Processes that decode images, for each training process; 0: none but the training process itself."""
-
-    def __post_init__(self):
-        for name in ("path", "val_path"):
-            value = getattr(self, name)
-            if value and value.endswith("/"):  # `photos/` is `photos`, also where a resumed run's settings are compared
-                object.__setattr__(self, name, value.rstrip("/") or "/")
-        if not 0 < self.min_area <= 1:
-            raise ValueError(f"data.min_area must be in (0, 1], not {self.min_area}")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must not be negative, it is {self.num_workers}")
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """One network's optimiser, AdamW, and its schedule. Defaults: the paper's stage 1 (table 8), but for [ours].
-
-    Raises:
-        ValueError: settings out of range.
-    """
-
-    learning_rate: float = 1e-4
-    """After warm-up. [ours]: the paper's value is lost."""
-    min_learning_rate: float = 1e-6
-    """At the end of the cosine. [ours]: the paper's value is lost."""
-    warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas."""
-    weight_decay: float = 0.05
-    """AdamW's weight decay. It spares norms, biases, positions and scale embeddings. [ours]: the paper does not say."""
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this norm. [ours]: the paper mentions no clipping, and DiT has none."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        group = "train" if isinstance(self, TrainConfig) else "optimization"
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"{group}.warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{group}.{name} must be positive, not {getattr(self, name)}")
-        if not (0 <= self.min_learning_rate <= self.learning_rate and self.weight_decay >= 0):
-            raise ValueError(
-                f"{group}.min_learning_rate must lie between 0 and {group}.learning_rate, and {group}.weight_decay"
-                f" must not be negative"
-            )
-
-
-@dataclass(frozen=True)
-class TrainConfig(Optimization):
-    """Optimisation, logging and checkpoints.
-
-    Raises:
-        ValueError: settings out of range.
-    """
-
-    steps: int = 500_456
-    """Optimiser steps; the paper's 100 epochs of 1,281,167 images at batch 256."""
-    batch_size: int = 256
-    """Images per step over all processes (paper, appendices E and F)."""
-    micro_batch_size: int | None = None
-    """Images per forward pass; gradients are accumulated over the rest. None: a process's whole share."""
-    ema_decay: float = 0.9999
-    """Decay per step of the averaged weights, which are what is saved as the model; lower in the first steps. [ours]"""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast; norms, softmax and losses stay in float32. [ours], for DiT too: the paper does not say."""
-    compile: bool = False
-    """torch.compile: slow to start, faster to run."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: a third more time, much less memory."""
-    parallel: Strategy = "ddp"
-    """Several processes: ddp keeps the whole model in each, fsdp2 divides it among them."""
-    seed: int = 0
-    """Of weights, data order, augmentation and noise."""
-    max_bad_steps: int = 20
-    """A step whose loss or gradient is not finite is left out; so many in a row, and the run goes back to its last
-    checkpoint and takes the data in another order."""
-    max_rollbacks: int = 3
-    """Having gone back so often, the run gives up at the next time."""
-    log_every: int = 50
-    """Steps between lines in log.jsonl and TensorBoard."""
-    save_every: int = 5_000
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 3
-    """How many of the latest checkpoints stay."""
-    picture_every: int = 5_000
-    """Steps between pictures; 0: none."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep_checkpoints", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
-            raise ValueError(
-                f"train.batch_size {self.batch_size} is not a multiple of train.micro_batch_size"
-                f" {self.micro_batch_size}"
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay must be in [0, 1), not {self.ema_decay}")
-        if self.picture_every < 0 or self.max_rollbacks < 0 or self.seed < 0:
-            raise ValueError("train.picture_every, train.max_rollbacks and train.seed must not be negative")
 
 
 class Objective:
@@ -350,7 +224,8 @@ def fit(
         Stopped: SIGTERM came; a checkpoint was saved.
         ValueError: the batch does not divide over the processes.
     """
-    from accelerate import Accelerator
+    with needs_extras():
+        from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -492,8 +367,8 @@ def fit(
     accelerator.wait_for_everyone()
     resume(newest_everywhere(run, state, accelerator))
     batches = loader()
-    progress = progress_bar(config, state.step, run.path.name, is_main)
     log = Log(run, state.step) if is_main else None
+    progress = progress_bar(config, state.step, run.path.name, is_main)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal(accelerator))

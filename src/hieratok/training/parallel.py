@@ -6,7 +6,7 @@ processes wrote it.
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hieratok.layers import Blocks
 
-Strategy = Literal["ddp", "fsdp2"]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from hieratok import checkpoint
+from hieratok.core.extras import needs_extras
+from hieratok.core.typed import flatten
 from hieratok.errors import TrainingError
 from hieratok.files import read_json_table, read_yaml
 from hieratok.pictures import save_png
@@ -228,7 +230,8 @@ class Log:
     """log.jsonl, TensorBoard and pictures/ of a run; written by the main process."""
 
     def __init__(self, run: RunFolder, step: int):
-        from torch.utils.tensorboard import SummaryWriter
+        with needs_extras():
+            from torch.utils.tensorboard import SummaryWriter
 
         self.run = run
         self.file = run.log_file.open("a", buffering=1)
@@ -275,22 +278,6 @@ class Log:
         self.links.close()
 
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings -> {"train.steps": ...}."""
-    flat = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as what YAML and JSON hold: nested dicts, lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """The settings that a run's config.yaml holds.
 
@@ -311,14 +298,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
     return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
-
-
-def check_name(name: str) -> None:
-    """Whether a run can be called so: it is written to runs/NAME.
-
-    Raises:
-        ValueError: it would lie elsewhere.
-    """
-    parts = name.replace("\\", "/").split("/")
-    if not all(part.strip() and part not in (".", "..") and "\0" not in part for part in parts) or ":" in parts[0]:
-        raise ValueError(f"name {name!r} does not lead to a folder in runs/: choose another, or say where by --out")

@@ -1,7 +1,7 @@
 """Training a tokenizer: stage 1, stage 2 with GAN and vf-loss, and the decoder alone (paper, section 4)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hieratok import checkpoint
+from hieratok.core.typed import plain
 from hieratok.data.images import (
     ImageDataset,
     Source,
@@ -38,91 +39,19 @@ from hieratok.losses.adversarial import (
     make_discriminator,
     r1_penalty,
 )
-from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
-from hieratok.losses.vf import VF_MAX_WEIGHT, VFConfig, VFLoss
+from hieratok.losses.reconstruction import ReconstructionLoss
+from hieratok.losses.vf import VF_MAX_WEIGHT, VFLoss
 from hieratok.pictures import pyramid_sheet
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_downsampling
 from hieratok.tokenizer.scales import Scales
 from hieratok.training import parallel
-from hieratok.training.loop import DataConfig, Objective, Optimization, TrainConfig, fit
-from hieratok.training.run_folder import RunFolder, check_name, plain
+from hieratok.training.config import EvalConfig, Optimization, TokenizerRun
+from hieratok.training.loop import Objective, fit
+from hieratok.training.run_folder import RunFolder
 
 PICTURE_IMAGES = 6
 STATISTICS_IMAGES = 10_000
 """Of the training set, evenly spread: what the latents' mean and deviation are measured on when a run ends. [ours]"""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during training, of the averaged model on `data.val_path`; nothing of it changes the run.
-
-    Raises:
-        ValueError: settings out of range.
-    """
-
-    every: int = 0
-    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
-    num_images: int = 1_000
-    """Of the held-out images, evenly spread."""
-    features: str = "none"
-    """Feature network of the Frechet distance, as of `hieratok evaluate`; none: PSNR and SSIM alone."""
-    weights: str | None = None
-    """File with the feature network's weights. None: torch's cache."""
-    lpips: tuple[str, ...] = ()
-    """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
-    batch_size: int = 32
-    """Images at a time."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "lpips", tuple(self.lpips))
-        if self.every < 0 or self.num_images < 2 or self.batch_size < 1:
-            raise ValueError(
-                f"eval.every must not be negative, eval.num_images at least 2 and eval.batch_size at least 1, not"
-                f" {self.every}, {self.num_images} and {self.batch_size}"
-            )
-
-
-@dataclass(frozen=True)
-class TokenizerRun:
-    """A tokenizer's training run, whole: what a recipe returns, a YAML file holds and a run folder keeps.
-
-    Raises:
-        ValueError: settings that do not fit together.
-    """
-
-    kind: Literal["tokenizer"] = "tokenizer"
-    """What is trained."""
-    name: str = "tokenizer"
-    """Where it is written unless --out says otherwise: runs/NAME."""
-    start_from: str | None = None
-    """Weights to begin with, of a run, a tokenizer's folder or a hub id (`--from` for short). None: fresh ones. Of
-    another image size, positions are interpolated, if patch size and scales keep their proportions."""
-    freeze_encoder: bool = False
-    """Train what comes after z alone, so that latents, and generators that learned them, stay as they are."""
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """The tokenizer."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The images."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised: stage 1's part."""
-    gan: AdversarialConfig = field(default_factory=lambda: AdversarialConfig(weight=0.0))
-    """Stage 2's GAN loss."""
-    vf: VFConfig = field(default_factory=VFConfig)
-    """The vision-foundation loss."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """How."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """How it is judged meanwhile."""
-
-    def __post_init__(self):
-        check_name(self.name)
-        if self.freeze_encoder and self.start_from is None:
-            raise ValueError("freeze_encoder keeps the encoder as it is: say which by --from RUN")
-        if self.freeze_encoder and self.vf.weight:
-            raise ValueError("vf.weight trains the encoder, which freeze_encoder forbids: leave out one of them")
-        for name, config in (("gan", self.gan), ("vf", self.vf)):
-            if config.weight and config.adaptive and self.train.parallel == "fsdp2":
-                raise ValueError(f"{name}.adaptive needs whole gradients of the last layer: not with fsdp2")
 
 
 def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = False) -> HieraTok:

@@ -1,0 +1,14 @@
+"""`hieratok analyze`."""
+
+from hieratok.analysis.config import Analyze
+from hieratok.settings import command
+
+
+def run(options: Analyze) -> None:
+    """The command."""
+    from hieratok.analyze import analyze
+
+    analyze(options)
+
+
+COMMAND = command("analyze", Analyze, run, "run")

@@ -1,0 +1,14 @@
+"""`hieratok app`."""
+
+from hieratok.app_config import ServeApp
+from hieratok.settings import command
+
+
+def run(options: ServeApp) -> None:
+    """The command."""
+    from hieratok.app import serve
+
+    serve(options)
+
+
+COMMAND = command("app", ServeApp, run, "run")

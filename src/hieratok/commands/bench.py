@@ -1,0 +1,14 @@
+"""`hieratok bench`."""
+
+from hieratok.bench_config import Bench
+from hieratok.settings import command
+
+
+def run(options: Bench) -> None:
+    """The command."""
+    from hieratok.bench import bench
+
+    bench(options)
+
+
+COMMAND = command("bench", Bench, run, "what")

@@ -1,0 +1,96 @@
+"""`hieratok evaluate`: five protocols, each with options of its own."""
+
+from hieratok.core.messages import nearest
+from hieratok.evaluation.config import (
+    EvaluateCompare,
+    EvaluateImages,
+    EvaluateReconstruction,
+    EvaluateSamples,
+    EvaluateStats,
+)
+from hieratok.settings import Command, command, entry
+
+SUMMARY = "Evaluate reconstructions or samples: rFID, PSNR, SSIM, LPIPS; FID, sFID, IS, KID, precision, recall."
+
+
+def reconstruction(options: EvaluateReconstruction) -> None:
+    """`hieratok evaluate reconstruction`."""
+    from hieratok.reconstruct import evaluate_tokenizer
+
+    evaluate_tokenizer(options)
+
+
+def images(options: EvaluateImages) -> None:
+    """`hieratok evaluate images`."""
+    from hieratok import evaluate_page
+    from hieratok.evaluation.evaluate import evaluate_images
+
+    evaluate_images(options, evaluate_page.write)
+
+
+def samples(options: EvaluateSamples) -> None:
+    """`hieratok evaluate samples`."""
+    from hieratok import evaluate_page
+    from hieratok.evaluation.evaluate import evaluate_samples
+
+    evaluate_samples(options, evaluate_page.write)
+
+
+def stats(options: EvaluateStats) -> None:
+    """`hieratok evaluate stats`."""
+    from hieratok.evaluation.evaluate import write_statistics
+
+    write_statistics(options)
+
+
+def compare(options: EvaluateCompare) -> None:
+    """`hieratok evaluate compare`."""
+    from hieratok.evaluation.evaluate import compare
+
+    compare(options)
+
+
+KINDS = {
+    "reconstruction": command("evaluate reconstruction", EvaluateReconstruction, reconstruction, "run"),
+    "images": command("evaluate images", EvaluateImages, images, "a", "b"),
+    "samples": command("evaluate samples", EvaluateSamples, samples, "path"),
+    "stats": command("evaluate stats", EvaluateStats, stats, "path"),
+    "compare": command("evaluate compare", EvaluateCompare, compare, "a", "b"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """The command: the first word says which protocol.
+
+    Raises:
+        ValueError: there is no such protocol.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_of_all())
+        return
+    kind, *rest = arguments
+    if kind not in KINDS:
+        raise ValueError(f"no evaluation {kind!r}{nearest(kind, KINDS)}: choose from {', '.join(KINDS)}")
+    KINDS[kind].main(rest)
+
+
+def help_of_all() -> str:
+    """What there is to evaluate."""
+    width = max(map(len, KINDS))
+    return "\n".join(
+        [
+            "usage: hieratok evaluate KIND ... [OPTIONS]",
+            "",
+            SUMMARY,
+            "",
+            "Example: hieratok evaluate reconstruction runs/photos --data val",
+            "",
+            "kinds:",
+            *(entry(name, kind.summary, width + 4) for name, kind in KINDS.items()),
+            "",
+            "`hieratok evaluate KIND --help` shows a kind's options and an example.",
+        ]
+    )
+
+
+COMMAND = Command(SUMMARY, main, kinds=KINDS)

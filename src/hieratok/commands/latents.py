@@ -1,0 +1,14 @@
+"""`hieratok latents`."""
+
+from hieratok.data.config import WriteLatents
+from hieratok.settings import command
+
+
+def run(options: WriteLatents) -> None:
+    """The command."""
+    from hieratok.latents import write_latents
+
+    write_latents(options)
+
+
+COMMAND = command("latents", WriteLatents, run, "run")

@@ -1,0 +1,27 @@
+"""`hieratok quickstart`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hieratok.settings import command
+
+
+@dataclass(kw_only=True)
+class Quickstart:
+    """Train a small tokenizer and generator on bundled photos in minutes on a CPU; ends in a page of pictures.
+
+    Example: hieratok quickstart
+    """
+
+    out: str = "runs/quickstart"
+    """Folder to write to; the same command again resumes."""
+
+
+def run(options: Quickstart) -> None:
+    """The command."""
+    from hieratok.quickstart import quickstart
+
+    quickstart(Path(options.out))
+
+
+COMMAND = command("quickstart", Quickstart, run)

@@ -1,0 +1,44 @@
+"""Packages that only some of what hieratok does needs, and the extra that installs each."""
+
+import contextlib
+from collections.abc import Iterator
+
+EXTRAS = {
+    "accelerate": "train",
+    "diffusers": "diffusers",
+    "gradio": "app",
+    "lpips": "eval",
+    "matplotlib": "eval",
+    "scipy": "eval",
+    "skimage": "train",
+    "sklearn": "eval",
+    "tensorboard": "train",
+    "timm": "eval",
+}
+"""The package by the name that it is imported by: one extra that brings it."""
+
+
+class MissingPackageError(ImportError, ValueError):
+    """A package that an extra brings is not installed; the message has the command that installs it.
+
+    An ImportError to programs, and a user's mistake as others to the command line.
+    """
+
+    def __init__(self, package: str):
+        super().__init__(f"{package} is not installed: pip install 'hieratok[{EXTRAS[package]}]'")
+
+
+@contextlib.contextmanager
+def needs_extras() -> Iterator[None]:
+    """Around imports: says what to install if one of `EXTRAS` is missing.
+
+    Raises:
+        MissingPackageError: one is. Other errors of imports stay as they are.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise MissingPackageError(package) from error

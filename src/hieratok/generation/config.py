@@ -1,0 +1,222 @@
+"""The generator's shape, how it is sampled, and the options of `hieratok sample`. Imports no torch."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+TimeSampling = Literal["uniform", "logit-normal"]
+STEPS = 1000
+Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
+SAMPLERS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun", "sde")}  # by the objective of the generator
+Objective = Literal["ddpm", "flow"]
+NormName = Literal["layer", "rms"]
+MlpName = Literal["gelu", "swiglu"]
+Positions = Literal["sincos", "rotary"]
+# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
+MOST = {
+    "latent_channels": 65_536,
+    "latent_size": 4_096,
+    "patch_size": 4_096,
+    "width": 65_536,
+    "depth": 1_000,
+    "heads": 65_536,
+    "num_classes": 100_000_000,
+}
+# Parameters with 16 latent channels, patch 1, 16 x 16 latents and 1000 classes: 2M, 33M, 130M, 458M, 675M.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(width=128, depth=6, heads=4),  # a CPU [ours]
+    "s": dict(width=384, depth=12, heads=6),  # one GPU
+    "b": dict(width=768, depth=12, heads=12),
+    "l": dict(width=1024, depth=24, heads=16),
+    "xl": dict(width=1152, depth=28, heads=16),
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The generator's shape and what it is trained to predict. Defaults: the paper's DiT-XL on f16d16 at 256 px.
+
+    Raises:
+        ValueError: settings that do not fit together; the message names them.
+    """
+
+    objective: Objective = "ddpm"
+    """What it predicts: the noise of a DDPM (ddpm), or the velocity of a linear flow (flow)."""
+    latent_channels: int = 16
+    """d: channels of a latent."""
+    latent_size: int = 16
+    """Side of the (square) latent grid."""
+    patch_size: int = 1
+    """Latent positions per token side. [ours]: the paper does not say; 1 gives the 256 tokens of DiT-XL/2."""
+    width: int = 1152
+    """Channels of the tokens."""
+    depth: int = 28
+    """Transformer blocks."""
+    heads: int = 16
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of every MLP over its width; swiglu takes two thirds of it, for the same number of parameters."""
+    num_classes: int = 1000
+    """Class labels are 0 .. num_classes - 1; the label num_classes stands for "no class"."""
+    label_dropout: float = 0.1
+    """Share of training labels replaced by "no class", which guidance needs; 0: there is no such label."""
+    learn_sigma: bool = True
+    """Predict the variance of each denoising step too; for the objective ddpm alone."""
+    norm: NormName = "layer"
+    """Normalisation before attention and MLP: LayerNorm as in DiT (layer), or RMSNorm (rms)."""
+    mlp: MlpName = "gelu"
+    """MLP: as in DiT (gelu), or gated (swiglu)."""
+    positions: Positions = "sincos"
+    """Where a token lies: fixed sines and cosines added to it, as in DiT (sincos), or rotated queries and keys."""
+    qk_norm: bool = False
+    """Normalise queries and keys."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (isinstance(value, int) and 1 <= value <= MOST[field.name]):
+                raise ValueError(
+                    f"model.{field.name} must be a whole number from 1 to {MOST[field.name]:,}, not {value!r}"
+                )
+        choices = {"objective": Objective, "norm": NormName, "mlp": MlpName, "positions": Positions}
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ValueError(
+                    f"model.{name} must be one of {', '.join(get_args(literal))}, not {getattr(self, name)!r}"
+                )
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f"model.latent_size {self.latent_size} is not divisible by model.patch_size {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
+        if self.positions == "sincos" and self.width % 4:
+            raise ValueError(f"model.width {self.width} must be a multiple of 4 for sincos positions")
+        if self.positions == "rotary" and self.width // self.heads % 4:
+            raise ValueError(
+                f"model.width / model.heads = {self.width // self.heads} must be a multiple of 4 for rotary positions"
+            )
+        if not 0 < self.mlp_ratio <= 100:
+            raise ValueError(f"model.mlp_ratio must be positive and at most 100, not {self.mlp_ratio}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
+        if self.learn_sigma and self.objective == "flow":
+            raise ValueError(
+                "model.learn_sigma must be false for model.objective flow: a flow has no variance to learn"
+            )
+
+    @classmethod
+    def of_size(cls, size: str, **settings: Any) -> "DiTConfig":
+        """A row of `SIZES` (tiny, s, b, l, xl), and any other settings by name.
+
+        Raises:
+            ValueError: no such size, or settings that do not fit together.
+        """
+        if size not in SIZES:
+            raise ValueError(f"no DiT of size {size!r}: the sizes are {', '.join(SIZES)}")
+        return cls(**{**SIZES[size], **settings})
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(d, h, w) of one latent."""
+        return (self.latent_channels, self.latent_size, self.latent_size)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of a prediction: d, or 2 d with learned variance."""
+        return 2 * self.latent_channels if self.learn_sigma else self.latent_channels
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How latents are sampled. Defaults: DiT's protocol for gFID, 250 DDPM steps, without guidance as in the paper.
+
+    Raises:
+        ValueError: settings out of range, or that the sampler does not have.
+    """
+
+    sampler: Sampler = "ddpm"
+    """ddpm or ddim for a generator trained with objective ddpm; euler, heun (ODE) or sde for flow. [ours]"""
+    steps: int = 250
+    """Steps from noise to latent, at most 1000 with ddpm and ddim; heun evaluates the generator twice in each. [ours]:
+    the paper does not say."""
+    cfg: float = 1.0
+    """Guidance weight w: unconditional + w (conditional - unconditional). 1: none. The paper's pictures have 4.2."""
+    cfg_interval: tuple[float, float] | None = None
+    """Times between which to guide, of 0 (data) .. 999 for ddpm and ddim, of 0 (noise) .. 1 for flow. None: always."""
+    legacy_cfg: bool = False
+    """Guide the first three channels alone, as DiT, SiT and LightningDiT do: for parity with their numbers."""
+    time_shift: float = 1.0
+    """s in t' = s t / (1 + (s - 1) t), t = 0 noise; for flow. Below 1 more steps are spent near the noise."""
+    eta: float = 0.0
+    """Randomness of ddim, from 0 to 1."""
+    seed: int = 0
+    """Image i's noise and random label depend on this and i alone."""
+    labels: Literal["balanced", "random"] | tuple[int, ...] = "random"
+    """Classes: drawn (random, as DiT's), in turn (balanced: gFID lower by about 0.1), or a list, used in turn."""
+    num: int = 16
+    """Images."""
+    batch_size: int = 64
+    """Images at a time."""
+
+    def __post_init__(self):
+        for name in ("cfg_interval", "labels"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, not {self.sampler!r}")
+        for name in ("steps", "num", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.objective == "ddpm" and self.steps > STEPS:
+            raise ValueError(f"steps must be at most {STEPS} for sampler {self.sampler}, not {self.steps}")
+        if not (math.isfinite(self.cfg) and self.cfg >= 0):
+            raise ValueError(f"cfg must be a number of at least 0, not {self.cfg}")
+        if self.cfg_interval is not None and (
+            len(self.cfg_interval) != 2 or not self.cfg_interval[0] <= self.cfg_interval[1]
+        ):
+            raise ValueError(f"cfg_interval must be two times, the lower first, not {list(self.cfg_interval)}")
+        if self.time_shift <= 0:
+            raise ValueError(f"time_shift must be positive, not {self.time_shift}")
+        if self.time_shift != 1 and self.objective != "flow":
+            raise ValueError(f"time_shift is for the samplers {', '.join(SAMPLERS['flow'])}, not {self.sampler}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], not {self.eta}")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta is for the sampler ddim, not {self.sampler}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, it is {self.seed}")
+        if isinstance(self.labels, str) and self.labels not in ("balanced", "random"):
+            raise ValueError(f"labels must be balanced, random or a list of classes, not {self.labels!r}")
+        if not self.labels:
+            raise ValueError("labels must not be an empty list")
+
+    @property
+    def objective(self) -> str:
+        """What a generator must have been trained for."""
+        return "ddpm" if self.sampler in SAMPLERS["ddpm"] else "flow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SampleConfig):
+    """Draw images from a generator; the same command again draws what is missing.
+
+    Example: hieratok sample runs/dit-b --tokenizer runs/f16d16-multi --out samples --num 64 --cfg 4.2 --scales all
+    """
+
+    run: str
+    """The generator: a run's folder, a generator's folder or a hub id."""
+    tokenizer: str
+    """The tokenizer whose latents it learned: the same; or a folder of diffusers' AutoencoderKL or AutoencoderDC."""
+    out: str
+    """Folder to write to: 256px/000000.png and so on, samples.npz for ADM's evaluation suite, contact-sheet.png."""
+    scales: Literal["finest", "all"] = "finest"
+    """Decode the finest scale, or every one, each into a folder of its own: 16px, 32px, ..."""
+    preview: bool = False
+    """Every scale, and of each batch the coarse ones on the disk before the finest is computed."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the generator computes in bfloat16 (autocast), as it was trained; about twice as fast on a GPU."""
+    compile: bool = False
+    """torch.compile the generator: minutes to start, faster to run. Worth it for thousands of images."""
+    device: str | None = None
+    """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""

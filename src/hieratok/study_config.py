@@ -1,0 +1,61 @@
+"""Options of `hieratok study`. Imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SizeName = Literal["tiny", "small", "paper"]
+
+
+@dataclass(kw_only=True)
+class RunStudy:
+    """Run one of the paper's tables or figures, and set the paper's numbers beside its own.
+
+    Example: hieratok study table3; hieratok study table2 --size small --data PHOTOS/train --val PHOTOS/val --plan
+    """
+
+    study: str
+    """table1 .. table7, figure4, figure5, appendix-b, appendix-d."""
+    size: SizeName | None = None
+    """tiny: a row in less than a minute on a CPU; small: one GPU, minutes a row; paper: the paper's settings. Default:
+    tiny, and paper for table7, which trains nothing."""
+    data: str | None = None
+    """Images to train on; tiny has ten photos of its own."""
+    val: str | None = None
+    """Images to judge by, never trained on."""
+    out: str | None = None
+    """Folder of pages, tables and runs. Default: studies/SIZE."""
+    base: str | None = None
+    """Recipe or YAML file of the multi-scale tokenizer that rows are variants of, instead of the size's."""
+    steps: int | None = None
+    """Training steps of every run, instead of the size's."""
+    generator_steps: int | None = None
+    """Training steps of every generator, instead of --steps or the size's."""
+    samples: int | None = None
+    """Images that gFID is measured on, instead of the size's."""
+    seeds: int = 1
+    """Runs of each row; several give intervals."""
+    row: int | None = None
+    """Run this row alone, from 1, and write no page: for many machines, one a row. Without --row again, the study is
+    put together from what they made."""
+    plan: bool = False
+    """Print what would be trained, what is there, and how long the rest would take; train nothing."""
+    features: str = "none"
+    """Feature network of FID, as of `hieratok evaluate`. none: no rFID, and no generator is trained."""
+    weights: str | None = None
+    """File with the feature network's weights. Default: torch's cache."""
+    lpips: list[str] = field(default_factory=list)
+    """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
+    reference: str | None = None
+    """Real images that samples are compared with, or an .npz of their statistics. Default: those of --val; size paper
+    needs it: ADM's VIRTUAL_imagenet256_labeled.npz."""
+
+    @property
+    def steps_of_generators(self) -> int | None:
+        """What --generator_steps or else --steps says."""
+        return self.generator_steps or self.steps
+
+    def __post_init__(self):
+        for name, least in (("seeds", 1), ("steps", 1), ("generator_steps", 1), ("samples", 2), ("row", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, not {value}")

@@ -1,0 +1,304 @@
+"""Everything that a training run is made of, as dataclasses: what recipes return, YAML files hold and run folders keep.
+
+Imports no torch, so that help and recipes need not wait for it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hieratok.generation.config import STEPS, DiTConfig, TimeSampling
+from hieratok.losses.config import AdversarialConfig, LossConfig, VFConfig
+from hieratok.tokenizer.config import TokenizerConfig
+
+Strategy = Literal["ddp", "fsdp2"]
+
+
+def check_name(name: str) -> None:
+    """Whether a run can be called so: it is written to runs/NAME.
+
+    Raises:
+        ValueError: it would lie elsewhere.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if not all(part.strip() and part not in (".", "..") and "\0" not in part for part in parts) or ":" in parts[0]:
+        raise ValueError(f"name {name!r} does not lead to a folder in runs/: choose another, or say where by --out")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are cut.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    path: str | None = None
+    """Folder of images (class = sub-folder), WebDataset shards (folder, file or 'glob-*.tar'), or `bundled`."""
+    val_path: str | None = None
+    """Images never trained on, for the pictures during training. None: of `path`, centre-cropped."""
+    crop: Literal["random-resized", "center"] = "random-resized"
+    """Training crop; evaluation always takes the ADM centre crop. [ours]: the paper names no crop; DiT's is center."""
+    min_area: float = 0.5
+    """Smallest share of an image's area that a random-resized crop may keep. [ours]"""
+    flip: bool = True
+    """Mirror half of the images. [ours]: the paper does not say; DiT does."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Stop at an unreadable image and name it, or go on without it and count."""
+    num_workers: int = 8
+    """Processes that decode images, for each training process; 0: none but the training process itself."""
+
+    def __post_init__(self):
+        for name in ("path", "val_path"):
+            value = getattr(self, name)
+            if value and value.endswith("/"):  # `photos/` is `photos`, also where a resumed run's settings are compared
+                object.__setattr__(self, name, value.rstrip("/") or "/")
+        if not 0 < self.min_area <= 1:
+            raise ValueError(f"data.min_area must be in (0, 1], not {self.min_area}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must not be negative, it is {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """One network's optimiser, AdamW, and its schedule. Defaults: the paper's stage 1 (table 8), but for [ours].
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    learning_rate: float = 1e-4
+    """After warm-up. [ours]: the paper's value is lost."""
+    min_learning_rate: float = 1e-6
+    """At the end of the cosine. [ours]: the paper's value is lost."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay. It spares norms, biases, positions and scale embeddings. [ours]: the paper does not say."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this norm. [ours]: the paper mentions no clipping, and DiT has none."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        group = "train" if isinstance(self, TrainConfig) else "optimization"
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"{group}.warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{group}.{name} must be positive, not {getattr(self, name)}")
+        if not (0 <= self.min_learning_rate <= self.learning_rate and self.weight_decay >= 0):
+            raise ValueError(
+                f"{group}.min_learning_rate must lie between 0 and {group}.learning_rate, and {group}.weight_decay"
+                f" must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig(Optimization):
+    """Optimisation, logging and checkpoints.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    steps: int = 500_456
+    """Optimiser steps; the paper's 100 epochs of 1,281,167 images at batch 256."""
+    batch_size: int = 256
+    """Images per step over all processes (paper, appendices E and F)."""
+    micro_batch_size: int | None = None
+    """Images per forward pass; gradients are accumulated over the rest. None: a process's whole share."""
+    ema_decay: float = 0.9999
+    """Decay per step of the averaged weights, which are what is saved as the model; lower in the first steps. [ours]"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast; norms, softmax and losses stay in float32. [ours], for DiT too: the paper does not say."""
+    compile: bool = False
+    """torch.compile: slow to start, faster to run."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more time, much less memory."""
+    parallel: Strategy = "ddp"
+    """Several processes: ddp keeps the whole model in each, fsdp2 divides it among them."""
+    seed: int = 0
+    """Of weights, data order, augmentation and noise."""
+    max_bad_steps: int = 20
+    """A step whose loss or gradient is not finite is left out; so many in a row, and the run goes back to its last
+    checkpoint and takes the data in another order."""
+    max_rollbacks: int = 3
+    """Having gone back so often, the run gives up at the next time."""
+    log_every: int = 50
+    """Steps between lines in log.jsonl and TensorBoard."""
+    save_every: int = 5_000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """How many of the latest checkpoints stay."""
+    picture_every: int = 5_000
+    """Steps between pictures; 0: none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep_checkpoints", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not a multiple of train.micro_batch_size"
+                f" {self.micro_batch_size}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay must be in [0, 1), not {self.ema_decay}")
+        if self.picture_every < 0 or self.max_rollbacks < 0 or self.seed < 0:
+            raise ValueError("train.picture_every, train.max_rollbacks and train.seed must not be negative")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training, of the averaged model on `data.val_path`; nothing of it changes the run.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    every: int = 0
+    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
+    num_images: int = 1_000
+    """Of the held-out images, evenly spread."""
+    features: str = "none"
+    """Feature network of the Frechet distance, as of `hieratok evaluate`; none: PSNR and SSIM alone."""
+    weights: str | None = None
+    """File with the feature network's weights. None: torch's cache."""
+    lpips: tuple[str, ...] = ()
+    """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
+    batch_size: int = 32
+    """Images at a time."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "lpips", tuple(self.lpips))
+        if self.every < 0 or self.num_images < 2 or self.batch_size < 1:
+            raise ValueError(
+                f"eval.every must not be negative, eval.num_images at least 2 and eval.batch_size at least 1, not"
+                f" {self.every}, {self.num_images} and {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """A tokenizer's training run, whole: what a recipe returns, a YAML file holds and a run folder keeps.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+
+    kind: Literal["tokenizer"] = "tokenizer"
+    """What is trained."""
+    name: str = "tokenizer"
+    """Where it is written unless --out says otherwise: runs/NAME."""
+    start_from: str | None = None
+    """Weights to begin with, of a run, a tokenizer's folder or a hub id (`--from` for short). None: fresh ones. Of
+    another image size, positions are interpolated, if patch size and scales keep their proportions."""
+    freeze_encoder: bool = False
+    """Train what comes after z alone, so that latents, and generators that learned them, stay as they are."""
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised: stage 1's part."""
+    gan: AdversarialConfig = field(default_factory=lambda: AdversarialConfig(weight=0.0))
+    """Stage 2's GAN loss."""
+    vf: VFConfig = field(default_factory=VFConfig)
+    """The vision-foundation loss."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """How it is judged meanwhile."""
+
+    def __post_init__(self):
+        check_name(self.name)
+        if self.freeze_encoder and self.start_from is None:
+            raise ValueError("freeze_encoder keeps the encoder as it is: say which by --from RUN")
+        if self.freeze_encoder and self.vf.weight:
+            raise ValueError("vf.weight trains the encoder, which freeze_encoder forbids: leave out one of them")
+        for name, config in (("gan", self.gan), ("vf", self.vf)):
+            if config.weight and config.adaptive and self.train.parallel == "fsdp2":
+                raise ValueError(f"{name}.adaptive needs whole gradients of the last layer: not with fsdp2")
+
+
+@dataclass(frozen=True)
+class GeneratorEval:
+    """Evaluation during training, of the averaged model's samples; nothing of it changes the run.
+
+    The same noise and labels every time, without guidance, by ddim or euler.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    every: int = 0
+    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
+    num_images: int = 5_000
+    """Samples."""
+    reference: str | None = None
+    """Real images, or an .npz of their statistics, as of `hieratok evaluate samples`."""
+    features: str = "inception"
+    """Feature network of the Frechet distance, as of `hieratok evaluate`."""
+    weights: str | None = None
+    """File with the feature network's weights. None: torch's cache."""
+    steps: int = 50
+    """Of the sampler: few, as curves are compared with each other and not with tables."""
+    batch_size: int = 64
+    """Images at a time."""
+
+    def __post_init__(self):
+        if self.every < 0 or self.num_images < 2 or self.batch_size < 1 or not 1 <= self.steps <= STEPS:
+            raise ValueError(
+                f"eval.every must not be negative, eval.num_images at least 2, eval.batch_size at least 1 and"
+                f" eval.steps from 1 to {STEPS}, not {self.every}, {self.num_images}, {self.batch_size} and"
+                f" {self.steps}"
+            )
+
+
+@dataclass(frozen=True)
+class GeneratorRun:
+    """A generator's training run, whole. Defaults: the paper's DiT-XL on f16d16.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+
+    kind: Literal["generator"] = "generator"
+    """What is trained."""
+    name: str = "generator"
+    """Where it is written unless --out says otherwise: runs/NAME."""
+    tokenizer: str | None = None
+    """Whose latents: a run, a tokenizer's folder or a hub id, or a folder of diffusers' AutoencoderKL or AutoencoderDC,
+    then with latents as --data. None: pictures and evaluation are left out, and --data must be a folder of latents."""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    """The generator."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(crop="center"))
+    """Latents: `path` is a folder of `hieratok latents`. Or images, which are then encoded anew at every step."""
+    time_sampling: TimeSampling = "uniform"
+    """Times that objective flow trains at: uniform, or more often in the middle (logit-normal)."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=400_000,
+            learning_rate=1e-4,
+            min_learning_rate=1e-4,  # constant, as DiT's
+            warmup_ratio=0.0,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+        )
+    )
+    """How. Steps, batch and optimiser are the paper's (appendix F), the averaging of weights is DiT's; bf16 and the
+    clipping of gradients are [ours]."""
+    eval: GeneratorEval = field(default_factory=GeneratorEval)
+    """How it is judged meanwhile."""
+
+    def __post_init__(self):
+        check_name(self.name)
+        if self.time_sampling != "uniform" and self.model.objective != "flow":
+            raise ValueError(f"time_sampling {self.time_sampling} is for model.objective flow")
+        if self.eval.every and self.tokenizer is None:
+            raise ValueError("eval.every judges decoded samples: say by which tokenizer, --tokenizer RUN")
+        if self.eval.every and self.eval.reference is None:
+            raise ValueError("eval.every compares samples with real images: set --eval.reference PATH")
