@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from hieratok.cli import main
-from hieratok.evaluate_page import digits, flat
-from hieratok.evaluation.results import METRICS, describe, format_result
+from hieratok.evaluation.results import format_result
+from hieratok.glossary import EVALUATION, describe
+from hieratok.tables import digits, flat
 from test_report import Reader, assert_self_contained
 
 
@@ -78,7 +79,7 @@ def test_names_and_directions(key, label, better):
 
 def test_other_names_are_no_metrics():
     assert all(describe(name) is None for name in ("seconds", "nn", "psnr_patch_mean", "isotropy", "fidelity"))
-    assert len({metric.label for metric in METRICS.values()}) == len(METRICS)
+    assert len({metric.label for metric in EVALUATION.values()}) == len(EVALUATION)
     assert describe("speed/32") is None
     assert format_result({"n": 3, "psnr": 21.123456}).splitlines() == ["images          3", "PSNR (dB)  21.123"]
 

@@ -118,7 +118,7 @@ def cost(argv: list[str]) -> None:
     if not isinstance(run, TokenizerRun):
         raise ValueError(f"{args.recipe} trains a generator; cost is of tokenizers")
     result = measure(run.model)
-    print(json.dumps(asdict(result)) if args.json else table(run.name, result))
+    print(json.dumps(asdict(result)) if args.json else table(run.name, result).text())
 
 
 def evaluate(argv: list[str]) -> None:

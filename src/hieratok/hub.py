@@ -20,12 +20,12 @@ from typing import Any
 
 from hieratok import __version__, checkpoint
 from hieratok.data.pixels import BadImageError, read_image
-from hieratok.evaluate_page import digits, flat
-from hieratok.evaluation.results import describe
 from hieratok.files import check_regular, read_json_table, shown
 from hieratok.generation.dit import DiTConfig
+from hieratok.glossary import describe
 from hieratok.pictures import to_pil
 from hieratok.runs import Measurement, Run, read_run
+from hieratok.tables import Table, digits, flat
 from hieratok.tokenizer.model import TokenizerConfig
 
 PAPER = "arXiv 2509.23736"
@@ -307,8 +307,8 @@ def training(facts: Run) -> str:
         "precision": s.get("train.precision"),
         "parameters": f"{facts.parameters / 1e6:.2f}M" if facts.parameters else None,
     }
-    rows = [f"| {name} | {cell(value)} |" for name, value in lines.items() if value is not None]
-    return "\n".join(["| | |", "|---|---|", *rows])
+    rows = [[name, str(value)] for name, value in lines.items() if value is not None]
+    return Table(["", ""], rows).markdown()
 
 
 def metrics(facts: Run, kind: str) -> str:
@@ -338,13 +338,9 @@ def measurement_part(measurement: Measurement) -> str:
 
 def metric_table(numbers: Mapping[str, float]) -> str:
     """Metrics with their units and directions, as Markdown."""
-    lines = ["| metric | value | better |", "|---|---:|---|"]
-    for key, value in numbers.items():
-        metric = describe(key)
-        if metric is not None:
-            unit = f" {metric.unit}" if metric.unit else ""
-            lines.append(f"| {cell(metric.label)} | {digits(value)}{unit} | {metric.better} |")
-    return "\n".join(lines)
+    found = [(metric, value) for key, value in numbers.items() if (metric := describe(key))]
+    rows = [[metric.label, f"{digits(value)} {metric.unit}".rstrip(), metric.better] for metric, value in found]
+    return Table(["metric", "value", "better"], rows).markdown()
 
 
 def not_measured(facts: Run, kind: str) -> list[str]:
@@ -389,8 +385,3 @@ def local(value: Any) -> Any:
         return value
     parts = re.split(r"[\\/]", path.rstrip("\\/"))
     return name + equals + "/".join(parts[-2:] if "*" in parts[-1] else parts[-1:])
-
-
-def cell(value: Any) -> str:
-    """Text inside a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,7 +1,7 @@
 """The latent space of any tokenizer in numbers: density, symmetries, frequencies, channels, robustness.
 
 Functions take tensors and callables (`Codec`), so any autoencoder can be analysed; `hieratok.analyze` runs them all on
-a trained tokenizer and images, and `meanings.MEANINGS` says in plain words what each number is.
+a trained tokenizer and images, and `hieratok.glossary.ANALYSIS` says in plain words what each number is.
 """
 
 from hieratok.analysis.channels import (
@@ -25,17 +25,14 @@ from hieratok.analysis.density import (
     measure_density,
 )
 from hieratok.analysis.intervals import summarize
-from hieratok.analysis.meanings import MEANINGS, Meaning
 from hieratok.analysis.robustness import noise_psnr
 from hieratok.analysis.spectrum import block_dct, dct_profile, high_frequency_share, power_slope, radial_power
 
 __all__ = [
-    "MEANINGS",
     "Codec",
     "DensityMetrics",
     "DensityReport",
     "Latents",
-    "Meaning",
     "block_dct",
     "channel_kl",
     "channel_moments",
