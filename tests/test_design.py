@@ -11,8 +11,11 @@ PACKAGE = Path(hieratok.__file__).parent
 # A module imports from its own rank or a lower one. What is not listed (commands, pages) may import everything.
 RANKS = {
     "errors": 0,
+    "estimates": 0,
     "files": 0,
+    "glossary": 0,
     "layers": 0,
+    "tables": 0,
     "checkpoint": 1,
     "data": 1,
     "tokenizer": 1,

@@ -37,7 +37,8 @@ def test_the_page_of_two_sets_of_images(images):
     assert not reader.open
     result = json.loads((out / "metrics.json").read_text())
     row = reader.cells.index("PSNR")
-    assert reader.cells[row : row + 4] == ["PSNR", f"{result['psnr']:.5g}", "dB", "higher"]
+    ends = ", ".join(f"{end:.5g}" for end in result["intervals"]["16"]["psnr"])
+    assert reader.cells[row : row + 4] == ["PSNR", f"{result['psnr']:.5g} [{ends}]", "dB", "higher"]
     assert reader.cells[reader.cells.index("identical images") + 1] == "1"
     for name, value in flat(result["manifest"]):
         assert reader.cells[reader.cells.index(name) + 1] == value, "every fact of the protocol"

@@ -103,7 +103,7 @@ def test_a_page_needs_nothing_from_outside():
 )
 def test_the_check_for_outside_things_can_fail(snippet):
     with pytest.raises(AssertionError):
-        assert_self_contained(everything("x") + snippet)
+        assert_self_contained(everything("x") + report.Html(snippet))
 
 
 def test_pictures_are_lossless():
