@@ -1,7 +1,7 @@
 """What the app shows: pieces of HTML that hold their own pictures, so that no file is written for them.
 
-Their templates are in `reports/templates/app.html`. Colours, fonts and corners are the variables of gradio's theme, which
-follow the reader's light or dark setting.
+Their templates are in `reports/templates/app.html`. Colours, fonts and corners are the variables of gradio's theme,
+which follow the reader's light or dark setting.
 """
 
 import functools
