@@ -62,10 +62,12 @@ def key_figures(found: list[Measured]) -> list[tuple[str, str]]:
 
 
 def metric_table(found: list[Measured]) -> Table:
-    """A row a metric, a column a scale, and what each one means."""
+    """A row a metric, a column a scale, and what each one means; counts that are 0 are left out."""
     titles = list(dict.fromkeys(title for one in found for title in one.values))
     rows = []
     for one in found:
+        if one.metric.is_count and not any(value.mean for value in one.values.values()):
+            continue  # no image is special
         better = "" if one.metric.better == "neither" else one.metric.better
         values = [estimated(one.values.get(title)) for title in titles]
         rows.append([one.metric.label, *values, one.metric.unit, better, one.metric.meaning])
@@ -95,7 +97,9 @@ def distribution(psnr: list[float]) -> list[report.Html]:
 
 def pictures(shown: Shown) -> list[report.Html]:
     """Coarse scales, reconstruction, original and error of each pair."""
-    coarse = [f"{image.shape[-1]} px" for image in shown.pairs[0].coarse]
+    first = shown.pairs[0]
+    scales = [f"{image.shape[-1]} px" for image in (*first.coarse, first.reconstruction)]
+    titles = scales if first.coarse else ["reconstruction"]
     rows = [
         report.Row(pair.name, images_of(pair), f"{title}: {digits(pair.psnr)} dB")
         for title, pairs in shown.worst_and_best().items()
@@ -105,7 +109,7 @@ def pictures(shown: Shown) -> list[report.Html]:
         "The worst and the best by PSNR of the finest scale. The error is the mean over red, green and blue."
         " Select a picture to enlarge it; arrow keys go on to the next."
     )
-    return [report.picture_grid([*coarse, "reconstruction", "original", "error"], rows, caption), report.error_scale()]
+    return [report.picture_grid([*titles, "original", "error"], rows, caption), report.error_scale()]
 
 
 def images_of(pair: Pair) -> list[report.Image.Image]:

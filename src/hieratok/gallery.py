@@ -190,7 +190,7 @@ def metric_parts(runs: Sequence[Run]) -> list[report.Html]:
         (evaluation_label, "Of evaluations below the runs."),
         (analysis_label, "Of analyses below the runs; the page of an analysis says what its numbers mean."),
     ):
-        chosen = [(run, m) for run, m in measured if any(label(key) for key in m.numbers)]
+        chosen = [(run, m) for run, m in measured if any(label(key) for key in m.numbers if key != "n")]
         if chosen:
             parts += measurement_parts(chosen, label, caption)
     latest = {run.name: run.evaluations[-1] for run in runs if run.evaluations}

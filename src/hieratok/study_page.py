@@ -340,7 +340,7 @@ def base_table(base: dict[str, Any]) -> Table:
          f" {t['min_learning_rate']:g}, {t['precision']}"],
         ["loss weights", f"L1 {loss['l1_weight']:g}, MSE {loss['mse_weight']:g}, perceptual"
          f" {loss['perceptual_weight']:g} ({loss['trunk']}), KL {loss['kl_weight']:g}"],
-        ["trained on, judged by", f"{data['path']}, {data['val_path']}"],
+        ["trained on, evaluated on", f"{data['path']}, {data['val_path']}"],
     ]  # fmt: skip
     return Table(["setting", "value"], rows, "The run that all rows are variants of.")
 

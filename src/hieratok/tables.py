@@ -13,7 +13,7 @@ Kind = Literal["number", "sentences", "words"]
 """Of a column: numbers are aligned to the right, sentences are wrapped."""
 
 _VALUE = r"([-+−]?[\d,]*\.?\d+(e[-+]?\d+)?|–|∞)"
-NUMBER = re.compile(rf"({_VALUE}( \[{_VALUE}, {_VALUE}\])?|)")
+NUMBER = re.compile(rf"({_VALUE}( \[{_VALUE}, {_VALUE}\])?|{_VALUE} to {_VALUE}|± {_VALUE}|)")
 SENTENCE = 60
 """A cell with more characters makes its column one of sentences."""
 
@@ -76,13 +76,13 @@ def signed(value: float | None) -> str:
 
 
 def estimated(estimate: Estimate | None, is_difference: bool = False) -> str:
-    """A mean, and in brackets its interval if it has one."""
+    """A mean, and in brackets its interval, with four significant digits, if it has one."""
     if estimate is None:
         return "–"
     mean = signed(estimate.mean) if is_difference else digits(estimate.mean)
     if estimate.low is None or estimate.high is None:
         return mean
-    return f"{mean} [{digits(estimate.low)}, {digits(estimate.high)}]"
+    return f"{mean} [{digits(estimate.low, 4)}, {digits(estimate.high, 4)}]"
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -51,6 +51,12 @@ def printable(value: Any) -> Any:
     return "".join(c if c.isprintable() or c in "\n\t" else shown(c) for c in value)
 
 
+BREAKS = re.compile(
+    r"(?<=\w[._/=,:])(?=\w)(?!(?<=\d[.,])\d)"  # after each mark that joins the parts of a name, not within a number
+    r"|(?:(?<=\b[0-9a-f]{16})|(?<=\b[0-9a-f]{32})|(?<=\b[0-9a-f]{48}))(?=[0-9a-f]{16})"  # in a SHA-256
+)
+
+
 def pieces(text: str) -> list[str]:
-    """A text cut where a line may end without breaking a word: after each mark that joins the parts of a name."""
-    return re.split(r"(?<=\w[._/=,:])(?=\w)(?!(?<=\d[.,])\d)", text)
+    """A text cut where a line may end without breaking a word."""
+    return BREAKS.split(text)
