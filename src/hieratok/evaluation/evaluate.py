@@ -220,7 +220,7 @@ def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None
 def _paired_result(protocol: str, metrics: ReconstructionMetrics, details: Mapping[str, Any]) -> dict[str, Any]:
     result = metrics.compute()
     result["intervals"] = {
-        side: {name: (value.low, value.high) for name, value in row.items()}
+        side: {name: [value.low, value.high] for name, value in row.items()}
         for side, row in metrics.estimates().items()
     }
     perceptual = {p.name: getattr(p, "sha256", {}) for p in metrics.perceptual}
