@@ -32,6 +32,7 @@ from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 from hieratok.losses.lpips import PerceptualLoss
 from hieratok.losses.reconstruction import LossConfig
 from hieratok.recipes import single
+from hieratok.tables import Table
 from hieratok.tokenizer import model as tokenizer_model
 from hieratok.tokenizer.downsample import ConvBranch, ConvDownsample
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
@@ -251,17 +252,16 @@ def table(results: list[dict[str, Any]]) -> str:
         "KL": ("kl", 1),
         "images/s": ("images_per_second", 0),
     }
-    lines = ["| | " + " | ".join(columns) + " | PSNR at 8, 16, 32 px |", "|---" * (len(columns) + 2) + "|"]
+    rows = []
     for row in ROWS:
         mine = [r for r in results if r["row"] == row.name]
         if not mine:
             continue
         cells = [spread([r.get(key, math.nan) for r in mine], digits) for key, digits in columns.values()]
-        coarse = [f"{sum(r['scales'][s]['psnr'] for r in mine) / len(mine):.2f}" for s in mine[0].get("scales", {})][
-            :-1
-        ]
-        lines.append(f"| {row.name} | " + " | ".join(cells) + f" | {' / '.join(coarse)} |")
-    return "\n".join(lines)
+        *coarse, _ = mine[0].get("scales", {None: {}})
+        means = [f"{sum(r['scales'][s]['psnr'] for r in mine) / len(mine):.2f}" for s in coarse]
+        rows.append([row.name, *cells, " / ".join(means)])
+    return Table(["", *columns, "PSNR at 8, 16, 32 px"], rows).markdown()
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -1,6 +1,7 @@
 """Timing beside each other, and the command that does it. Whatever is measured here is checked for sense, not speed."""
 
 import json
+import re
 import time
 
 import pytest
@@ -125,8 +126,8 @@ def test_tables_are_readable(small_machine, capsys):
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if "time" in line)
     assert "ratio" in header
-    assert "of matmul" not in header or "%" in "".join(lines)
-    assert any(line.startswith("one call with a mask, forward") and "1.00 (1.00 to 1.00)" in line for line in lines)
+    assert "of matmul" not in header or re.search(r"^one call.* \d+ ", "\n".join(lines), re.MULTILINE)
+    assert any(line.startswith("one call with a mask, forward") and "1.00 [1.00, 1.00]" in line for line in lines)
     assert "A large matrix product runs at" in lines[-1]
 
 

@@ -222,14 +222,14 @@ def test_cost(hieratok, config, refused):
     assert list(result) == ["parameters", "gflops", "gflops_without_attention", "encoder_tokens", "decoder_tokens"]
     assert (result["encoder_tokens"], result["decoder_tokens"]) == (256, 341)
     rows = [line.split() for line in hieratok("cost", "f16d16-multi")[1].splitlines()]
-    assert ["parameters", f"{result['parameters'] / 1e6:.2f}M", "401.18M"] in rows
-    assert ["gflops", f"{result['gflops']:.2f}", "230.45"] in rows
+    assert ["parameters", "(M)", f"{result['parameters'] / 1e6:.2f}", "401.18"] in rows
+    assert ["GFLOPs", f"{result['gflops']:.2f}", "230.45"] in rows
     assert ["decoder", "tokens", "341", "341"] in rows
     rows = [
         line.split() for line in hieratok("cost", config)[1].splitlines()
     ]  # a file, of which the paper says nothing
-    assert rows[0] == ["small"]
-    assert ["decoder", "tokens", str(1 + 4 + 16), "-"] in rows
+    assert rows[0] == ["small", "ours", "paper"]
+    assert ["decoder", "tokens", str(1 + 4 + 16), "–"] in rows
     assert refused("cost") == "hieratok cost needs RECIPE (`hieratok cost --help` shows how)"
 
 

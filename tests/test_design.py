@@ -12,8 +12,11 @@ PACKAGE = Path(hieratok.__file__).parent
 RANKS = {
     "core": 0,
     "errors": 0,
+    "estimates": 0,
     "files": 0,
+    "glossary": 0,
     "layers": 0,
+    "tables": 0,
     "checkpoint": 1,
     "data": 1,
     "tokenizer": 1,

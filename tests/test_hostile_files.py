@@ -754,7 +754,8 @@ def test_pictures_that_are_not_decoded(sound, case, monkeypatch):
     (sound / "photos" / "1.png").write_bytes(PICTURES[case])
     assert "1.png" in refused(lambda: read_all(open_source(str(sound / "photos"))))
     (sound / "run" / "pictures" / "step-00000010.png").write_bytes(PICTURES[case])
-    assert "step-00000010.png cannot be read" in "".join(picture_parts(find_runs(sound / "run")))
+    page = "".join(picture_parts(find_runs(sound / "run"))).replace("<wbr>", "")
+    assert "step-00000010.png cannot be read" in page
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -35,7 +35,7 @@ from hieratok.analysis.density import (
     measure_density,
 )
 from hieratok.analysis.intervals import summarize
-from hieratok.analysis.meanings import screen_table
+from hieratok.analysis.meanings import lines, table
 from hieratok.analysis.robustness import noise_psnr, seeded_noise
 from hieratok.analysis.spectrum import BLOCK, MIN_SIDE, dct_profile, high_frequency_share, power_slope
 from hieratok.analyze_page import Embedding, commutation_pictures, make_page
@@ -57,7 +57,7 @@ def analyze(options: Analyze) -> dict[str, Any]:
     """The command: print the numbers, write `metrics.json` and `index.html`.
 
     Returns:
-        What is in `metrics.json`: numbers by name (`hieratok.analysis.meanings` says what each is; `_low` and `_high`
+        What is in `metrics.json`: numbers by name (`hieratok.glossary` says what each is; `_low` and `_high`
         are the ends of a mean's 95% interval, `_std` a deviation over draws, `floor_` Gaussian noise), and `manifest`.
 
     Raises:
@@ -80,7 +80,7 @@ def analyze(options: Analyze) -> dict[str, Any]:
         )
     inputs = {name: getattr(options, name) for name in ("run", "data", "latents", "embedding")}
     result["inputs"] = {name: value for name, value in inputs.items() if value is not None}
-    print(screen_table(result))
+    print(table(lines(result)).text())
     out = options.out or (f"{options.run}/analysis" if options.run and Path(options.run).is_dir() else None)
     if out is not None:
         summary = "How evenly, regularly and robustly a tokenizer's latents stand for images." if options.run else (

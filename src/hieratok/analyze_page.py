@@ -8,9 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from hieratok import report
-from hieratok.analysis.meanings import lines
+from hieratok.analysis.meanings import lines, table
 from hieratok.evaluation.reconstruction import area_resize
 from hieratok.pictures import to_pil
+from hieratok.tables import Table, flat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,31 +84,23 @@ def make_page(
     if "reconstruction_rms" in result:
         noise = numbers(result, ["noise_psnr"], IMAGES.format(result["decoded_images"]))
         sections.append(report.section("Noise", report.text(NOISE_TEXT), noise_plot(result), noise))
-    facts = [[key, str(value)] for key, value in result["manifest"].items()]
     caption = "What the numbers depend on; metrics.json beside this page has every number."
-    sections.append(report.section("How this was measured", report.table(["what", "value"], facts, caption)))
+    sections.append(
+        report.section(
+            "How this was measured", report.table(Table(["what", "value"], flat(result["manifest"]), caption))
+        )
+    )
     return report.page(title, summary, sections)
 
 
 def numbers(result: dict[str, Any], stems: Sequence[str], caption: str) -> report.Html:
-    """A table of the numbers called `stem` or `stem/detail` with what each `stem` means; without empty columns."""
+    """A table of the numbers called `stem` or `stem/detail` with what each `stem` means."""
     found = lines(result, stems)
-    header = ["number", "value"]
-    columns = [
-        [f"{x.meaning.label}, {x.detail}" if x.detail else x.meaning.label for x in found],
-        [x.value for x in found],
-    ]
-    if any(x.spread for x in found):
-        header.append("± or 95% interval")
-        columns.append([x.spread for x in found])
-    if any(x.floor for x in found):
-        header.append("Gaussian floor")
-        columns.append([x.floor for x in found])
-    header += ["better", "meaning"]
-    repeated = [i > 0 and x.meaning is found[i - 1].meaning for i, x in enumerate(found)]
-    columns.append([x.meaning.better for x in found])
-    columns.append(["" if again else x.meaning.text for x, again in zip(found, repeated)])
-    return report.table(header, list(zip(*columns)), caption)
+    plain = table(found, caption)
+    repeated = [i > 0 and line.metric is found[i - 1].metric for i, line in enumerate(found)]
+    meanings = ["" if again else line.metric.meaning for line, again in zip(found, repeated)]
+    rows = [[*row, text] for row, text in zip(plain.rows, meanings)]
+    return report.table(Table([*plain.header, "meaning"], rows, caption))
 
 
 def density_section(result: dict[str, Any], embedding: Embedding) -> report.Html:

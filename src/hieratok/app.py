@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hieratok import app_page
 from hieratok.app_config import ServeApp
 from hieratok.app_handlers import GUIDANCE, SAMPLERS, SAMPLES, SEEDS, STEPS, Demo, ModelFacts
-from hieratok.app_page import STYLE, message, status
+from hieratok.app_page import message, status
 from hieratok.app_worker import Worker, WorkerError
 from hieratok.core.extras import MissingPackageError
 from hieratok.generation.dit import DiT
 from hieratok.reconstruct import best_device
+from hieratok.reports.templating import Html, asset
 from hieratok.sample import Sample, check_models
 from hieratok.tokenizer.model import HieraTok
 from hieratok.uploads import KEPT_SECONDS, MAX_BYTES, MAX_PIXELS, Uploads
@@ -149,8 +151,8 @@ def running(worker: Worker, uploads: Uploads, options: ServeApp, listener: socke
         path="/",
         show_error=False,
         theme=theme(),
-        css=STYLE,
-        js=PASTE,
+        css=str(asset("app.css")),
+        js=str(asset("app.js")),
         footer_links=[],
         max_file_size=MAX_BYTES,
         enable_monitoring=False,
@@ -228,14 +230,14 @@ def build(worker: Worker, visits: "Visits") -> "gradio.Blocks":
         try:
             yield from worker.run(method, *arguments, wanted=lambda: visits.is_there(session), **options)
         except WorkerError as error:
-            yield message(str(error))
+            yield str(message(str(error)))
 
     # Handlers get what a request says, as our own code checks it. gradio's would open and copy files by its own rules.
     shared: dict[str, Any] = dict(
         preprocess=False, show_progress="minimal", concurrency_limit=1, concurrency_id="model"
     )
     with gr.Blocks(title="hieratok", analytics_enabled=False) as blocks:
-        result(HEADING)
+        result(app_page.heading())
         with gr.Tab("Photo"), gr.Row():
             with gr.Column(scale=1, min_width=260):
                 image = upload("Photo")
@@ -281,30 +283,16 @@ def upload(label: str) -> "gradio.Image":
     return gr.Image(label=label, sources=["upload", "clipboard"], buttons=[], height=260, placeholder=PLACEHOLDER)
 
 
-def limits(facts: ModelFacts) -> str:
+def limits(facts: ModelFacts) -> Html:
     """What may be sent, and what becomes of it."""
-    return (
-        f"<p><small>{MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels at most; what is longer than"
-        f" {facts.max_side} px is scaled down to that. Photos stay on the machine that runs this page and are deleted"
-        f" within {KEPT_SECONDS // 60 + 1} minutes.</small></p>"
-    )
+    return app_page.limits(MAX_BYTES // 2**20, MAX_PIXELS // 10**6, facts.max_side, minutes=KEPT_SECONDS // 60 + 1)
 
 
-def result(html: str, min_height: int | None = None) -> "gradio.HTML":
+def result(html: Html, min_height: int | None = None) -> "gradio.HTML":
     """A part of the page that we write ourselves."""
     import gradio as gr
 
-    return gr.HTML(html, elem_classes="results", apply_default_css=False, min_height=min_height)
+    return gr.HTML(str(html), elem_classes="results", apply_default_css=False, min_height=min_height)
 
 
-HEADING = """<h1>hieratok</h1><p>What a multi-scale image tokenizer keeps of a photo: from a few numbers to the picture,
-coarse to fine.</p>"""
 PLACEHOLDER = "Drop or paste a photo here,\nor press to choose one"
-# gradio has a button for pasting, which browsers allow on localhost and by https alone; Ctrl+V works everywhere.
-PASTE = """() => document.addEventListener("paste", event => {
-  const inputs = [...document.querySelectorAll("input[type=file]")];
-  const free = inputs.find(input => input.parentElement.offsetParent);  // of the open tab, without a photo yet
-  if (!free || !event.clipboardData.files.length) return;
-  free.files = event.clipboardData.files;
-  free.dispatchEvent(new Event("change", {bubbles: true}));
-})"""

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from hieratok.analysis.robustness import seeded_noise
 from hieratok.app_page import (
-    ERROR_CEILING,
     Picture,
     before_after,
-    error_map,
     frames,
     judge,
     latent_picture,
@@ -28,6 +26,8 @@ from hieratok.data.pixels import center_crop, to_float, to_uint8
 from hieratok.generation.config import Sampler
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents
+from hieratok.pictures import ERROR_CEILING, error_map
+from hieratok.reports.templating import Html
 from hieratok.tokenizer.model import HieraTok
 from hieratok.uploads import read_upload
 
@@ -50,9 +50,9 @@ def in_one_line(handler: Callable[P, Iterator[str]]) -> Callable[P, Iterator[str
     @functools.wraps(handler)
     def handle(*args: P.args, **kwargs: P.kwargs) -> Iterator[str]:
         try:
-            yield from handler(*args, **kwargs)
+            yield from map(str, handler(*args, **kwargs))
         except ValueError as error:
-            yield message(str(error))
+            yield str(message(str(error)))
 
     return handle
 
@@ -117,7 +117,7 @@ class Demo:
             page + self.noise(image)
         )
 
-    def noise(self, image: Tensor) -> str:
+    def noise(self, image: Tensor) -> Html:
         """uint8 (3, H, W) -> a section: its middle, decoded from z with more and more noise."""
         side = self.tokenizer.config.image_size
         crop = center_crop(image, side)
@@ -185,15 +185,15 @@ class Demo:
         with counted(generator, lambda done: progress(done, evaluations)):
             (batch,) = sample_latents(generator, config)
         z = generator.latents.denormalize(batch.latents)
-        rows = ""
+        rows: list[Html] = []
         for images in self.tokenizer.decode_progressive(z):
             pictures = [
                 Picture(image.cpu(), f"Seed {config.seed}, image {i}") for i, image in enumerate(to_uint8(images))
             ]
             H, W = images.shape[-2:]
-            rows = rows + f"<h3>{W} × {H} px</h3>" + row(pictures)
+            rows.append(row(pictures, title=f"{W} × {H} px"))
             note = f"{config.steps} steps of {config.sampler}, guidance {config.cfg:g}, seed {config.seed}."
-            yield section(f"Class {int(label)}", note, rows)
+            yield section(f"Class {int(label)}", note, *rows)
 
     def read(self, upload: Upload) -> Tensor:
         """The photo behind the record of an upload, uint8 (3, H, W), its longer side at most `max_side`.
@@ -214,7 +214,7 @@ def size(image: Tensor) -> str:
     return f"{image.shape[-1]} × {image.shape[-2]} px"
 
 
-def pyramid(scales: list[Picture], pending: list[tuple[str, int, int]]) -> str:
+def pyramid(scales: list[Picture], pending: list[tuple[str, int, int]]) -> Html:
     """The section of the scales that are decoded and of those that are still to come."""
     note = (
         "Decoded coarse to fine from one latent map z and enlarged to one width. Each is compared with the photo"
@@ -224,13 +224,13 @@ def pyramid(scales: list[Picture], pending: list[tuple[str, int, int]]) -> str:
     return section("Every scale", note, row(scales, pending))
 
 
-def comparison(image: Tensor, decoded: Tensor) -> str:
+def comparison(image: Tensor, decoded: Tensor) -> Html:
     """The section with photo and finest scale on top of each other."""
     note = "Drag across the picture, or use the arrow keys."
     return section("Before and after", note, before_after(Picture(image, "Photo"), Picture(decoded, "Decoded")))
 
 
-def inside(image: Tensor, decoded: Tensor, z: Tensor) -> str:
+def inside(image: Tensor, decoded: Tensor, z: Tensor) -> Html:
     """The section with what is lost and what is kept."""
     lost = Picture(
         error_map(decoded, image),

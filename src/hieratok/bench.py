@@ -28,6 +28,7 @@ from hieratok.generation.sampling import guided
 from hieratok.quickstart import hardware
 from hieratok.recipes import single
 from hieratok.reconstruct import best_device
+from hieratok.tables import Table
 from hieratok.timing import (
     Call,
     copy_rate,
@@ -345,21 +346,18 @@ def facts(result: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as text; what no row has gets no column."""
     cells = [list(columns(row)) for row in rows]
-    header = ["", "time", "images/s", "of matmul", "memory", "ratio", "to"]
+    header = ["", "time (ms)", "images/s", "of matmul (%)", "memory (MiB)", "ratio", "to"]
     keep = [i for i in range(len(header)) if any(line[i] for line in cells)]
-    lines = [[line[i] for i in keep] for line in [header, *cells]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(keep))]
-    align = [str.ljust if header[i] in ("", "to") else str.rjust for i in keep]
-    return "\n".join("  ".join(f(text, w) for f, text, w in zip(align, line, widths)).rstrip() for line in lines)
+    return Table([header[i] for i in keep], [[line[i] for i in keep] for line in cells]).text()
 
 
 def columns(row: dict[str, Any]) -> Iterator[str]:
     """A row's cells."""
     yield row["name"]
-    yield f"{1000 * row['seconds']:,.4g} ms"
+    yield f"{1000 * row['seconds']:,.4g}"
     yield f"{row['images_per_second']:,.4g}" if "images_per_second" in row else ""
-    yield f"{100 * row['utilisation']:.0f}%" if "utilisation" in row else ""
+    yield f"{100 * row['utilisation']:.0f}" if "utilisation" in row else ""
     peak = row.get("peak_bytes")
-    yield f"{peak / 2**20:,.0f} MiB" if peak is not None else ""
-    yield f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "ratio" in row else ""
+    yield f"{peak / 2**20:,.0f}" if peak is not None else ""
+    yield f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if "ratio" in row else ""
     yield row.get("to", "")

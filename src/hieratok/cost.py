@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hieratok.glossary import COST
+from hieratok.tables import Table
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
 from hieratok.tokenizer.scales import Scales
 
@@ -47,19 +49,15 @@ def measure(config: TokenizerConfig) -> Cost:
     )
 
 
-def table(name: str, cost: Cost) -> str:
-    """The cost as text, beside the paper's where the paper has it."""
+def table(name: str, cost: Cost) -> Table:
+    """The cost beside the paper's, where the paper has it."""
     paper = PAPER.get(name, {})
-    rows = [("", "ours", "paper")]
+    rows = []
     for field, value in asdict(cost).items():
         published = paper.get(field.removesuffix("_without_attention"))
-        rows.append((field.replace("_", " "), _text(field, value), _text(field, published) if published else "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    return "\n".join([name, *lines])
+        rows.append([COST[field].with_unit, _text(field, value), _text(field, published) if published else "–"])
+    return Table([name, "ours", "paper"], rows)
 
 
 def _text(field: str, value: float) -> str:
-    if field == "parameters":
-        return f"{value / 1e6:.2f}M"
-    return f"{value:.2f}" if field.startswith("gflops") else str(value)
+    return str(value) if field.endswith("tokens") else f"{value / 1e6 if field == 'parameters' else value:.2f}"

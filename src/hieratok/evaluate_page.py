@@ -1,4 +1,5 @@
-"""The page of an evaluation: what was measured and which way is better, the worst and best pictures, the protocol."""
+"""The page of an evaluation: what was measured and which way is better, its spread over images, the worst and best
+pictures, the protocol."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hieratok import report
-from hieratok.evaluation.reconstruction import Shown
-from hieratok.evaluation.results import describe
-from hieratok.pictures import to_pil
+from hieratok.evaluation.reconstruction import Pair, ReconstructionMetrics, Shown
+from hieratok.evaluation.results import Measured, measured
+from hieratok.pictures import error_map, to_pil
+from hieratok.tables import Table, digits, estimated, flat
 
 TITLES = {
-    "reconstruction": "Reconstructions judged",
+    "reconstruction": "Evaluation of reconstructions",
     "images": "Two sets of images compared",
-    "samples": "Samples judged",
+    "samples": "Evaluation of samples",
 }
 SUMMARIES = {
     "reconstruction": "How close {run} comes to {n:,} images of {data} that it encodes and decodes.",
@@ -22,90 +24,97 @@ SUMMARIES = {
 }
 
 
-def write(folder: Path, result: Mapping[str, Any], shown: Shown | None) -> None:
+def write(folder: Path, result: Mapping[str, Any], metrics: ReconstructionMetrics | None) -> None:
     """Write `index.html` into the folder of a result's metrics.json.
 
     Args:
         folder: there already.
         result: as `hieratok.evaluation.evaluate` returns it.
-        shown: its worst and best reconstructions, if it has any.
+        metrics: what was collected of each image, if it was of pairs.
     """
     protocol = result["manifest"]["protocol"]
     names = {key: value for key, value in result["inputs"].items() if isinstance(value, str)}
     warnings = [report.text(f"Warning: {warning}.") for warning in result["warnings"]]
-    sections = [
-        report.key_figures(key_figures(result)),
-        report.section("Metrics", metric_table(result), *warnings),
-    ]
-    if shown is not None and shown.pairs:
-        sections.append(report.section("Worst and best", pictures(shown)))
+    found = measured(result)
+    parts = [report.table(metric_table(found)), *warnings]
+    if metrics is not None:
+        parts += distribution(metrics.psnr_of_images())
+    sections = [report.key_figures(key_figures(found)), report.section("Metrics", *parts)]
+    if metrics is not None and metrics.shown.pairs:
+        sections.append(report.section("Worst and best", *pictures(metrics.shown)))
     facts = {**result["manifest"], **{f"input: {key}": value for key, value in result["inputs"].items()}}
     caption = "What the numbers depend on. `hieratok evaluate compare` sets two results side by side if this agrees."
-    sections.append(
-        report.section("How this was measured", report.table(["what", "value"], list(flat(facts)), caption))
-    )
+    table = report.table(Table(["what", "value"], flat(facts), caption))
+    sections.append(report.section("How this was measured", table))
     summary = SUMMARIES[protocol].format(n=result["n"], **names)
     report.write_page(folder / "index.html", report.page(TITLES[protocol], summary, sections))
 
 
-def key_figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The metrics, large."""
+def key_figures(found: list[Measured]) -> list[tuple[str, str]]:
+    """The metrics of the finest scale, large."""
     figures = []
-    for key, value in result.items():
-        metric = describe(key)
-        if metric is not None and not metric.is_count:
-            better = "" if metric.better == "neither" else f", {metric.better} is better"
-            figures.append((f"{digits(value)} {metric.unit}".strip(), metric.label + better))
+    for one in found:
+        if not one.metric.is_count:
+            better = "" if one.metric.better == "neither" else f", {one.metric.better} is better"
+            *_, finest = one.values.values()
+            figures.append((f"{digits(finest.mean)} {one.metric.unit}".strip(), one.metric.label + better))
     return figures
 
 
-def metric_table(result: Mapping[str, Any]) -> report.Html:
-    """A row a metric, a column a scale, and what each one means."""
-    scales: dict[str, Mapping[str, Any]] = {f"{k} px": v for k, v in result.get("scales", {}).items()}
-    columns = scales or {"value": result}
+def metric_table(found: list[Measured]) -> Table:
+    """A row a metric, a column a scale, and what each one means; counts that are 0 are left out."""
+    titles = list(dict.fromkeys(title for one in found for title in one.values))
     rows = []
-    for key in result:
-        metric = describe(key)
-        if metric is not None:
-            values = [digits(column.get(key)) for column in columns.values()]
-            better = "" if metric.better == "neither" else metric.better
-            rows.append([metric.label, *values, metric.unit, better, metric.meaning])
-    caption = "Columns are scales, each held against the original resized to it by area. " if scales else ""
-    header = ["metric", *columns, "unit", "better", "meaning"]
-    return report.table(header, rows, caption + "metrics.json beside this page has every digit.")
+    for one in found:
+        if one.metric.is_count and not any(value.mean for value in one.values.values()):
+            continue  # no image is special
+        better = "" if one.metric.better == "neither" else one.metric.better
+        values = [estimated(one.values.get(title)) for title in titles]
+        rows.append([one.metric.label, *values, one.metric.unit, better, one.metric.meaning])
+    caption = "In brackets the 95% interval of a mean over images. " if any(map(has_interval, found)) else ""
+    caption += "Columns are scales, each compared with the original resized to it by area. " * (len(titles) > 1)
+    header = ["metric", *(title or "value" for title in titles), "unit", "better", "meaning"]
+    return Table(header, rows, caption + "metrics.json beside this page has every digit.")
 
 
-def pictures(shown: Shown) -> report.Html:
-    """Original, reconstruction and error of each pair."""
-    rows = []
-    for title, pairs in shown.worst_and_best().items():
-        for pair in pairs:
-            error = (pair.reconstruction.int() - pair.original.int()).abs().clamp(max=63).mul(4).to(pair.original.dtype)
-            images = [to_pil(x) for x in (pair.original, pair.reconstruction, error)]
-            rows.append(report.Row(pair.name, images, f"{title}: {digits(pair.psnr)} dB"))
-    return report.picture_grid(
-        ["original", "reconstruction", "error x 4"],
-        rows,
-        "The worst and the best by PSNR, finest scale. The error is |reconstruction - original|, four times as bright."
-        " Select a picture to enlarge it; arrow keys go on to the next.",
+def has_interval(one: Measured) -> bool:
+    """Whether there is a number that images spread around."""
+    return any(value.low is not None for value in one.values.values())
+
+
+def distribution(psnr: list[float]) -> list[report.Html]:
+    """A histogram of the images' PSNR, of at least two that differ from their originals."""
+    finite = [value for value in psnr if not math.isinf(value)]
+    if len(finite) < 2:
+        return []
+    same = len(psnr) - len(finite)
+    caption = (
+        f"{len(finite):,} images of the finest scale; the line is their mean."
+        + f" {same:,} more are identical to their originals." * (same > 0)
     )
+    return [report.columns(report.histogram(finite, "PSNR (dB)", caption))]
 
 
-def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Facts as rows, nested ones with their names joined."""
-    rows = []
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            rows += flat(value, f"{prefix}{key}, ")
-        else:
-            rows.append((f"{prefix}{key}", "not known" if value is None else str(value)))
-    return rows
+def pictures(shown: Shown) -> list[report.Html]:
+    """Coarse scales, reconstruction, original and error of each pair."""
+    first = shown.pairs[0]
+    scales = [f"{image.shape[-1]} px" for image in (*first.coarse, first.reconstruction)]
+    titles = scales if first.coarse else ["reconstruction"]
+    rows = [
+        report.Row(pair.name, images_of(pair), f"{title}: {digits(pair.psnr)} dB")
+        for title, pairs in shown.worst_and_best().items()
+        for pair in pairs
+    ]
+    caption = (
+        "The worst and the best by PSNR of the finest scale. The error is the mean over red, green and blue."
+        " Select a picture to enlarge it; arrow keys go on to the next."
+    )
+    return [report.picture_grid([*titles, "original", "error"], rows, caption), report.error_scale()]
 
 
-def digits(value: float | None) -> str:
-    """Five significant digits; whole numbers as they are."""
-    if value is None:
-        return "–"
-    if isinstance(value, float) and math.isinf(value):
-        return "∞"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+def images_of(pair: Pair) -> list[report.Image.Image]:
+    """In the order of the columns."""
+    return [
+        to_pil(x)
+        for x in (*pair.coarse, pair.reconstruction, pair.original, error_map(pair.reconstruction, pair.original))
+    ]

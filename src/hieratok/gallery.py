@@ -1,20 +1,17 @@
 """`hieratok report DIR`: all runs below a folder on one page: how far each got, what differs, curves, numbers."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hieratok import report
-from hieratok.analysis.meanings import MEANINGS
 from hieratok.checkpoint import json_text
 from hieratok.data.pixels import BadImageError, read_image
-from hieratok.evaluate_page import digits
-from hieratok.evaluation.results import describe
+from hieratok.glossary import ANALYSIS, ARROWS_MEAN, TRAINING, describe
 from hieratok.pictures import to_pil
 from hieratok.reports.config import Report
 from hieratok.runs import Measurement, Run, find_runs, is_run, problem_of
+from hieratok.tables import Table, digits, setting
 
 MAX_POINTS = 200
 """Of a curve: longer logs are averaged over intervals."""
@@ -31,43 +28,14 @@ NO_LOSSES = {
     "rollbacks",
 }
 """What a log holds beside the terms of the loss."""
-TERMS = {
-    "loss": "What is minimised: all terms with their weights.",
-    "l1": "Mean absolute error; pixels in [-1, 1].",
-    "mse": "Mean squared error, of pixels in [-1, 1] or of what a generator predicts.",
-    "kl": "KL divergence of the posterior, nats per image.",
-    "perceptual": "Perceptual distance.",
-    "vb": "Variational bound: what trains a DDPM's variance.",
-    "vf": "Vision-foundation loss.",
-    "adversarial": "GAN loss of the tokenizer.",
-    "adversarial_weight": "What the GAN loss is multiplied by.",
-    "discriminator": "Of the discriminator.",
-    "logits": "Mean output of the discriminator.",
-    "gradient_norm": "Length of the gradient before clipping.",
-    "images_per_second": "Over all processes.",
-    "data_wait": "Share of the time spent waiting for data.",
-}
-"""What a log's terms are, by what stands before "/" or "[": `l1/64` is the L1 error of the 64 px scale."""
-ARROWS = {"higher": " ↑", "lower": " ↓", "neither": ""}
-BETTER = "↑: higher is better, ↓: lower is better."
+PROGRESS = (
+    "A run whose log has not grown for ten minutes, and ten times its interval, counts as stopped. Time is that of"
+    " training, without interruptions; the same command resumes a run."
+)
+PLOTS = 6
+"""On the page as it opens; the others are folded up."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells under their heads, for the page and the terminal."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def html(self, caption: str) -> report.Html:
-        """For the page."""
-        return report.table(self.header, self.rows, caption)
-
-    def text(self) -> str:
-        """For the terminal."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (self.header, *self.rows)]
-        return "\n".join(lines)
 
 
 def write_report(options: Report) -> list[Run]:
@@ -113,8 +81,9 @@ def make_page(folder: Path, runs: Sequence[Run]) -> report.Html:
     problems = problem_lines(runs)
     if problems:
         parts.append(report.section("What could not be read", *map(report.text, problems)))
-    for title, group in groups(runs).items():
-        parts += run_sections(title, group)
+    found = groups(runs)
+    for title, group in found.items():
+        parts += run_sections(title, group, PLOTS // len(found))
     summary = f"All runs in {folder.resolve().name} and below it, as they stood when this page was written."
     return report.page("Runs", summary, parts)
 
@@ -131,22 +100,16 @@ def problem_lines(runs: Sequence[Run]) -> list[str]:
     return [f"{run.name}: {problem}." for run in runs for problem in run.problems]
 
 
-def run_sections(title: str, runs: Sequence[Run]) -> list[report.Html]:
-    """All that is known of the runs of one kind."""
-    tables = [
-        overview(runs).html(
-            "A run whose log has not grown for ten minutes, and ten times its interval, counts as stopped. Time is that"
-            " of training, without interruptions; the same command goes on with a run."
-        )
-    ]
-    if any(run.log for run in runs):
-        tables.append(last_losses(runs).html("The last interval that was logged, scales of a multi-scale loss apart."))
-    sections = [report.section(title, *tables)]
+def run_sections(title: str, runs: Sequence[Run], num_plots: int) -> list[report.Html]:
+    """All that is known of the runs of one kind: first what tells them apart, last what is folded up."""
+    sections = []
     if len(runs) > 1:
-        sections.append(report.section(f"{title}: settings that differ", differences_part(runs)))
+        sections.append(report.section(f"{title}: what differs", differences_part(runs)))
+    progress = report.table(overview(runs))
+    sections.append(report.section(f"{title}: progress" if len(runs) > 1 else title, progress))
     if metrics := metric_parts(runs):
         sections.append(report.section(f"{title}: metrics", *metrics))
-    if curves := curve_parts(runs):
+    if curves := curve_parts(runs, num_plots):
         sections.append(report.section(f"{title}: curves", *curves))
     if pictures := picture_parts(runs):
         sections.append(report.section(f"{title}: latest pictures", *pictures))
@@ -172,14 +135,14 @@ def overview(runs: Sequence[Run]) -> Table:
             digits(run.log[-1].get("loss")) if run.log else "–",
         ])  # fmt: skip
     header = ["run", "recipe", "state", "images seen", "minutes", "images/s", "parameters (M)", "last loss"]
-    return Table(header, rows)
+    return Table(header, rows, PROGRESS)
 
 
 def last_losses(runs: Sequence[Run]) -> Table:
     """Every term of the loss, but for single scales, at the end of each log."""
     terms = [term for term in terms_of([run.log[-1:] for run in runs]) if "/" not in term and term not in NO_LOSSES]
     rows = [[run.name, *(digits((run.log or [{}])[-1].get(term)) for term in terms)] for run in runs]
-    return Table(["run", *terms], rows)
+    return Table(["run", *terms], rows, "The last interval that was logged, scales of a multi-scale loss apart.")
 
 
 def differences_part(runs: Sequence[Run]) -> report.Html:
@@ -193,7 +156,7 @@ def differences_part(runs: Sequence[Run]) -> report.Html:
         "A row a setting, by its name on the command line; every other setting is the same in all of them. –: the run"
         " is of a version that did not have it."
     )
-    return Table(["setting", *(run.name for run in known)], rows).html(caption)
+    return report.table(Table(["setting", *(run.name for run in known)], rows, caption))
 
 
 def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -201,11 +164,6 @@ def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for table in tables for name in table)
     values = {name: [table[name] for table in tables if name in table] for name in names}
     return [name for name, found in values.items() if any(value != found[0] for value in found)]
-
-
-def setting(value: Any) -> str:
-    """A setting's value as one would type it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
@@ -219,7 +177,7 @@ def metric_parts(runs: Sequence[Run]) -> list[report.Html]:
         (evaluation_label, "Of evaluations below the runs."),
         (analysis_label, "Of analyses below the runs; the page of an analysis says what its numbers mean."),
     ):
-        chosen = [(run, m) for run, m in measured if any(label(key) for key in m.numbers)]
+        chosen = [(run, m) for run, m in measured if any(label(key) for key in m.numbers if key != "n")]
         if chosen:
             parts += measurement_parts(chosen, label, caption)
     latest = {run.name: run.evaluations[-1] for run in runs if run.evaluations}
@@ -227,7 +185,8 @@ def metric_parts(runs: Sequence[Run]) -> list[report.Html]:
         terms = list(filter(is_shown, terms_of([[record] for record in latest.values()])))
         heads = [evaluation_label(term) or term for term in terms]
         rows = [[name, f"{r['step']:,.0f}", *(digits(r.get(term)) for term in terms)] for name, r in latest.items()]
-        parts.append(Table(["run", "step", *heads], rows).html(f"The last evaluation during training. {BETTER}"))
+        caption = f"The last evaluation during training. {ARROWS_MEAN}"
+        parts.append(report.table(Table(["run", "step", *heads], rows, caption)))
     return parts
 
 
@@ -243,15 +202,16 @@ def measurement_parts(
             protocols.append(measurement.manifest)
         letter = protocol_name(protocols.index(measurement.manifest))
         rows.append([run.name, measurement.where, letter, *(digits(measurement.numbers.get(key)) for key in keys)])
-    table = Table(["run", "folder", "protocol", *(str(label(key)) for key in keys)], rows)
     names = [protocol_name(i) for i in range(len(protocols))]
-    if len(protocols) == 1:
-        return [table.html(f"{caption} {BETTER} All follow one protocol: their numbers can be compared.")]
-    protocol_rows = [[key, *(short(protocol.get(key)) for protocol in protocols)] for key in differing(protocols)]
-    return [
-        table.html(f"{caption} {BETTER} Only numbers of the same protocol can be compared."),
-        Table(["what differs", *names], protocol_rows).html("The protocols, where they differ."),
-    ]
+    note = "All follow one protocol: their numbers can be compared."
+    if len(protocols) > 1:
+        note = "Only numbers of the same protocol can be compared."
+    header = ["run", "folder", "protocol", *(str(label(key)) for key in keys)]
+    parts = [report.table(Table(header, rows, f"{caption} {ARROWS_MEAN} {note}"))]
+    if len(protocols) > 1:
+        differ = [[key, *(short(protocol.get(key)) for protocol in protocols)] for key in differing(protocols)]
+        parts.append(report.table(Table(["what differs", *names], differ, "The protocols, where they differ.")))
+    return parts
 
 
 def protocol_name(index: int) -> str:
@@ -270,13 +230,13 @@ def evaluation_label(key: str) -> str | None:
     metric = describe(key)
     if metric is None or (metric.is_count and key != "n"):
         return None
-    return metric.label + (f" ({metric.unit})" if metric.unit else "") + ARROWS[metric.better]
+    return metric.head
 
 
 def analysis_label(key: str) -> str | None:
     """The same for a number of an analysis that has no scale, transform or sigma."""
-    meaning = MEANINGS.get(key)
-    return meaning.label + ARROWS[meaning.better] if meaning else None
+    metric = ANALYSIS.get(key)
+    return metric.head if metric else None
 
 
 def short(value: Any) -> str:
@@ -292,35 +252,48 @@ def short(value: Any) -> str:
 # --- Curves and pictures ----------------------------------------------------------------------------------------------
 
 
-def curve_parts(runs: Sequence[Run]) -> list[report.Html]:
-    """A plot for each term of the logs and the evaluations, a line for each run, of at most as many as have colours."""
+def curve_parts(runs: Sequence[Run], num_plots: int) -> list[report.Html]:
+    """A plot for each term of the logs and the evaluations, a line for each run, of at most as many as have colours.
+
+    The loss comes first, then what has been evaluated, then the terms of the loss; beyond `num_plots` they are folded
+    up, together with the last losses.
+    """
     drawn = sorted((run for run in runs if run.log), key=lambda run: run.written)[-len(report.SERIES) :]
     drawn = [run for run in runs if run in drawn]  # in the order of their names
     if not drawn:
         return []
-    constant, plots = [], []
-    logs = [run.log for run in drawn]
+    logs, evaluations = [run.log for run in drawn], [run.evaluations for run in drawn]
+    constant, terms = [], []
     for term in terms_of(logs):
         values = {record[term] for log in logs for record in log if term in record}
         if term in ("step", "images"):
             continue
         if len(values) == 1:
             constant.append(f"{term} ({values.pop():g})")
-            continue
-        plots.append(curves(drawn, logs, term, meaning(term)))
-    evaluations = [run.evaluations for run in drawn]
-    for term in filter(is_shown, terms_of(evaluations)):
-        if (
-            len({record[term] for log in evaluations for record in log if term in record}) > 1
-        ):  # not what stays, as n and baselines
-            plots.append(curves(drawn, evaluations, term, "Evaluation during training.", evaluation_label(term)))
+        else:
+            terms.append(curves(drawn, logs, term, meaning(term)))
+    evaluated = [
+        curves(drawn, evaluations, term, "Evaluation during training.", evaluation_label(term))
+        for term in filter(is_shown, terms_of(evaluations))
+        if varies(evaluations, term)
+    ]
+    plots = [*terms[:1], *evaluated, *terms[1:]]
     parts = []
     if len(drawn) < sum(bool(run.log) for run in runs):
         parts.append(report.text(f"The {len(drawn)} runs whose logs grew last: a plot has no more colours."))
-    parts += [report.legend([run.name for run in drawn]), report.columns(*plots)]
+    parts += [report.legend([run.name for run in drawn]), report.columns(*plots[:num_plots])]
+    rest = [report.table(last_losses(runs))]
     if constant:
-        parts.append(report.text(f"Without a plot, as nothing changed: {', '.join(constant)}."))
-    return parts
+        rest.append(report.text(f"Without a plot, as nothing changed: {', '.join(constant)}."))
+    if more := plots[num_plots:]:
+        rest.insert(0, report.columns(*more))
+    title = f"{len(more)} more plot{'s' * (len(more) > 1)} and the last losses" if more else "The last losses"
+    return [*parts, report.folded(title, *rest)]
+
+
+def varies(logs: Sequence[Sequence[Mapping[str, float]]], term: str) -> bool:
+    """Whether a term has different values: counts and baselines stay."""
+    return len({record[term] for log in logs for record in log if term in record}) > 1
 
 
 def curves(
@@ -356,9 +329,12 @@ def terms_of(logs: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
 
 def meaning(term: str) -> str:
     """What a term of a log is."""
-    stem, slash, detail = term.partition("/")
-    text = TERMS.get(term) or TERMS.get(stem.partition("[")[0], "")
-    return f"{text} Scale of {detail} px." if slash and detail.isdigit() else text
+    metric = describe(term.partition("/")[0], TRAINING)
+    if metric is None:
+        return ""
+    text = metric.meaning + f" In {metric.unit}." * bool(metric.unit)
+    scale = term.partition("/")[2]
+    return f"{text} Scale of {scale} px." if scale.isdigit() else text
 
 
 def picture_parts(runs: Sequence[Run]) -> list[report.Html]:

@@ -14,18 +14,19 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hieratok import __version__, checkpoint
 from hieratok.data.pixels import BadImageError, read_image
-from hieratok.evaluate_page import digits, flat
-from hieratok.evaluation.results import describe
 from hieratok.files import check_regular, read_json_table, shown
 from hieratok.generation.dit import DiTConfig
+from hieratok.glossary import describe
 from hieratok.pictures import to_pil
+from hieratok.reports.templating import render
 from hieratok.runs import Measurement, Run, read_run
+from hieratok.tables import Table, digits, flat
 from hieratok.tokenizer.model import TokenizerConfig
 
 PAPER = "arXiv 2509.23736"
@@ -211,21 +212,23 @@ def make_card(facts: Run, kind: str, config: Mapping[str, Any], hub_id: str, lic
         library_name="hieratok",
         tags=["image-tokenizer" if kind == "tokenizer" else "image-generation", "hieratok", "arxiv:2509.23736"],
     )
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {hub_id.partition('/')[2]}",
-        introduction(kind, config),
-        f"## Use\n\n```python\n{LOADING[kind].strip().format(hub_id=hub_id)}\n```",
-        use_note(kind, facts, hub_id),
-    ]
-    if has_picture:
-        parts.append(f"## Pictures\n\n![{picture_caption(kind)}]({PICTURE})\n\n{picture_caption(kind)}")
-    parts += ["## Training", training(facts), "## Metrics", metrics(facts, kind)]
-    parts.append("## Limits\n\n" + "\n".join(f"- {line}" for line in limits(facts, kind, config, has_picture)))
-    if facts.settings:
-        settings = {name: local(value) for name, value in facts.settings.items()}
-        parts.append(details("All settings", "json", json.dumps(settings, indent=2)))
-    return "\n\n".join(parts) + "\n"
+    settings = {name: local(value) for name, value in facts.settings.items()}
+    card = render(
+        "card.md",
+        metadata=data.to_yaml(),
+        title=hub_id.partition("/")[2],
+        introduction=introduction(kind, config),
+        loading=LOADING[kind].strip().format(hub_id=hub_id),
+        use_note=use_note(kind, facts, hub_id),
+        picture=PICTURE if has_picture else "",
+        caption=picture_caption(kind),
+        training=training(facts),
+        measurements=measurements(facts),
+        missing=not_measured(facts, kind),
+        limits=limits(facts, kind, config, has_picture),
+        settings=json.dumps(settings, indent=2) if settings else "",
+    )
+    return str(card)
 
 
 def introduction(kind: str, config: Mapping[str, Any]) -> str:
@@ -286,23 +289,33 @@ def training(facts: Run) -> str:
         "precision": s.get("train.precision"),
         "parameters": f"{facts.parameters / 1e6:.2f}M" if facts.parameters else None,
     }
-    rows = [f"| {name} | {cell(value)} |" for name, value in lines.items() if value is not None]
-    return "\n".join(["| | |", "|---|---|", *rows])
+    rows = [[name, str(value)] for name, value in lines.items() if value is not None]
+    return Table(["", ""], rows).markdown()
 
 
-def metrics(facts: Run, kind: str) -> str:
-    """A table for each evaluation below the run with its protocol, and what was not measured."""
-    parts = [measurement_part(m) for m in facts.measurements if any(describe(key) for key in m.numbers)]
+@dataclass(frozen=True)
+class Measured:
+    """What the card says of one evaluation."""
+
+    title: str
+    table: str
+    """Markdown."""
+    warnings: list[str] = field(default_factory=list)
+    protocol: str = ""
+    """A fact a line; empty: of an evaluation during training, whose protocol the settings tell."""
+
+
+def measurements(facts: Run) -> list[Measured]:
+    """Each evaluation below the run, and the last one during training."""
+    found = [measurement_part(m) for m in facts.measurements if any(describe(key) for key in m.numbers)]
     if facts.evaluations:
         last = facts.evaluations[-1]
         numbers = {k: v for k, v in last.items() if k not in ("step", "images")}
-        parts.append(f"At step {last['step']:,.0f}, during training:\n\n{metric_table(numbers)}")
-    if missing := not_measured(facts, kind):
-        parts.append(f"Not measured: {', '.join(missing)}.")
-    return "\n\n".join(parts)
+        found.append(Measured(f"At step {last['step']:,.0f}, during training:", metric_table(numbers)))
+    return found
 
 
-def measurement_part(measurement: Measurement) -> str:
+def measurement_part(measurement: Measurement) -> Measured:
     """One metrics.json."""
     result = measurement.result
     inputs = result.get("inputs")
@@ -310,20 +323,16 @@ def measurement_part(measurement: Measurement) -> str:
     data = facts.get("data") or facts.get("reference")
     title = f"`{Path(measurement.where) / 'metrics.json'}`" + (f", images of `{data}`" if data else "")
     listed = result.get("warnings")
-    warnings = [f"Warning: {shown(warning)}." for warning in (listed if isinstance(listed, list) else ())]
+    warnings = [shown(warning) for warning in (listed if isinstance(listed, list) else ())]
     protocol = "\n".join(f"{name}: {value}" for name, value in flat({**measurement.manifest, **facts}))
-    return "\n\n".join([title, metric_table(measurement.numbers), *warnings, details("Protocol", "text", protocol)])
+    return Measured(title, metric_table(measurement.numbers), warnings, protocol)
 
 
 def metric_table(numbers: Mapping[str, float]) -> str:
     """Metrics with their units and directions, as Markdown."""
-    lines = ["| metric | value | better |", "|---|---:|---|"]
-    for key, value in numbers.items():
-        metric = describe(key)
-        if metric is not None:
-            unit = f" {metric.unit}" if metric.unit else ""
-            lines.append(f"| {cell(metric.label)} | {digits(value)}{unit} | {metric.better} |")
-    return "\n".join(lines)
+    found = [(metric, value) for key, value in numbers.items() if (metric := describe(key))]
+    rows = [[metric.label, f"{digits(value)} {metric.unit}".rstrip(), metric.better] for metric, value in found]
+    return Table(["metric", "value", "better"], rows).markdown()
 
 
 def not_measured(facts: Run, kind: str) -> list[str]:
@@ -351,11 +360,6 @@ def limits(facts: Run, kind: str, config: Mapping[str, Any], has_picture: bool) 
     return lines
 
 
-def details(title: str, language: str, text: str) -> str:
-    """A part that is folded up."""
-    return f"<details><summary>{title}</summary>\n\n```{language}\n{text}\n```\n\n</details>"
-
-
 def local(value: Any) -> Any:
     """A setting without where this machine keeps its files: of an absolute path (also in NAME=PATH) the last part, and
     of a pattern the folder too."""
@@ -368,8 +372,3 @@ def local(value: Any) -> Any:
         return value
     parts = re.split(r"[\\/]", path.rstrip("\\/"))
     return name + equals + "/".join(parts[-2:] if "*" in parts[-1] else parts[-1:])
-
-
-def cell(value: Any) -> str:
-    """Text inside a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")

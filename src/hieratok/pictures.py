@@ -15,6 +15,9 @@ MARGIN = 4
 MAX_CELL = 256
 BACKGROUND = (255, 255, 255)
 INK = (60, 60, 60)
+ERROR_CEILING = 64
+"""Grey levels of 255 at which an error map is at its brightest. It is the same everywhere, so that maps compare."""
+ERROR_COLOURS = "magma"
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -77,3 +80,27 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
     if factor >= 1:
         return F.interpolate(image[None], size, mode="nearest")[0]
     return F.interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
+
+
+def error_map(image: Tensor, original: Tensor) -> Tensor:
+    """Mean absolute difference over red, green and blue, from black (none) to light yellow (`ERROR_CEILING` levels).
+
+    Args:
+        image, original: uint8 (3, H, W).
+
+    Returns:
+        uint8 (3, H, W).
+    """
+    from matplotlib import colormaps
+
+    levels = (image.float() - original.float()).abs().mean(0) / ERROR_CEILING
+    colors = colormaps[ERROR_COLOURS](levels.clamp(max=1).numpy())[..., :3]  # (H, W, 3)
+    return torch.from_numpy(colors * 255).round().to(torch.uint8).permute(2, 0, 1)
+
+
+def error_colours(num: int = 9) -> list[str]:
+    """The colours of an error map, evenly from no error to `ERROR_CEILING`, as hexadecimal numbers such as #fcfdbf."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps[ERROR_COLOURS](i / (num - 1))) for i in range(num)]

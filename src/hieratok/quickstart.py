@@ -18,11 +18,12 @@ from hieratok.data.images import Source, evaluation_batches, open_source, to_uin
 from hieratok.evaluate_page import metric_table
 from hieratok.evaluation.pixels import PIXEL_PROTOCOL
 from hieratok.evaluation.reconstruction import BASELINE_PROTOCOL, ReconstructionMetrics, one_colour_per_token
-from hieratok.evaluation.results import format_result
+from hieratok.evaluation.results import format_result, measured
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.pictures import fit, to_pil
 from hieratok.reconstruct import reconstruct_any
+from hieratok.tables import Table
 from hieratok.tokenizer.model import HieraTok
 from hieratok.training.generator import GeneratorRun, train_generator
 from hieratok.training.run_folder import LOG, read_lines
@@ -223,7 +224,7 @@ def make_page(
         [
             report.key_figures(key),
             report.section("Whole photos", *photo_pictures(run, photos)),
-            report.section("Held-out crops", metric_table(metrics), crop_pictures(run, crops)),
+            report.section("Held-out crops", report.table(metric_table(measured(metrics))), crop_pictures(run, crops)),
             report.section("Samples", sample_pictures(samples, metrics) if samples else report.text(NO_SAMPLES)),
             report.section("Training", report.columns(*loss_curves(log, sizes)), settings_table(run, metrics)),
             report.section("Where to go from here", *next_steps(out)),
@@ -340,7 +341,7 @@ def settings_table(run: TokenizerRun, metrics: dict[str, Any]) -> report.Html:
         ["hardware", metrics["hardware"]],
         ["time", f"{metrics['seconds']:.0f} s, {metrics['images_per_second']:.1f} images/s"],
     ]  # fmt: skip
-    return report.table(["setting", "value"], rows, "The run; config.yaml beside this page has every setting.")
+    return report.table(Table(["setting", "value"], rows, "The run; config.yaml beside this page has every setting."))
 
 
 def next_steps(out: Path) -> list[report.Html]:

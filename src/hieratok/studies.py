@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hieratok import recipes
+from hieratok import glossary, recipes
 from hieratok.core.messages import nearest
 from hieratok.generation.config import Sampler
 from hieratok.recipes import single, with_kl, with_latent_channels, with_mixing, with_scales
@@ -28,28 +28,39 @@ class Metric:
     """Which measurement has it."""
     key: str
     """Its name there; ending in "-", any name that begins so: the paper does not say which LPIPS it has."""
-    better: Literal["lower", "higher", "neither"]
     stand_in: str = ""
     """Other networks' distances begin so. They never stand in this column, but their direction can be compared."""
-    unit: str = ""
+
+    @property
+    def meaning(self) -> glossary.Metric:
+        """What its number is, by the glossary: direction and unit."""
+        lists = {"density": glossary.ANALYSIS, "cost": glossary.COST}
+        found = glossary.describe(self.key, lists.get(self.need, glossary.EVALUATION))
+        assert found is not None
+        return found
+
+    @property
+    def better(self) -> glossary.Better:
+        """Which way its number improves."""
+        return self.meaning.better
 
 
 METRICS = {
-    "rFID": Metric("reconstruction", "fid", "lower", "fd-"),
-    "PSNR": Metric("reconstruction", "psnr", "higher", unit="dB"),
-    "LPIPS": Metric("reconstruction", "lpips-", "lower", "perceptual["),
-    "SSIM": Metric("reconstruction", "ssim", "higher"),
-    "gFID": Metric("generation", "fid", "lower", "fd-"),
-    "IS": Metric("generation", "is", "higher", "class-score-"),
-    "gFID at the last step": Metric("curves", "fid", "lower", "fd-"),
-    "gFID with CFG": Metric("guided", "fid", "lower", "fd-"),
-    "density CV": Metric("density", "density_cv", "lower"),
-    "Gini": Metric("density", "gini", "lower"),
-    "entropy": Metric("density", "normalized_entropy", "higher"),
-    "parameters": Metric("cost", "parameters", "neither", unit="M"),
-    "GFLOPs": Metric("cost", "gflops", "neither"),
-    "encoder tokens": Metric("cost", "encoder_tokens", "neither"),
-    "decoder tokens": Metric("cost", "decoder_tokens", "neither"),
+    "rFID": Metric("reconstruction", "fid", "fd-"),
+    "PSNR": Metric("reconstruction", "psnr"),
+    "LPIPS": Metric("reconstruction", "lpips-", "perceptual["),
+    "SSIM": Metric("reconstruction", "ssim"),
+    "gFID": Metric("generation", "fid", "fd-"),
+    "IS": Metric("generation", "is", "class-score-"),
+    "gFID at the last step": Metric("curves", "fid", "fd-"),
+    "gFID with CFG": Metric("guided", "fid", "fd-"),
+    "density CV": Metric("density", "density_cv"),
+    "Gini": Metric("density", "gini"),
+    "entropy": Metric("density", "normalized_entropy"),
+    "parameters": Metric("cost", "parameters"),
+    "GFLOPs": Metric("cost", "gflops"),
+    "encoder tokens": Metric("cost", "encoder_tokens"),
+    "decoder tokens": Metric("cost", "decoder_tokens"),
 }
 
 

@@ -4,7 +4,6 @@ Every run lies in OUT/runs under a hash of its settings and data, and every meas
 what is there is used again, by other studies too, and the same command goes on where it was stopped.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +14,14 @@ import torch
 
 from hieratok import cost, studies, study_page
 from hieratok.analysis.convergence import speed_up
-from hieratok.analysis.intervals import half_width, summarize
+from hieratok.analysis.intervals import summarize
 from hieratok.analyze import Analyze, analyze_tokenizer, load_tokenizer
 from hieratok.analyze import write as write_analysis
 from hieratok.analyze_page import make_page as analysis_page
 from hieratok.checkpoint import atomic_file
 from hieratok.core.typed import plain
 from hieratok.data.images import open_source
+from hieratok.estimates import Estimate
 from hieratok.evaluation.evaluate import EvaluateReconstruction, EvaluateSamples, evaluate_samples
 from hieratok.evaluation.pixels import psnr
 from hieratok.evaluation.processes import is_first
@@ -255,11 +255,8 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
     """Student's t on numbers, one a seed."""
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n == 1:
-        return Interval(mean, None, None, 1)
-    half = half_width(float(np.std(values, ddof=1)), n)
-    return Interval(mean, mean - half, mean + half, n)
+    found = Estimate.of(values)
+    return Interval(found.mean, found.low, found.high, len(values))
 
 
 def verdict(paper: float | None, ours: Interval | None) -> str:

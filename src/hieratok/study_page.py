@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hieratok import report
-from hieratok.analysis.meanings import MEANINGS
 from hieratok.analyze_page import Embedding, embedding_plots
 from hieratok.checkpoint import atomic_file, write_json
 from hieratok.data.pixels import read_image
+from hieratok.estimates import Estimate
 from hieratok.files import read_npz
+from hieratok.glossary import ANALYSIS
 from hieratok.pictures import to_pil
 from hieratok.studies import METRICS, PAPER_SPEED_UP, Metric
+from hieratok.tables import Table, digits, estimated, signed
 
 SHOWN = 8  # samples in appendix D's pictures
 
@@ -35,26 +37,6 @@ NOT_MEASURED = {
     "gFID with CFG": "not measured: needs --features inception and the network's weights",
     "gFID at the last step": "not measured: needs --features inception and the network's weights",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells that both HTML and Markdown can show."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str
-
-    def html(self) -> report.Html:
-        """As part of a page."""
-        return report.table(self.header, self.rows, self.caption)
-
-    def markdown(self) -> str:
-        """As a pipe table."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines) + (
-            f"\n\n{self.caption}"
-        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ def write(stem: Path, result: dict[str, Any]) -> None:
             markdown(result["title"], summary, everything), encoding="utf-8", errors="backslashreplace"
         )
     parts = [
-        report.section(s.title, *map(report.text, s.paragraphs), *(t.html() for t in s.tables), *s.pictures)
+        report.section(s.title, *map(report.text, s.paragraphs), *map(report.table, s.tables), *s.pictures)
         for s in everything
     ]
     report.write_page(stem.with_suffix(".html"), report.page(result["title"], summary, parts))
@@ -139,7 +121,7 @@ def cost_table(result: dict[str, Any]) -> Table:
 
 def title_of(name: str) -> str:
     """A metric with its unit."""
-    unit = METRICS[name].unit
+    unit = METRICS[name].meaning.unit
     return f"{name} ({unit})" if unit else name
 
 
@@ -170,11 +152,11 @@ def metric_table(result: dict[str, Any], comparison: dict[str, Any]) -> Table:
     header += ["against", "paper's effect", "our effect", "direction"] if has_effects else []
     rows = []
     for row, line in zip(result["rows"], comparison["rows"]):
-        ours = estimate(line["ours"]) if line["ours"] else "not measured" if row["seeds"] else "not run"
-        cells = [*row["label"], number(line["paper"]), ours, signed(line["difference"])]
+        ours = estimated(mean_of(line["ours"])) if line["ours"] else "not measured" if row["seeds"] else "not run"
+        cells = [*row["label"], digits(line["paper"]), ours, signed(line["difference"])]
         if has_effects and "verdict" in line:
             base = ", ".join(result["rows"][row["against"]]["label"])
-            effects = [effect(line["paper_effect"], metric), estimate(line["effect"], is_effect=True)]
+            effects = [effect(line["paper_effect"], metric), estimated(mean_of(line["effect"]), is_difference=True)]
             cells += [base, *effects, line["verdict"] + " (not counted)" * (not line["counts"])]
         elif has_effects:
             cells += ["", "", "", ""]
@@ -187,16 +169,6 @@ def metric_table(result: dict[str, Any], comparison: dict[str, Any]) -> Table:
     return Table(header, rows, caption)
 
 
-def number(value: float | None) -> str:
-    """Five significant digits."""
-    return "–" if value is None else f"{value:.5g}"
-
-
-def signed(value: float | None) -> str:
-    """The same with its sign."""
-    return "–" if value is None else f"{value:+.3g}"
-
-
 def effect(value: float | None, metric: Metric) -> str:
     """A difference, and whether it is for the better."""
     if value is None or round(value, 9) == 0 or metric.better == "neither":
@@ -204,12 +176,9 @@ def effect(value: float | None, metric: Metric) -> str:
     return f"{value:+.3g} ({'better' if (value < 0) == (metric.better == 'lower') else 'worse'})"
 
 
-def estimate(value: dict[str, Any] | None, is_effect: bool = False) -> str:
-    """A mean over seeds with its interval, if there are several."""
-    if value is None:
-        return "–"
-    mean = signed(value["mean"]) if is_effect else number(value["mean"])
-    return mean if value["low"] is None else f"{mean} [{number(value['low'])}, {number(value['high'])}]"
+def mean_of(value: dict[str, Any] | None) -> Estimate | None:
+    """A mean over seeds in a result."""
+    return Estimate(value["mean"], value["low"], value["high"]) if value else None
 
 
 # --- What a study shows beside the paper's metrics --------------------------------------------------------------------
@@ -242,7 +211,7 @@ def speed_section(result: dict[str, Any]) -> Section:
         for seed, values in enumerate(seeds)
     ]
     rows = [
-        [number(level["level"]), number(level["baseline_step"]), reached(level["step"]),
+        [digits(level["level"]), digits(level["baseline_step"]), reached(level["step"]),
          "at least " * level["at_least"] + reached(level["ratio"]),
          f"{reached(level['low'])} to {reached(level['high'])}"]
         for level in found["levels"]
@@ -296,7 +265,7 @@ def commutation_section(rows: dict[str, dict[str, Any]]) -> Section:
     cells = []
     for key in sorted(dict.fromkeys(keys), key=lambda key: stems.index(key.partition("/")[0])):
         stem, _, scale = key.partition("/")
-        cells.append([MEANINGS[stem].label, scale, *(with_interval(numbers, key) for numbers in rows.values())])
+        cells.append([ANALYSIS[stem].with_unit, scale, *(with_interval(numbers, key) for numbers in rows.values())])
     table = Table(
         ["number", "scale", *rows],
         cells,
@@ -333,8 +302,7 @@ def with_interval(numbers: dict[str, Any], key: str) -> str:
     if key not in numbers:
         return "–"
     stem, _, detail = key.partition("/")
-    low, high = (numbers[f"{stem}_{end}/{detail}"] for end in ("low", "high"))
-    return number(numbers[key]) + ("" if low is None else f" [{low:.3g}, {high:.3g}]")
+    return estimated(Estimate(numbers[key], *(numbers[f"{stem}_{end}/{detail}"] for end in ("low", "high"))))
 
 
 # --- How it was run ---------------------------------------------------------------------------------------------------
@@ -372,7 +340,7 @@ def base_table(base: dict[str, Any]) -> Table:
          f" {t['min_learning_rate']:g}, {t['precision']}"],
         ["loss weights", f"L1 {loss['l1_weight']:g}, MSE {loss['mse_weight']:g}, perceptual"
          f" {loss['perceptual_weight']:g} ({loss['trunk']}), KL {loss['kl_weight']:g}"],
-        ["trained on, judged by", f"{data['path']}, {data['val_path']}"],
+        ["trained on, evaluated on", f"{data['path']}, {data['val_path']}"],
     ]  # fmt: skip
     return Table(["setting", "value"], rows, "The run that all rows are variants of.")
 

@@ -4,22 +4,7 @@ import math
 
 from torch import Tensor
 
-from hieratok.core.extras import needs_extras
-
-CONFIDENCE = 0.95
-
-
-def half_width(deviation: float, n: int) -> float:
-    """Of the 95% interval of a mean of n values (Student's t); NaN for fewer than two.
-
-    Args:
-        deviation: their standard deviation, with n - 1.
-        n: how many there are.
-    """
-    with needs_extras():
-        from scipy.stats import t
-
-    return float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * deviation / math.sqrt(n) if n > 1 else math.nan
+from hieratok.estimates import Estimate
 
 
 def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:
@@ -38,11 +23,8 @@ def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:
     columns = values.double().reshape(len(values), -1).T
     rows = []
     for column in columns:
-        finite = column[~column.isinf()]
-        n = len(finite)
-        mean = float(finite.mean()) if n else math.inf
-        half = half_width(float(finite.std()), n) if n > 1 else math.nan
-        rows.append((mean, mean - half, mean + half))
+        found = Estimate.of(column.tolist())
+        rows.append((found.mean, *(math.nan if end is None else end for end in (found.low, found.high))))
     keys = (key, f"{stem}_low{slash}{detail}", f"{stem}_high{slash}{detail}")
     lists = dict(zip(keys, map(list, zip(*rows))))
     return {name: column[0] for name, column in lists.items()} if values.ndim == 1 else dict(lists)

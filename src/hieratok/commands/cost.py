@@ -28,7 +28,7 @@ def run(options: Cost) -> None:
     from hieratok.cost import measure, table
 
     result = measure(settings.model)
-    print(json_format.dumps(asdict(result)) if options.json else table(settings.name, result))
+    print(json_format.dumps(asdict(result)) if options.json else table(settings.name, result).text())
 
 
 COMMAND = command("cost", Cost, run, "recipe")

@@ -7,7 +7,8 @@
     compare                   two results, if their manifests agree
 
 Each takes its command's options as a dataclass, prints a table (or JSON), writes `metrics.json`, and returns what it
-wrote: metrics under their names in lower case, `n` images, `warnings`, and a `manifest` of everything that the numbers
+wrote: metrics under their names in lower case, `n` images, `intervals` (95%, of means over images, {side in pixels:
+{metric: [low, high]}}), `warnings`, and a `manifest` of everything that the numbers
 depend on except the images under test. Under `torchrun` the images are divided among the processes.
 """
 
@@ -88,7 +89,7 @@ def evaluate_reconstruction(
     result = _paired_result("reconstruction", metrics, latents | quantiser | dict(details or {}))
     result["inputs"] = {"run": options.run, "data": options.data}
     out = options.out or os.path.join(options.run, "evaluation")
-    finish(result, options.json, out, metrics.shown, write_page)
+    finish(result, options.json, out, metrics, write_page)
     return result
 
 
@@ -115,12 +116,16 @@ def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None
         merge_processes(metrics)
         result = _paired_result("images", metrics, {"quantiser": "none: 8-bit files", "crop": _crop(size)})
         result["inputs"] = {"a": options.a, "b": options.b}
-        finish(result, options.json, options.out, metrics.shown, write_page)
+        finish(result, options.json, options.out, metrics, write_page)
         return result
 
 
 def _paired_result(protocol: str, metrics: ReconstructionMetrics, details: Mapping[str, Any]) -> dict[str, Any]:
     result = metrics.compute()
+    result["intervals"] = {
+        side: {name: [value.low, value.high] for name, value in row.items()}
+        for side, row in metrics.estimates().items()
+    }
     perceptual = {p.name: getattr(p, "sha256", {}) for p in metrics.perceptual}
     facts = {"n": result["n"], "reference sha256": metrics.reference()}
     result["warnings"] = count_warnings(result["n"], metrics.dimensions(), "images")

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hieratok.estimates import Estimate
+
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 
@@ -175,16 +177,19 @@ class PixelMetrics:
 
         Sums are exactly rounded (`math.fsum`): any order gives the same number. Raises ValueError without images.
         """
+        result: dict[str, float] = {}
+        for key, estimate in self.estimates().items():
+            result |= {"n": len(self.rows), key: estimate.mean}
+            if key == "psnr":
+                result["psnr_identical"] = sum(math.isinf(row[key]) for row in self.rows.values())
+        return result
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The same means with their 95% intervals. Raises ValueError without images."""
         if not self.rows:
             raise ValueError("no images were compared")
         rows = list(self.rows.values())
-        result: dict[str, float] = {"n": len(rows)}
-        for key in rows[0]:
-            values = [row[key] for row in rows if not math.isinf(row[key])]
-            result[key] = math.fsum(values) / len(values) if values else math.inf
-            if key == "psnr":
-                result["psnr_identical"] = len(rows) - len(values)
-        return result
+        return {key: Estimate.of([row[key] for row in rows]) for key in rows[0]}
 
     def ranked(self, metric: str) -> list[str]:
         """The images' names from best to worst by `metric`: PSNR and SSIM downwards, distances upwards."""

@@ -2,13 +2,14 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from hieratok.estimates import Estimate
 from hieratok.evaluation.distribution import distances
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.pixels import SSIM_WINDOW, Perceptual, PixelMetrics
@@ -19,6 +20,7 @@ from hieratok.pictures import pyramid_sheet
 BASELINE_PROTOCOL = {
     "baseline_psnr": "PSNR, as above, of the original at the scale with each token's patch in its mean colour, on uint8"
 }
+Value = TypeVar("Value")
 SHOWN = 4  # worst and best reconstructions in the picture
 
 
@@ -64,7 +66,7 @@ class ReconstructionMetrics:
             scale = self._scale((images.shape[-2], images.shape[-1]))
             scale.update(area_resize(originals, images.shape[-2:]), images, names)
         self.digests.update({name: pixels_sha256(image) for name, image in zip(names, originals.cpu())})
-        self.shown.update(self._finest().pixels, names, originals, pyramid[-1])
+        self.shown.update(self._finest().pixels, names, originals, pyramid)
 
     def _scale(self, size: tuple[int, int]) -> "_Scale":
         if size not in self.scales:
@@ -109,6 +111,15 @@ class ReconstructionMetrics:
         Raises KeyError for a name that was not seen.
         """
         return {_side(size): scale.of_image(name) for size, scale in sorted(self.scales.items())}
+
+    def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """The means over images with their 95% intervals, of every scale, coarse to fine, {side in pixels: {metric:
+        estimate}}. Distances between sets of images have none."""
+        return {_side(size): scale.estimates() for size, scale in sorted(self.scales.items())}
+
+    def psnr_of_images(self) -> list[float]:
+        """Of the finest scale, in dB, in the order of the images' names; infinite where nothing differs."""
+        return [row["psnr"] for _, row in sorted(self._finest().pixels.rows.items())]
 
     def reference(self) -> str:
         """SHA-256 of the originals, in any order."""
@@ -160,8 +171,11 @@ class _Scale:
         return self.pixels.rows[name] | self._baseline(self.baseline.rows[name] if self.baseline else {})
 
     @staticmethod
-    def _baseline(psnr: Mapping[str, float]) -> dict[str, float]:
+    def _baseline(psnr: Mapping[str, Value]) -> dict[str, Value]:
         return {f"baseline_{key}": value for key, value in psnr.items() if key != "n"}
+
+    def estimates(self) -> dict[str, Estimate]:
+        return self.pixels.estimates() | self._baseline(self.baseline.estimates() if self.baseline else {})
 
     def compute(self) -> dict[str, float]:
         pixels = self.pixels.compute()
@@ -182,6 +196,8 @@ class Pair(NamedTuple):
     """uint8 (3, H, W)."""
     reconstruction: Tensor
     """The same."""
+    coarse: Sequence[Tensor] = ()
+    """Its coarser scales if it has any, coarse to fine; uint8 (3, H_k, W_k)."""
 
 
 class Shown:
@@ -190,11 +206,12 @@ class Shown:
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
 
-    def update(self, pixels: PixelMetrics, names: Sequence[str], originals: Tensor, reconstructions: Tensor) -> None:
-        """Add a batch, whose PSNR `pixels` knows; uint8 (B, 3, H, W)."""
+    def update(self, pixels: PixelMetrics, names: Sequence[str], originals: Tensor, pyramid: Sequence[Tensor]) -> None:
+        """Add a batch, whose PSNR `pixels` knows; uint8 (B, 3, H, W) and, coarse to fine, (B, 3, H_k, W_k)."""
+        *coarse, finest = pyramid
         new = [
-            Pair(pixels.rows[name]["psnr"], name, original.cpu(), reconstruction.cpu())
-            for name, original, reconstruction in zip(names, originals, reconstructions)
+            Pair(pixels.rows[name]["psnr"], name, originals[i].cpu(), finest[i].cpu(), [x[i].cpu() for x in coarse])
+            for i, name in enumerate(names)
         ]
         self._select(new)
 
@@ -219,7 +236,7 @@ class Shown:
         """The worst and the best, beside their originals, on one sheet."""
         sheets = []
         for title, part in self.worst_and_best().items():
-            originals, reconstructions = (torch.stack(images) for images in list(zip(*part))[2:])
+            originals, reconstructions = (torch.stack(images) for images in list(zip(*part))[2:4])
             sheets.append((title, pyramid_sheet(originals, [reconstructions])))
         header = 16
         width, height = sum(sheet.width for _, sheet in sheets), max(sheet.height for _, sheet in sheets)

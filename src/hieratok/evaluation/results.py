@@ -1,81 +1,61 @@
 """Results: the manifest that goes with every number, `metrics.json`, the table on the screen, and comparing two."""
 
 import importlib.metadata
-import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hieratok.checkpoint import atomic_file, json_text, write_json
+from hieratok.estimates import Estimate
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.processes import process, wait
-from hieratok.evaluation.reconstruction import Shown
+from hieratok.evaluation.reconstruction import ReconstructionMetrics
 from hieratok.files import read_json, shown
+from hieratok.glossary import Metric, describe
+from hieratok.tables import Table, digits
 
 PUBLISHED_IMAGES = 50_000  # behind the FID of a table: samples, or the validation images of an rFID
 
 
-# Writes a page into the folder of a result, which may come with its worst and best reconstructions. What pages look
-# like is no business of the evaluation's: its callers say so.
-WritePage = Callable[[Path, dict[str, Any], Shown | None], None]
+# Writes a page into the folder of a result, which may come with what was collected of each image. What pages look like
+# is no business of the evaluation's: its callers say so.
+WritePage = Callable[[Path, dict[str, Any], ReconstructionMetrics | None], None]
 
 
 @dataclass(frozen=True)
-class Metric:
-    """What a number is called, and what it says."""
+class Measured:
+    """One number of a result, at every scale."""
 
-    label: str
-    better: Literal["lower", "higher", "neither"]
-    unit: str = ""
-    meaning: str = ""
-    is_count: bool = False
-    """It counts images, and does not measure them."""
+    key: str
+    """Its name in metrics.json."""
+    metric: Metric
+    values: Mapping[str, Estimate]
+    """By scale, such as 64 px, coarse to fine; under an empty name if there is but one. A scale may lack it."""
 
 
-# By their names in metrics.json; a network's name may follow ("lpips-vgg", "fd-squeezenet", "perceptual[...]"), and in
-# evaluations during training a coarse scale's side in pixels ("psnr/32").
-METRICS = {
-    "n": Metric("images", "neither", "", "How many were judged.", is_count=True),
-    "psnr": Metric("PSNR", "higher", "dB", "Peak signal over mean squared error, a mean over images."),
-    "baseline_psnr": Metric(
-        "PSNR of one colour per token",
-        "neither",
-        "dB",
-        "Of the image with each token's patch in its mean colour: what a tokenizer should be well above.",
-    ),
-    "baseline_psnr_identical": Metric(
-        "images of one colour per token",
-        "neither",
-        "",
-        "They equal that baseline: its PSNR is infinite and not counted.",
-        is_count=True,
-    ),
-    "psnr_identical": Metric(
-        "identical images",
-        "neither",
-        "",
-        "Reconstructed without any error: their PSNR is infinite and not counted.",
-        is_count=True,
-    ),
-    "ssim": Metric("SSIM", "higher", "", "Structural similarity of each image; 1 is identical."),
-    "lpips": Metric("LPIPS", "lower", "", "Perceptual distance of each image; 0 is identical."),
-    "perceptual": Metric("perceptual", "lower", "", "A perceptual distance that is not LPIPS; 0 is identical."),
-    "fid": Metric("FID", "lower", "", "Frechet distance of the two sets' Inception features."),
-    "fd": Metric("FD", "lower", "", "Frechet distance of another network's features: not FID."),
-    "sfid": Metric("sFID", "lower", "", "The same of features that keep places."),
-    "sfd": Metric("SFD", "lower", "", "The same of another network's features that keep places: not sFID."),
-    "kid": Metric("KID", "lower", "", "Kernel distance of the two sets' Inception features."),
-    "kd": Metric("KD", "lower", "", "Kernel distance of another network's features: not KID."),
-    "is": Metric("IS", "higher", "", "Inception Score: how sure of a class each image is, and how varied they are."),
-    "class-score": Metric("class-score", "higher", "", "The same with another network's classes: not IS."),
-    "precision": Metric("precision", "higher", "", "Share of the images that lie among the reference's."),
-    "recall": Metric("recall", "higher", "", "Share of the reference that lies among the images."),
-}
+def measured(result: Mapping[str, Any]) -> list[Measured]:
+    """The metrics in a result (as `evaluate_reconstruction` returns it, or read from metrics.json), in its order."""
+    scales: Mapping[str, Any] = result.get("scales") or {}
+    columns = {f"{side} px": row for side, row in scales.items()} or {"": result}
+    intervals: Mapping[str, Any] = result.get("intervals") or {}
+    sides = list(scales) or list(intervals)[-1:] or [""]
+    found = []
+    for key, value in result.items():
+        metric = describe(key)
+        if metric is None or not isinstance(value, int | float):
+            continue
+        values = {
+            title: Estimate(row[key], *intervals.get(side, {}).get(key, ()))
+            for side, (title, row) in zip(sides, columns.items())
+            if key in row
+        }
+        found.append(Measured(key, metric, values))
+    return found
 
 
 def manifest(protocol: str, network: FeatureNetwork | None) -> dict[str, Any]:
@@ -109,9 +89,8 @@ def compare_files(path_a: str, path_b: str) -> tuple[dict[str, dict[str, Any]], 
         for key, x in results[0].items()
         if isinstance(x, int | float) and isinstance(y := results[1].get(key), int | float) and key != "n"
     }
-    rows = [("", ["a", "b", "b - a"])]
-    rows += [(_label(key), [_digits(value) for value in row.values()]) for key, row in table.items()]
-    return table, _table(rows)
+    rows = [[_label(key), *map(digits, row.values())] for key, row in table.items()]
+    return table, Table(["", "a", "b", "b - a"], rows).text()
 
 
 def _read_result(path: str) -> dict[str, Any]:
@@ -125,27 +104,31 @@ def finish(
     result: dict[str, Any],
     as_json: bool,
     out: str | None,
-    shown: Shown | None = None,
+    metrics: ReconstructionMetrics | None = None,
     write_page: WritePage | None = None,
 ) -> None:
     """Write and print a result, in the first process; the others return when that is done."""
     if process()[0] == 0:
-        _write_and_print(result, as_json, out, shown, write_page)
+        _write_and_print(result, as_json, out, metrics, write_page)
     wait()
 
 
 def _write_and_print(
-    result: dict[str, Any], as_json: bool, out: str | None, shown: Shown | None, write_page: WritePage | None
+    result: dict[str, Any],
+    as_json: bool,
+    out: str | None,
+    metrics: ReconstructionMetrics | None,
+    write_page: WritePage | None,
 ) -> None:
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        if shown is not None:
+        if metrics is not None:
             with atomic_file(folder / "reconstructions.png") as temporary:
-                shown.picture().save(temporary, format="PNG")
+                metrics.picture().save(temporary, format="PNG")
         write_json(folder / "metrics.json", result)
         if write_page is not None:
-            write_page(folder, result, shown)
+            write_page(folder, result, metrics)
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(json_text(result) if as_json else format_result(result))
@@ -153,46 +136,19 @@ def _write_and_print(
 
 def format_result(result: Mapping[str, Any]) -> str:
     """A result as a table: a row a metric, a column a scale."""
-    columns: dict[str, Mapping[str, Any]] = {f"{k} px": v for k, v in result.get("scales", {}).items()} or {"": result}
-    rows = [("", list(columns))] if len(columns) > 1 else []
-    for key, value in result.items():
-        if isinstance(value, int | float):
-            rows.append((_label(key), [_digits(column.get(key)) for column in columns.values()]))
-    return _table(rows)
+    found = measured(result)
+    titles = list(dict.fromkeys(title for one in found for title in one.values))
+    rows = [[one.metric.with_unit, *(digits(_mean(one.values.get(title))) for title in titles)] for one in found]
+    return Table(["", *titles], rows).text()
+
+
+def _mean(estimate: Estimate | None) -> float | None:
+    return estimate.mean if estimate else None
 
 
 def _label(key: str) -> str:
     metric = describe(key)
-    unit = f" ({metric.unit})" if metric and metric.unit else ""
-    return metric.label + unit if metric else key
-
-
-def describe(key: str) -> Metric | None:
-    """What a name in a result stands for; None: no metric of an evaluation."""
-    if scale := re.fullmatch(r"(.+)/(\d+(?:x\d+)?)", key):
-        metric = describe(scale[1])
-        return replace(metric, label=f"{metric.label}, {scale[2]} px") if metric else None
-    for stem, metric in METRICS.items():
-        if key == stem:
-            return metric
-        if key.startswith((f"{stem}-", f"{stem}[")):
-            return replace(metric, label=metric.label + key[len(stem) :])
-    return None
-
-
-def _digits(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.5g}"
-
-
-def _table(rows: list[tuple[str, list[str]]]) -> str:
-    first = max(len(label) for label, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows))]
-    return "\n".join(
-        f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
-        for label, cells in rows
-    )
+    return metric.with_unit if metric else key
 
 
 def count_warnings(n: int | None, dimensions: int | None, what: str) -> list[str]:

@@ -1,1 +1,1 @@
-"""Pages that show runs and results."""
+"""What people read: the templates of all pages, their styles and scripts, and what puts them together."""

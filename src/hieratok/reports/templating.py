@@ -1,0 +1,62 @@
+"""Text -> pages: the templates and assets of this package, with everything that comes from outside escaped."""
+
+import functools
+import re
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup as Html
+
+from hieratok.files import shown
+
+__all__ = ["Html", "asset", "block", "render"]
+
+
+def render(name: str, **values: Any) -> Html:
+    """The template called `name` with these values; only `Html` among them is not escaped (in .md, nothing is)."""
+    return Html(_environment().get_template(name).render(values))
+
+
+def block(file: str, name: str, **values: Any) -> Html:
+    """The macro called `name` of a template file, likewise."""
+    return getattr(_environment().get_template(file).module, name)(**values)
+
+
+def asset(name: str) -> Html:
+    """A style or script of this package, to be put into a page as it is."""
+    return Html((files("hieratok.reports") / "assets" / name).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("hieratok.reports"),
+        autoescape=lambda name: name is None or not name.endswith(".md"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=printable,
+    )
+    environment.filters["pieces"] = pieces
+    environment.globals["asset"] = asset
+    return environment
+
+
+def printable(value: Any) -> Any:
+    """Text in which what no page can show, or what would change its direction, is written as an escape."""
+    if isinstance(value, Html) or not isinstance(value, str):
+        return value
+    return "".join(c if c.isprintable() or c in "\n\t" else shown(c) for c in value)
+
+
+BREAKS = re.compile(
+    r"(?<=\w[._/=,:])(?=\w)(?!(?<=\d[.,])\d)"  # after each mark that joins the parts of a name, not within a number
+    r"|(?:(?<=\b[0-9a-f]{16})|(?<=\b[0-9a-f]{32})|(?<=\b[0-9a-f]{48}))(?=[0-9a-f]{16})"  # in a SHA-256
+)
+
+
+def pieces(text: str) -> list[str]:
+    """A text cut where a line may end without breaking a word."""
+    return BREAKS.split(text)
