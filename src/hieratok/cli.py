@@ -213,6 +213,15 @@ def push(argv: list[str]) -> None:
     run(load_options(Push, ["run", "hub_id"], "hieratok push", argv))
 
 
+def export(argv: list[str]) -> None:
+    """Write a tokenizer as ONNX or torch.export files for other runtimes: encoder, decoder, previews; int8 too."""
+    from hieratok.export import Export
+    from hieratok.export import export as run
+    from hieratok.settings import load_options
+
+    run(load_options(Export, ["run"], "hieratok export", argv))
+
+
 def app(argv: list[str]) -> None:
     """Drop photos into a page in the browser and see what is kept at each scale; with a generator, draw samples."""
     from hieratok.app import ServeApp, serve
@@ -235,6 +244,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "study": study,
     "app": app,
     "push": push,
+    "export": export,
     "bench": bench,
 }
 
