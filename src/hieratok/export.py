@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 """Largest difference to the original that a file may have in any value."""
 MANIFEST = "export.json"
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-QUANTIZED = ["MatMul", "Gemm"]
+QUANTIZED = ["MatMul", "Gemm", "Conv"]
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 CHECKED = 3  # photos that files are checked on, one alone and all together
 JUDGED, AT_A_TIME = 64, 8  # photos that the PSNR of int8 weights is measured on, at most
@@ -214,7 +214,7 @@ def check_packages() -> None:
     """Raise ValueError unless what ONNX files need is installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"ONNX files need {' and '.join(missing)}: pip install 'hieratok[onnx]'")
+        raise ValueError(f"ONNX files need {', '.join(missing)}: pip install 'hieratok[onnx]'")
 
 
 def versions(format: str) -> dict[str, str]:
@@ -334,7 +334,7 @@ def int8_path(path: Path) -> Path:
 def quantize(path: Path, target: Path) -> None:
     """Write an ONNX file with int8 weights, a step per output channel; activations are quantised as they come.
 
-    Linear layers alone: convolutions keep float32.
+    Every matrix product with a weight and every convolution; norms, positions and biases keep float32.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
