@@ -19,6 +19,7 @@ from hieratok.evaluation.evaluate import (
     EvaluateSamples,
     EvaluateStats,
 )
+from hieratok.export import Export
 from hieratok.gallery import Report
 from hieratok.hub import Push
 from hieratok.latents import WriteLatents
@@ -42,6 +43,7 @@ COMMANDS = {  # command: its options, and which of them come first, without a fl
     "study": (RunStudy, ["study"]),
     "report": (Report, ["folder"]),
     "push": (Push, ["run", "hub_id"]),
+    "export": (Export, ["run"]),
     "app": (ServeApp, ["run"]),
     "bench": (Bench, ["what"]),
 }
