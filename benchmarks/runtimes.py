@@ -1,11 +1,11 @@
 """One tokenizer in several runtimes: PyTorch, compiled, ONNX Runtime in float32 and int8; and a 64 px preview.
 
-    python benchmarks/runtimes.py                            # f16d16-multi, 1 and 8 images; needs 5 GB of disk for a while
+    python benchmarks/runtimes.py                            # f16d16-multi, 1 and 8 images
     python benchmarks/runtimes.py --quick                    # tiny-multi, two rounds: whether it runs
     python benchmarks/runtimes.py --batch_sizes 1 --out runtimes.json
 
-On the CPU, with as many threads as torch has, random weights, in turns in one process; needs hieratok[onnx] and
-hieratok[diffusers]. The preview is the decoder up to the scale next to 64 px, beside the decoder of diffusers'
+On the CPU, with as many threads as torch has, random weights, in turns in one process. Needs hieratok[onnx],
+hieratok[diffusers], and some 5 GB of disk for a while. The preview is the decoder up to the scale next to 64 px, beside the decoder of diffusers'
 AutoencoderTiny (TAESD's shape) on as many latent values, which always draws the whole image.
 """
 
