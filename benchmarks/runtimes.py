@@ -5,8 +5,8 @@
     python benchmarks/runtimes.py --batch_sizes 1 --out runtimes.json
 
 On the CPU, with as many threads as torch has, random weights, in turns in one process. Needs hieratok[onnx],
-hieratok[diffusers], and some 5 GB of disk for a while. The preview is the decoder up to the scale next to 64 px, beside the decoder of diffusers'
-AutoencoderTiny (TAESD's shape) on as many latent values, which always draws the whole image.
+hieratok[diffusers], and some 5 GB of disk for a while. The preview is the decoder up to the scale next to 64 px, beside
+the decoder of diffusers' AutoencoderTiny (TAESD's shape) on as many latent values, which always draws the whole image.
 """
 
 import argparse
