@@ -56,6 +56,7 @@ WORK = (  # what commands do when their line has been understood
     "sample.sample",
     "gallery.write_report",
     "hub.push",
+    "export.export",
     "app.serve",
     "bench.bench",
 )

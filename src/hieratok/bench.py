@@ -46,6 +46,7 @@ from hieratok.training.loop import State, each_inside, update_ema
 from hieratok.training.tokenizer import TokenizerObjective, TokenizerRun
 
 MATMUL = "matrix product"
+READING = "reading the decoder's weights once"
 FEATURES = 2048  # of Inception
 
 
@@ -200,7 +201,10 @@ def bench_attention(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]
 
 @torch.inference_mode()
 def bench_decode(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
-    """Encoding, the decoder's transformer alone, and decoding whole, scale by scale, and up to each scale."""
+    """Encoding, the decoder's transformer alone, and decoding whole, scale by scale, and up to each scale.
+
+    Each pass of the decoder reads its weights: beside it stands what that takes at the rate of a copy.
+    """
     c = run.model
     model = HieraTok(c).eval()
     machine.model(model.encoder)
@@ -212,6 +216,10 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
     tokens = torch.randn(machine.batch_size, scales.num_tokens, c.decoder_width, device=machine.device)
     attend = scale_attention(scales, c.attention, machine.device)
 
+    weights = sum(p.nbytes for p in model.decoder.parameters())
+    half = torch.ones(weights // 8, device=machine.device)  # a copy reads and writes: half the weights, twice
+    copied = torch.empty_like(half)
+
     def progressive(count: int) -> Call:
         return lambda: list(islice(model.decode_progressive(z), count))
 
@@ -219,6 +227,7 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
         "encode": lambda: model.encode(images),
         "decode: transformer alone": lambda: model.decoder.blocks(tokens, attend),
         "decode": lambda: model.decode(z),
+        READING: lambda: copied.copy_(half),
     }
     sides = [c.patch_size * s for s in c.scales]
     for k, side in enumerate(sides[:-1]):

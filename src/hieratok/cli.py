@@ -10,6 +10,7 @@ from hieratok.commands import (
     bench,
     cost,
     evaluate,
+    export,
     latents,
     push,
     quickstart,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "study": study.COMMAND,
     "app": app.COMMAND,
     "push": push.COMMAND,
+    "export": export.COMMAND,
     "bench": bench.COMMAND,
 }
 

@@ -36,8 +36,6 @@ PLOTS = 6
 """On the page as it opens; the others are folded up."""
 
 
-
-
 def write_report(options: Report) -> list[Run]:
     """The command: write the page, print a table or JSON.
 
