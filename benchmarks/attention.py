@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from hieratok import recipes
-from hieratok.bench import Machine, measure, table
-from hieratok.reconstruct import best_device
-from hieratok.timing import Call
+from hieratok.bench.suite import Machine, measure, table
+from hieratok.bench.timing import Call
+from hieratok.core.devices import best_device
+from hieratok.studies import recipes
 from hieratok.tokenizer.attention import scale_attention
 from hieratok.tokenizer.scales import Scales
 

@@ -15,10 +15,11 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
-from hieratok import HieraTok, recipes
-from hieratok.bench import Machine, measure, table
-from hieratok.reconstruct import best_device
-from hieratok.timing import Call
+from hieratok import HieraTok
+from hieratok.bench.suite import Machine, measure, table
+from hieratok.bench.timing import Call
+from hieratok.core.devices import best_device
+from hieratok.studies import recipes
 
 
 def sd_vae() -> AutoencoderKL:

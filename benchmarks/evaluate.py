@@ -23,8 +23,8 @@ from torch import nn
 from hieratok.data.images import open_source
 from hieratok.evaluation.config import EvaluateSamples
 from hieratok.evaluation.distribution import IS_SPLIT_SIZE
-from hieratok.evaluation.evaluate import evaluate_samples
 from hieratok.evaluation.features import Inception
+from hieratok.evaluation.protocols import evaluate_samples
 
 THEIR_KEYS = {
     "fid": "frechet_inception_distance",

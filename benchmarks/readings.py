@@ -23,7 +23,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from hieratok.checkpoint import write_json
+from hieratok.core.checkpoint import write_json
+from hieratok.core.tables import Table
 from hieratok.data.images import evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.distribution import distances
 from hieratok.evaluation.features import load_network
@@ -31,8 +32,7 @@ from hieratok.evaluation.reconstruction import ReconstructionMetrics
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 from hieratok.losses.lpips import PerceptualLoss
 from hieratok.losses.reconstruction import LossConfig
-from hieratok.recipes import single
-from hieratok.tables import Table
+from hieratok.studies.recipes import single
 from hieratok.tokenizer import model as tokenizer_model
 from hieratok.tokenizer.downsample import ConvBranch, ConvDownsample
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig

@@ -20,9 +20,11 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from hieratok import HieraTok, export, recipes
-from hieratok.bench import Machine, measure, table
-from hieratok.timing import Call
+from hieratok import HieraTok
+from hieratok.bench.suite import Machine, measure, table
+from hieratok.bench.timing import Call
+from hieratok.interop import export
+from hieratok.studies import recipes
 
 CPU = torch.device("cpu")
 PREVIEW = 64  # pixels

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hieratok import HieraTok, recipes
-from hieratok.bench import Machine, measure, table
-from hieratok.reconstruct import best_device
+from hieratok import HieraTok
+from hieratok.bench.suite import Machine, measure, table
+from hieratok.core.devices import best_device
+from hieratok.studies import recipes
 from hieratok.tokenizer.model import TokenizerConfig
 from hieratok.tokenizer.scales import Scales
 
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file to write the figures to")
     parser.add_argument("--plot", help="picture to write")
     args = parser.parse_args()
-    from hieratok.quickstart import hardware
+    from hieratok.core.devices import hardware
 
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     machine = Machine(torch.device(best_device()), dtype, 1, args.rounds, compile=False)

@@ -16,11 +16,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
-from hieratok import recipes
-from hieratok.bench import Machine, measure, table
-from hieratok.layers import Blocks
-from hieratok.reconstruct import best_device
-from hieratok.timing import Call
+from hieratok.bench.suite import Machine, measure, table
+from hieratok.bench.timing import Call
+from hieratok.core.devices import best_device
+from hieratok.core.layers import Blocks
+from hieratok.studies import recipes
 from hieratok.tokenizer.scales import Scales
 from hieratok.tokenizer.vit import Block
 

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hieratok import recipes
+from hieratok.bench.timing import count_flops
 from hieratok.generation.dit import DiT, LatentSpace
 from hieratok.losses.vf import VFConfig
-from hieratok.timing import count_flops
+from hieratok.studies import recipes
 from hieratok.tokenizer.model import HieraTok
 from hieratok.training.generator import GeneratorObjective
 from hieratok.training.loop import each_inside

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from hieratok import HieraTok
+from hieratok.core.pictures import picture_table
 from hieratok.data.images import center_crop, evenly_spread, open_source
 from hieratok.evaluation.pixels import psnr
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig
-from hieratok.pictures import picture_table
-from hieratok.reconstruct import reconstruct_any
+from hieratok.tasks.reconstruct import reconstruct_any
 from hieratok.training.generator import decoded_samples
 from hieratok.training.run_folder import LOG, read_lines
 from hieratok.training.tokenizer import reconstruct_pyramid

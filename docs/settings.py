@@ -6,8 +6,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hieratok import cli, recipes
+from hieratok import cli
 from hieratok.settings import Command, Option, about, options_of, value_text
+from hieratok.studies import recipes
 from hieratok.training.config import GeneratorRun, TokenizerRun
 from hieratok.training.run_folder import HARMLESS
 
@@ -60,7 +61,7 @@ def recipe_table() -> str:
     """Names and first lines of all recipes."""
     rows = [[f"`{name}`", cell(recipes.summary(name))] for name in recipes.RECIPES]
     return "## Recipes\n\nWhere settings start from. What was measured of a recipe stands in its docstring\n" + (
-        "([recipes.py](../src/hieratok/recipes.py)).\n\n" + table(["recipe", "what it is"], rows)
+        "([recipes.py](../src/hieratok/studies/recipes.py)).\n\n" + table(["recipe", "what it is"], rows)
     )
 
 

@@ -44,7 +44,7 @@ def load_and_crash() -> FakeDemo:
 
 
 if __name__ == "__main__":  # a server that is killed while its worker is stuck
-    from hieratok.app_worker import Worker
+    from hieratok.app.worker import Worker
 
     worker = Worker(load, 600)
     pages = worker.run("generate", 300)

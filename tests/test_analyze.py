@@ -14,10 +14,10 @@ from PIL import Image
 from hieratok.analysis.codec import Codec
 from hieratok.analysis.density import evenness, kernel_density, measure_density
 from hieratok.analysis.meanings import lines
-from hieratok.analyze import Analyze, analyze, analyze_tokenizer, coarser_grids
 from hieratok.cli import main
+from hieratok.core.glossary import ANALYSIS
 from hieratok.data.images import ImageFiles, center_crop, open_source, to_float
-from hieratok.glossary import ANALYSIS
+from hieratok.tasks.analyze import Analyze, analyze, analyze_tokenizer, coarser_grids
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
 
 CONFIG = TokenizerConfig(

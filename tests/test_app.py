@@ -26,17 +26,19 @@ import pytest
 import torch
 from PIL import Image
 
-from hieratok import HieraTok, app_page, cli, uploads
-from hieratok.app import ServeApp, load, serve
-from hieratok.app_handlers import BLENDS, SAMPLES, SIGMAS, Demo
-from hieratok.app_page import Picture, judge, latent_picture
+from hieratok import HieraTok, cli
+from hieratok.app import page as app_page
+from hieratok.app import uploads
+from hieratok.app.handlers import BLENDS, SAMPLES, SIGMAS, Demo
+from hieratok.app.page import Picture, judge, latent_picture
+from hieratok.app.server import ServeApp, load, serve
+from hieratok.app.uploads import MAX_BYTES, at_most, check_image, content_of, read_upload
+from hieratok.core.pictures import error_map
 from hieratok.data.pixels import BadImageError, center_crop, to_float, to_uint8
 from hieratok.evaluation.pixels import psnr, ssim
 from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents
-from hieratok.pictures import error_map
-from hieratok.uploads import MAX_BYTES, at_most, check_image, content_of, read_upload
 from test_latents import save_tokenizer
 from test_sample import save_generator
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hieratok import uploads
-from hieratok.app import ServeApp
-from hieratok.app_handlers import Demo
+from hieratok.app import uploads
+from hieratok.app.handlers import Demo
+from hieratok.app.server import ServeApp
+from hieratok.app.uploads import GONE, KEPT_SECONDS, LEAST_BYTES, Uploads, content_of, read_upload
 from hieratok.data.pixels import BadImageError
-from hieratok.uploads import GONE, KEPT_SECONDS, LEAST_BYTES, Uploads, content_of, read_upload
 from test_app import Server, photo, pictures
 from test_latents import save_tokenizer
 from test_sample import save_generator
@@ -33,7 +33,7 @@ pytest.importorskip("starlette", reason="the app needs gradio, which brings it")
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 
-from hieratok.app_gate import GRACE_SECONDS, LOCAL, KnownHosts, Visits
+from hieratok.app.gate import GRACE_SECONDS, LOCAL, KnownHosts, Visits
 
 META = {"meta": {"_type": "gradio.FileData"}}
 BUSY = 60.0  # seconds that an answer may take on a machine that does other things besides
@@ -127,7 +127,7 @@ def test_uploads_are_read_whichever_way_the_folder_is_written(folder, monkeypatc
 
 @pytest.mark.parametrize("handler", ["photo", "two_photos"])
 def test_every_handler_reads_uploads_alone(handler, folder, run):
-    from hieratok.app import load
+    from hieratok.app.server import load
 
     demo: Demo = load(ServeApp(run=str(run), device="cpu"), folder)
     for record in ({"path": str(folder.parent / "secret.png")}, {}, {"path": None, "orig_name": 3}):

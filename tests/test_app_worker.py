@@ -11,7 +11,7 @@ import pytest
 
 import app_fakes
 from app_fakes import load, load_and_crash, load_nothing
-from hieratok.app_worker import Worker, WorkerError
+from hieratok.app.worker import Worker, WorkerError
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
-from hieratok import bench, timing
+from hieratok.bench import suite as bench
+from hieratok.bench import timing
+from hieratok.bench.timing import count_flops, peak_memory, take_turns
 from hieratok.cli import main
-from hieratok.timing import count_flops, peak_memory, take_turns
 
 CPU = torch.device("cpu")
 
@@ -108,7 +109,8 @@ def test_the_whole_bench(small_machine, tmp_path, capsys):
 
 @pytest.mark.parametrize("what", ["decode", "train"])
 def test_flops_are_the_models(small_machine, what):
-    from hieratok import cost, recipes
+    from hieratok.studies import recipes
+    from hieratok.tokenizer import cost
 
     rows = {row["name"]: row for row in bench.bench(bench.Bench(what=what, batch_size=2, rounds=1, device="cpu"))[what]}
     model = recipes.get("tiny-multi").model

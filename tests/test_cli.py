@@ -15,15 +15,16 @@ import yaml
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from hieratok import HieraTok, __version__, cli, recipes
+from hieratok import HieraTok, __version__, cli
 from hieratok.cli import main
 from hieratok.commands.train import SUMMARY
+from hieratok.core.errors import TrainingError
+from hieratok.core.pictures import MARGIN, pyramid_sheet
 from hieratok.core.typed import field_types, flatten, plain
 from hieratok.data.images import center_crop, open_source, to_float, to_uint8
-from hieratok.errors import TrainingError
-from hieratok.pictures import MARGIN, pyramid_sheet
-from hieratok.reconstruct import SHEET_ROWS
 from hieratok.settings import Command, load_run
+from hieratok.studies import recipes
+from hieratok.tasks.reconstruct import SHEET_ROWS
 from hieratok.training.config import TokenizerRun
 
 SMALL = """

@@ -20,10 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hieratok import HieraTok, recipes, studies
+from hieratok import HieraTok
 from hieratok.cli import COMMANDS, main
 from hieratok.core.typed import plain
 from hieratok.settings import load_run
+from hieratok.studies import paper as studies
+from hieratok.studies import recipes
 from hieratok.training.generator import GeneratorRun
 from hieratok.training.run_folder import flatten
 from hieratok.training.tokenizer import TokenizerRun
@@ -40,25 +42,25 @@ SHORTER = {  # appended: of an option that stands twice, the last counts
 }
 LONG = {"quickstart", "app", "bench"}  # take minutes, or serve until they are stopped; they have tests of their own
 WORK = (  # what commands do when their line has been understood
-    "quickstart.quickstart",
+    "tasks.quickstart.quickstart",
     "training.tokenizer.train_tokenizer",
     "training.generator.train_generator",
     "tokenizer.model.HieraTok.from_pretrained",
-    "reconstruct.reconstruct",
-    "reconstruct.evaluate_tokenizer",
-    "evaluation.evaluate.evaluate_images",
-    "evaluation.evaluate.evaluate_samples",
-    "evaluation.evaluate.write_statistics",
-    "evaluation.evaluate.compare",
-    "analyze.analyze",
-    "latents.write_latents",
-    "study.run_study",
-    "sample.sample",
-    "gallery.write_report",
-    "hub.push",
-    "export.export",
-    "app.serve",
-    "bench.bench",
+    "tasks.reconstruct.reconstruct",
+    "tasks.reconstruct.evaluate_tokenizer",
+    "evaluation.protocols.evaluate_images",
+    "evaluation.protocols.evaluate_samples",
+    "evaluation.protocols.write_statistics",
+    "evaluation.protocols.compare",
+    "tasks.analyze.analyze",
+    "tasks.latents.write_latents",
+    "studies.run.run_study",
+    "tasks.sample.sample",
+    "reports.runs.write_report",
+    "interop.hub.push",
+    "interop.export.export",
+    "app.server.serve",
+    "bench.suite.bench",
 )
 TORCHRUN = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint"}
 
@@ -198,7 +200,7 @@ def test_readme_python_prints_what_it_says(workplace, capsys):
 
 
 def test_readme_measured_costs_are_those_of_the_code():
-    from hieratok.cost import measure
+    from hieratok.tokenizer.cost import measure
 
     for kind in ("single", "multi"):
         cost = measure(recipes.get(f"f16d16-{kind}").model)

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from hieratok.cli import main
-from hieratok.evaluate_page import write
+from hieratok.core.glossary import EVALUATION, describe
+from hieratok.core.tables import digits, flat
 from hieratok.evaluation.reconstruction import ReconstructionMetrics, area_resize
 from hieratok.evaluation.results import format_result
-from hieratok.glossary import EVALUATION, describe
-from hieratok.tables import digits, flat
+from hieratok.reports.evaluation import write
 from test_report import Reader, assert_self_contained
 
 

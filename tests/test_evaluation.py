@@ -27,16 +27,16 @@ from hieratok.evaluation.config import (
     EvaluateSamples,
     EvaluateStats,
 )
-from hieratok.evaluation.evaluate import (
+from hieratok.evaluation.features import FeatureNetwork
+from hieratok.evaluation.images import NpzImages, batches, pair
+from hieratok.evaluation.pixels import PixelMetrics
+from hieratok.evaluation.protocols import (
     compare,
     evaluate_images,
     evaluate_reconstruction,
     evaluate_samples,
     write_statistics,
 )
-from hieratok.evaluation.features import FeatureNetwork
-from hieratok.evaluation.images import NpzImages, batches, pair
-from hieratok.evaluation.pixels import PixelMetrics
 from hieratok.evaluation.reconstruction import ReconstructionMetrics, area_resize, one_colour_per_token
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 
@@ -706,8 +706,8 @@ def test_manifests_hold_what_the_numbers_depend_on(tmp_path: Path) -> None:
 SCRIPT = """
 from pathlib import Path
 from hieratok.evaluation.config import EvaluateImages, EvaluateSamples, EvaluateStats
-from hieratok.evaluation.evaluate import evaluate_images, evaluate_samples, write_statistics
-from hieratok.evaluation.processes import process_group
+from hieratok.evaluation.protocols import evaluate_images, evaluate_samples, write_statistics
+from hieratok.core.distributed import process_group
 folder = Path({folder!r})
 common = dict(features={features!r}, batch_size=3)
 a, b, out = str(folder / "a.npz"), str(folder / "b.npz"), str(folder / {out!r})

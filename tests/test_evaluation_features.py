@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from hieratok.checkpoint import read_tensors
+from hieratok.core.checkpoint import read_tensors
 from hieratok.data.images import open_source
 from hieratok.evaluation.config import EvaluateSamples
-from hieratok.evaluation.evaluate import evaluate_samples
 from hieratok.evaluation.features import (
     INCEPTION_FILES,
     FeatureNetwork,
@@ -26,6 +25,7 @@ from hieratok.evaluation.features import (
     load_network,
     resize_tf1,
 )
+from hieratok.evaluation.protocols import evaluate_samples
 
 
 def photos(num: int, size: int, seed: int = 0) -> Tensor:

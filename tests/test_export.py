@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hieratok import HieraTok, TokenizerConfig, checkpoint
-from hieratok import export as module
+from hieratok import HieraTok, TokenizerConfig
 from hieratok.cli import main
-from hieratok.export import MANIFEST, SUFFIXES, export, open_program
-from hieratok.export_config import Export
-from hieratok.files import read_json_table
+from hieratok.core import checkpoint
+from hieratok.core.files import read_json_table
+from hieratok.interop import export as module
+from hieratok.interop.config import Export
+from hieratok.interop.export import MANIFEST, SUFFIXES, export, open_program
 
 SIDES = (1, 2, 4)
 SHAPE = dict(

@@ -48,7 +48,7 @@ assert main(["analyze", "--latents", "latents.npy", "--draws", "1"]) == 2
 assert main(["train", "small.yaml", "--data", "photos", "--vf.weight", "1", "--vf.random_model", "--out", "v"]) == 2
 assert main(["app", "tokenizer"]) == 2
 try:
-    import hieratok.interop
+    from hieratok.interop import AutoencoderHieraTok
 except ImportError as error:
     print("hieratok:", error, file=sys.stderr)
 """

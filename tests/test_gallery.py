@@ -14,16 +14,16 @@ import torch
 import yaml
 from PIL import Image
 
-from hieratok import HieraTok, report
-from hieratok.checkpoint import seal
+from hieratok import HieraTok
 from hieratok.cli import main
+from hieratok.core.checkpoint import seal
 from hieratok.core.typed import plain
-from hieratok.gallery import MAX_PICTURE, MAX_POINTS, Report, differing, thinned, write_report
 from hieratok.generation.dit import DiT, DiTConfig
-from hieratok.quickstart import speed
-from hieratok.runs import find_runs, read_run
+from hieratok.reports import page as report
+from hieratok.reports.runs import MAX_PICTURE, MAX_POINTS, Report, differing, thinned, write_report
 from hieratok.training.generator import GeneratorRun
 from hieratok.training.run_folder import flatten
+from hieratok.training.runs import find_runs, read_run, speed
 from hieratok.training.tokenizer import TokenizerRun
 from test_latents import CONFIG
 from test_report import Reader, assert_self_contained

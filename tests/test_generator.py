@@ -12,20 +12,21 @@ import yaml
 from torch import nn
 from torch.utils.data import default_collate
 
-from hieratok import HieraTok, checkpoint, cli
+from hieratok import HieraTok, cli
+from hieratok.core import checkpoint
 from hieratok.core.typed import plain
 from hieratok.data.images import evaluation_batches, open_source
 from hieratok.data.latents import LatentDataset
 from hieratok.evaluation import evaluate
 from hieratok.evaluation.config import EvaluateStats
 from hieratok.evaluation.distribution import frechet_distance
-from hieratok.evaluation.evaluate import write_statistics
 from hieratok.evaluation.features import load_network
+from hieratok.evaluation.protocols import write_statistics
 from hieratok.evaluation.statistics import FeatureSet
 from hieratok.generation import flow
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
-from hieratok.latents import WriteLatents, write_latents
 from hieratok.settings import load_run
+from hieratok.tasks.latents import WriteLatents, write_latents
 from hieratok.training import generator as module
 from hieratok.training.config import DataConfig, GeneratorEval
 from hieratok.training.generator import GeneratorObjective, GeneratorRun, train_generator

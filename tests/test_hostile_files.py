@@ -30,22 +30,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hieratok import HieraTok, cli
-from hieratok.analyze import load_array
-from hieratok.checkpoint import json_text, read_tensors
+from hieratok.core.checkpoint import json_text, read_tensors
+from hieratok.core.files import MAX_DEPTH, read_json, read_npy, read_npz, read_yaml, shown
 from hieratok.data.images import open_source
 from hieratok.data.latents import LatentDataset
-from hieratok.evaluation.evaluate import EvaluateCompare, compare
 from hieratok.evaluation.features import FeatureNetwork, load_network
 from hieratok.evaluation.images import NpzImages
+from hieratok.evaluation.protocols import EvaluateCompare, compare
 from hieratok.evaluation.statistics import SetStatistics
-from hieratok.files import MAX_DEPTH, read_json, read_npy, read_npz, read_yaml, shown
-from hieratok.gallery import Report, picture_parts, write_report
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
-from hieratok.latents import WriteLatents, write_latents
-from hieratok.runs import find_runs
-from hieratok.sample import read_settings
+from hieratok.reports.runs import Report, picture_parts, write_report
 from hieratok.settings import load_run
+from hieratok.tasks.analyze import load_array
+from hieratok.tasks.latents import WriteLatents, write_latents
+from hieratok.tasks.sample import read_settings
 from hieratok.tokenizer.pretrained import load_tokenizer
+from hieratok.training.runs import find_runs
 from test_latents import CONFIG
 
 pytestmark = pytest.mark.timeout(60)  # the machine may be busy; a hang takes for ever
@@ -585,7 +585,7 @@ def test_npz(tmp_path, case):
 
 
 def test_an_npz_that_grows_a_thousandfold_is_refused_by_the_size_it_declares(tmp_path, monkeypatch):
-    monkeypatch.setattr("hieratok.files.MAX_ARRAY_BYTES", 1 << 24)
+    monkeypatch.setattr("hieratok.core.files.MAX_ARRAY_BYTES", 1 << 24)
     np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((1, 4096, 4096, 3), np.uint8))
     assert (tmp_path / "bomb.npz").stat().st_size < 1 << 17
     assert "bomb.npz cannot be read as .npz: its arrays would take" in refused(lambda: NpzImages(tmp_path / "bomb.npz"))
@@ -894,7 +894,7 @@ def spoil(root: Path, place: str, content: bytes) -> None:
 )
 def test_a_damaged_run_is_shown_and_published(sound, capsys, monkeypatch, place, content):
     """By `report`, as a page and as JSON, and by `push --dry_run`, whose card is made of it."""
-    monkeypatch.setattr("hieratok.runs.MOST_TERMS", 5)  # a plot takes a while
+    monkeypatch.setattr("hieratok.training.runs.MOST_TERMS", 5)  # a plot takes a while
     spoil(sound, place, content)
     arguments = ["report", str(sound / "run"), "--out", str(sound / "page.html")]
     with bounded_memory():

@@ -13,10 +13,11 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hieratok import HieraTok, checkpoint, push_to_hub
+from hieratok import HieraTok, push_to_hub
 from hieratok.cli import main
+from hieratok.core import checkpoint
 from hieratok.generation.dit import DiT, DiTConfig
-from hieratok.hub import FILES, MAX_PICTURE, local
+from hieratok.interop.hub import FILES, MAX_PICTURE, local
 from hieratok.training.generator import GeneratorRun
 from test_gallery import RESULT, tokenizer_run, write_run
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hieratok import HieraTok, recipes
+from hieratok import HieraTok
+from hieratok.studies import recipes
 from hieratok.tokenizer.attention import AttentionMode
 from hieratok.tokenizer.config import DownsampleMode
 from hieratok.training.tokenizer import TokenizerRun, initial_tokenizer, train_tokenizer

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import hieratok.latents
-from hieratok import HieraTok, TokenizerConfig, checkpoint, cli
+import hieratok.tasks.latents
+from hieratok import HieraTok, TokenizerConfig, cli
+from hieratok.core import checkpoint
+from hieratok.core.lock import lock
 from hieratok.data.images import ImageDataset, center_crop, open_source, to_float
 from hieratok.data.latents import LatentDataset
-from hieratok.latents import WriteLatents, write_latents
-from hieratok.lock import lock
+from hieratok.tasks.latents import WriteLatents, write_latents
 from test_training import TORCHRUN
 
 CONFIG = TokenizerConfig(
@@ -60,7 +61,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(hieratok.latents, "SHARD_IMAGES", 4)
+    monkeypatch.setattr(hieratok.tasks.latents, "SHARD_IMAGES", 4)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -156,7 +157,7 @@ def test_an_interrupted_folder_is_finished(run, photos, tmp_path, monkeypatch):
         pass
 
     calls = []
-    original = hieratok.latents.encoded
+    original = hieratok.tasks.latents.encoded
 
     def crash(*args):
         calls.append(args)
@@ -165,7 +166,7 @@ def test_an_interrupted_folder_is_finished(run, photos, tmp_path, monkeypatch):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hieratok.latents, "encoded", crash)
+        patch.setattr(hieratok.tasks.latents, "encoded", crash)
         with pytest.raises(Crash):
             write(run, photos, tmp_path / "crashed")
     crashed = tmp_path / "crashed"
@@ -174,7 +175,7 @@ def test_an_interrupted_folder_is_finished(run, photos, tmp_path, monkeypatch):
         LatentDataset(crashed)
     (crashed / ".shard-00001.12345678.tmp").mkdir()  # what a killed process leaves
     with monkeypatch.context() as patch:
-        patch.setattr(hieratok.latents, "encoded", lambda *args: calls.append(args) or original(*args))
+        patch.setattr(hieratok.tasks.latents, "encoded", lambda *args: calls.append(args) or original(*args))
         calls.clear()
         assert write(run, photos, crashed) == whole
         assert len(calls) == 2
@@ -258,8 +259,8 @@ def test_two_processes_write_the_same_folder(run, photos, tmp_path):
     whole = write(run, photos, tmp_path / "one")
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, hieratok.latents, hieratok.cli\n"
-        "hieratok.latents.SHARD_IMAGES = 4\n"
+        "import sys, hieratok.tasks.latents, hieratok.cli\n"
+        "hieratok.tasks.latents.SHARD_IMAGES = 4\n"
         "sys.exit(hieratok.cli.main(sys.argv[1:]))\n"
     )
     arguments = ["latents", str(run), "--data", str(photos), "--out", str(tmp_path / "two"), "--device", "cpu"]

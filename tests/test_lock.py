@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from hieratok import lock as module
-from hieratok.lock import lock
+from hieratok.core import lock as module
+from hieratok.core.lock import lock
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["hieratok.lock"])
+SPAWN.set_forkserver_preload(["hieratok.core.lock"])
 
 
 def hold(folder: str, ready: str, with_child: bool) -> None:

@@ -19,7 +19,7 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 
 import hieratok
-from hieratok import recipes
+from hieratok.studies import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -165,7 +165,7 @@ def test_the_whole_page_is_up_to_date(counting):
 @pytest.mark.parametrize("name", ["f16d16-multi", "f16d16-single", "tiny-multi"])
 def test_parameters_and_forward_flops_agree_with_cost(counting, name):
     """Training costs three times the forward pass and more: the losses' networks."""
-    from hieratok.cost import measure
+    from hieratok.tokenizer.cost import measure
 
     cost, cells = measure(recipes.get(name).model), lines_of(counting)[name]
     assert cells[1] == f"{counting.significant(cost.parameters / 1e6)}M"

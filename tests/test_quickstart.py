@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hieratok import HieraTok, recipes
+from hieratok import HieraTok
 from hieratok.cli import main
 from hieratok.data.images import center_crop, open_source
-from hieratok.quickstart import decibels, quickstart, reconstruct_photos, speed
+from hieratok.studies import recipes
+from hieratok.tasks.quickstart import decibels, quickstart, reconstruct_photos
 from hieratok.tokenizer.model import TokenizerConfig
+from hieratok.training.runs import speed
 from hieratok.training.tokenizer import TokenizerRun
 from test_report import Reader, assert_self_contained
 
@@ -188,7 +190,7 @@ def test_the_page_is_there_before_the_generator_trains(finished, run, tmp_path, 
     def stop(generator_run, folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hieratok.quickstart.train_generator", stop)
+    monkeypatch.setattr("hieratok.tasks.quickstart.train_generator", stop)
     with pytest.raises(KeyboardInterrupt):
         quickstart(out, run, generator_steps=4)
     assert str(out / "index.html") in capsys.readouterr().out

@@ -6,11 +6,12 @@ import pytest
 import torch
 import yaml
 
-from hieratok import HieraTok, recipes
+from hieratok import HieraTok
 from hieratok.core.typed import plain
-from hieratok.cost import PAPER, measure
 from hieratok.generation.dit import DiT
 from hieratok.settings import load_run
+from hieratok.studies import recipes
+from hieratok.tokenizer.cost import PAPER, measure
 from hieratok.training.loop import learning_rate
 
 # (table, name, d, scales, KL, down-sampling, attention), straight from the paper

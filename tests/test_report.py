@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hieratok import report
+from hieratok.core.tables import Table
+from hieratok.reports import page as report
 from hieratok.reports.templating import asset
-from hieratok.tables import Table
 
 NASTY = "<b>&\"'</script>$x_1$"
 

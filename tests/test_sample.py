@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-import hieratok.sample
+import hieratok.tasks.sample
 from hieratok import HieraTok, cli
+from hieratok.core.lock import lock
 from hieratok.data.images import to_uint8
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.images import open_images
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.generation.sampling import SampleConfig, sample_latents
-from hieratok.lock import lock
-from hieratok.sample import Sample, sample
 from hieratok.settings import load_options
+from hieratok.tasks.sample import Sample, sample
 from test_latents import save_tokenizer
 from test_training import TORCHRUN
 
@@ -221,7 +221,7 @@ def test_an_interrupted_run_is_finished(options, monkeypatch, scales):
     options = replace(options, scales=scales)
     whole = replace(options, out=options.out + "-whole")
     sample(whole)
-    original, written = hieratok.sample.save_png, []
+    original, written = hieratok.tasks.sample.save_png, []
 
     class Crash(Exception):
         pass
@@ -233,7 +233,7 @@ def test_an_interrupted_run_is_finished(options, monkeypatch, scales):
         return original(picture, path, *text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hieratok.sample, "save_png", crash)
+        patch.setattr(hieratok.tasks.sample, "save_png", crash)
         with pytest.raises(Crash):
             sample(options)
     leftover = Path(options.out) / "16px" / ".000003.png.12345678.tmp"  # what a killed process leaves
@@ -242,8 +242,8 @@ def test_an_interrupted_run_is_finished(options, monkeypatch, scales):
     before = first.stat().st_mtime_ns
     drawn = []
     with monkeypatch.context() as patch:
-        draw = hieratok.sample.draw
-        patch.setattr(hieratok.sample, "draw", lambda *args: drawn.append(args[-1]) or draw(*args))
+        draw = hieratok.tasks.sample.draw
+        patch.setattr(hieratok.tasks.sample, "draw", lambda *args: drawn.append(args[-1]) or draw(*args))
         sample(options)
         sample(options)
     assert drawn[1] == []

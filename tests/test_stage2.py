@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hieratok import HieraTok, recipes
+from hieratok import HieraTok
 from hieratok.cli import main
+from hieratok.core.errors import Stopped
 from hieratok.data.images import to_float
-from hieratok.errors import Stopped
 from hieratok.losses.adversarial import AdversarialConfig
 from hieratok.losses.vf import VFConfig
+from hieratok.studies import recipes
 from hieratok.training import loop
 from hieratok.training.loop import Optimization, learning_rate
 from hieratok.training.tokenizer import EvalConfig, TokenizerObjective, TokenizerRun, train_tokenizer

@@ -17,16 +17,23 @@ import yaml
 from PIL import Image
 from scipy.stats import t as student
 
-from hieratok import HieraTok, checkpoint, cost, recipes, studies, study, study_page, study_runs
+from hieratok import HieraTok
 from hieratok.analysis import convergence, density
 from hieratok.analysis.convergence import speed_up
 from hieratok.cli import main
+from hieratok.core import checkpoint
+from hieratok.core.lock import lock
 from hieratok.core.typed import plain
 from hieratok.data.images import center_crop, open_source
 from hieratok.generation.dit import DiTConfig
-from hieratok.lock import lock
 from hieratok.losses.adversarial import AdversarialConfig
-from hieratok.study_runs import RunStudy, place, planned_runs, prepare
+from hieratok.reports import study as study_page
+from hieratok.studies import paper as studies
+from hieratok.studies import plan as study_runs
+from hieratok.studies import recipes
+from hieratok.studies import run as study
+from hieratok.studies.plan import RunStudy, place, planned_runs, prepare
+from hieratok.tokenizer import cost
 from hieratok.training.run_folder import Log
 from test_generator import FEATURES
 from test_report import Reader, assert_self_contained

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hieratok.estimates import Estimate
-from hieratok.tables import Table, digits, estimated, flat, signed
+from hieratok.core.estimates import Estimate
+from hieratok.core.tables import Table, digits, estimated, flat, signed
 
 TABLE = Table(["name", "PSNR (dB)"], [["a", "23.1 [22.9, 23.3]"], ["long | name", "7"]], "Two rows.")
 

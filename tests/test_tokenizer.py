@@ -362,7 +362,7 @@ def test_drop_path_only_in_training_and_growing_with_depth():
 
 
 def test_drop_path_keeps_the_expectation():
-    from hieratok.layers import DropPath
+    from hieratok.core.layers import DropPath
 
     torch.manual_seed(0)
     x = DropPath(0.3).train()(torch.ones(20_000, 1, 1))

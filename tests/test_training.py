@@ -22,19 +22,20 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from hieratok import HieraTok, TokenizerConfig, checkpoint
-from hieratok.checkpoint import read_table
+from hieratok import HieraTok, TokenizerConfig
 from hieratok.cli import main
+from hieratok.core import checkpoint
+from hieratok.core.checkpoint import read_table
+from hieratok.core.errors import TrainingError
 from hieratok.core.typed import plain
-from hieratok.errors import TrainingError
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
-from hieratok.runs import read_run
 from hieratok.settings import load_run
 from hieratok.training import loop
 from hieratok.training.config import DataConfig
 from hieratok.training.generator import GeneratorRun
 from hieratok.training.loop import Optimization, TrainConfig, learning_rate, seed_of
 from hieratok.training.run_folder import Log, RunFolder
+from hieratok.training.runs import read_run
 from hieratok.training.tokenizer import EvalConfig, TokenizerRun, train_tokenizer
 
 

@@ -9,7 +9,7 @@ pyramid = tok.decode_pyramid(z)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hieratok.hub import push_to_hub
+    from hieratok.interop.hub import push_to_hub
     from hieratok.tokenizer.config import TokenizerConfig
     from hieratok.tokenizer.model import HieraTok
     from hieratok.tokenizer.posterior import DiagonalGaussian
@@ -21,7 +21,7 @@ _HOME = {
     "HieraTok": "hieratok.tokenizer.model",
     "TokenizerConfig": "hieratok.tokenizer.config",
     "DiagonalGaussian": "hieratok.tokenizer.posterior",
-    "push_to_hub": "hieratok.hub",
+    "push_to_hub": "hieratok.interop.hub",
 }
 
 

@@ -21,9 +21,9 @@ from hieratok.commands import (
     study,
     train,
 )
+from hieratok.core.errors import Stopped, TrainingError
 from hieratok.core.extras import needs_extras
 from hieratok.core.messages import nearest, shown
-from hieratok.errors import Stopped, TrainingError
 from hieratok.settings import Command, entry
 
 DESCRIPTION = "hieratok: multi-scale visual tokenizers (HieraTok, arXiv 2509.23736)"

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hieratok import recipes
 from hieratok.core.messages import nearest, shown
 from hieratok.core.typed import field_types, flatten, from_json, has_type, nested, plain, typed
-from hieratok.recipes import Run
+from hieratok.studies import recipes
+from hieratok.studies.recipes import Run
 from hieratok.training.config import GeneratorRun, TokenizerRun
 
 Options = TypeVar("Options")
@@ -161,7 +161,7 @@ def read_settings(source: str) -> dict[str, Any]:
     """A recipe's or a YAML file's settings as they stand there, not checked yet."""
     if not source.endswith((".yaml", ".yml")):
         return plain(recipes.get(source))
-    from hieratok.files import read_yaml  # it needs numpy, for which a recipe's help need not wait
+    from hieratok.core.files import read_yaml  # it needs numpy, for which a recipe's help need not wait
 
     return {"name": Path(source).stem, **read_yaml(source)}
 

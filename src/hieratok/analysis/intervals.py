@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from hieratok.estimates import Estimate
+from hieratok.core.estimates import Estimate
 
 
 def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hieratok.estimates import Estimate
-from hieratok.glossary import ANALYSIS, Metric
-from hieratok.tables import Table, digits
+from hieratok.core.estimates import Estimate
+from hieratok.core.glossary import ANALYSIS, Metric
+from hieratok.core.tables import Table, digits
 
 
 @dataclass(frozen=True)

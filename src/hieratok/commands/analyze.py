@@ -6,7 +6,7 @@ from hieratok.settings import command
 
 def run(options: Analyze) -> None:
     """The command."""
-    from hieratok.analyze import analyze
+    from hieratok.tasks.analyze import analyze
 
     analyze(options)
 

@@ -1,12 +1,12 @@
 """`hieratok app`."""
 
-from hieratok.app_config import ServeApp
+from hieratok.app.config import ServeApp
 from hieratok.settings import command
 
 
 def run(options: ServeApp) -> None:
     """The command."""
-    from hieratok.app import serve
+    from hieratok.app.server import serve
 
     serve(options)
 

@@ -1,12 +1,12 @@
 """`hieratok bench`."""
 
-from hieratok.bench_config import Bench
+from hieratok.bench.config import Bench
 from hieratok.settings import command
 
 
 def run(options: Bench) -> None:
     """The command."""
-    from hieratok.bench import bench
+    from hieratok.bench.suite import bench
 
     bench(options)
 

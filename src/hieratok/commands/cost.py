@@ -25,7 +25,7 @@ def run(options: Cost) -> None:
     settings = load_run(options.recipe).run
     if not isinstance(settings, TokenizerRun):
         raise ValueError(f"{options.recipe} trains a generator; cost is of tokenizers")
-    from hieratok.cost import measure, table
+    from hieratok.tokenizer.cost import measure, table
 
     result = measure(settings.model)
     print(json_format.dumps(asdict(result)) if options.json else table(settings.name, result).text())

@@ -15,37 +15,38 @@ SUMMARY = "Evaluate reconstructions or samples: rFID, PSNR, SSIM, LPIPS; FID, sF
 
 def reconstruction(options: EvaluateReconstruction) -> None:
     """`hieratok evaluate reconstruction`."""
-    from hieratok.reconstruct import evaluate_tokenizer
+    from hieratok.reports import evaluation
+    from hieratok.tasks.reconstruct import evaluate_tokenizer
 
-    evaluate_tokenizer(options)
+    evaluate_tokenizer(options, evaluation.write)
 
 
 def images(options: EvaluateImages) -> None:
     """`hieratok evaluate images`."""
-    from hieratok import evaluate_page
-    from hieratok.evaluation.evaluate import evaluate_images
+    from hieratok.evaluation.protocols import evaluate_images
+    from hieratok.reports import evaluation
 
-    evaluate_images(options, evaluate_page.write)
+    evaluate_images(options, evaluation.write)
 
 
 def samples(options: EvaluateSamples) -> None:
     """`hieratok evaluate samples`."""
-    from hieratok import evaluate_page
-    from hieratok.evaluation.evaluate import evaluate_samples
+    from hieratok.evaluation.protocols import evaluate_samples
+    from hieratok.reports import evaluation
 
-    evaluate_samples(options, evaluate_page.write)
+    evaluate_samples(options, evaluation.write)
 
 
 def stats(options: EvaluateStats) -> None:
     """`hieratok evaluate stats`."""
-    from hieratok.evaluation.evaluate import write_statistics
+    from hieratok.evaluation.protocols import write_statistics
 
     write_statistics(options)
 
 
 def compare(options: EvaluateCompare) -> None:
     """`hieratok evaluate compare`."""
-    from hieratok.evaluation.evaluate import compare
+    from hieratok.evaluation.protocols import compare
 
     compare(options)
 

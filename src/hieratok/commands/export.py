@@ -1,12 +1,12 @@
 """`hieratok export`."""
 
-from hieratok.export_config import Export
+from hieratok.interop.config import Export
 from hieratok.settings import command
 
 
 def run(options: Export) -> None:
     """The command."""
-    from hieratok.export import export
+    from hieratok.interop.export import export
 
     export(options)
 

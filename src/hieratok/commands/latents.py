@@ -6,7 +6,7 @@ from hieratok.settings import command
 
 def run(options: WriteLatents) -> None:
     """The command."""
-    from hieratok.latents import write_latents
+    from hieratok.tasks.latents import write_latents
 
     write_latents(options)
 

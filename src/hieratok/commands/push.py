@@ -28,7 +28,7 @@ class Push:
 
 def run(options: Push) -> None:
     """The command."""
-    from hieratok.hub import push
+    from hieratok.interop.hub import push
 
     push(options.run, options.hub_id, options.license, options.private, options.dry_run)
 

@@ -19,7 +19,7 @@ class Quickstart:
 
 def run(options: Quickstart) -> None:
     """The command."""
-    from hieratok.quickstart import quickstart
+    from hieratok.tasks.quickstart import quickstart
 
     quickstart(Path(options.out))
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from hieratok import recipes
 from hieratok.core.typed import plain
 from hieratok.settings import command
+from hieratok.studies import recipes
 
 
 @dataclass(kw_only=True)

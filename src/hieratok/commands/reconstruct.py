@@ -26,7 +26,8 @@ class Reconstruct:
 
 def run(options: Reconstruct) -> None:
     """The command."""
-    from hieratok.reconstruct import best_device, reconstruct
+    from hieratok.core.devices import best_device
+    from hieratok.tasks.reconstruct import reconstruct
     from hieratok.tokenizer.model import HieraTok
 
     tokenizer = HieraTok.from_pretrained(options.run)

@@ -6,7 +6,7 @@ from hieratok.settings import command
 
 def run(options: Report) -> None:
     """The command."""
-    from hieratok.gallery import write_report
+    from hieratok.reports.runs import write_report
 
     write_report(options)
 

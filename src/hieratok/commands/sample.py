@@ -6,7 +6,7 @@ from hieratok.settings import command
 
 def run(options: Sample) -> None:
     """The command."""
-    from hieratok.sample import sample
+    from hieratok.tasks.sample import sample
 
     sample(options)
 

@@ -1,12 +1,12 @@
 """`hieratok study`."""
 
 from hieratok.settings import command
-from hieratok.study_config import RunStudy
+from hieratok.studies.config import RunStudy
 
 
 def run(options: RunStudy) -> None:
     """The command."""
-    from hieratok.study import run_study
+    from hieratok.studies.run import run_study
 
     run_study(options)
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
-from hieratok.recipes import Run
 from hieratok.settings import (
     HELP,
     Command,
@@ -14,6 +13,7 @@ from hieratok.settings import (
     load_run,
     run_options,
 )
+from hieratok.studies.recipes import Run
 from hieratok.training.config import GeneratorRun, TokenizerRun
 
 SUMMARY = "Train a recipe or a YAML file; the same command again resumes."

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hieratok.core.extras import MissingPackageError
+from hieratok.core.files import check_regular, shown
 from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
 from hieratok.data.pixels import (
     SUFFIXES,
@@ -36,7 +37,6 @@ from hieratok.data.pixels import (
     to_uint8,
 )
 from hieratok.data.shards import TarShards
-from hieratok.files import check_regular, shown
 
 __all__ = [
     "BadImageError",

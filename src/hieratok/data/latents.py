@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hieratok.core.errors import NotFinite
+from hieratok.core.files import read_json_table, read_npy, shown
 from hieratok.data.images import generator_of
-from hieratok.errors import NotFinite
-from hieratok.files import read_json_table, read_npy, shown
 
 MANIFEST = "manifest.json"
 MOST = 10**12  # of anything that a manifest counts

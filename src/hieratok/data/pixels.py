@@ -20,8 +20,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from hieratok.errors import NotFinite
-from hieratok.files import read_bytes, read_start, shown
+from hieratok.core.errors import NotFinite
+from hieratok.core.files import read_bytes, read_start, shown
 
 # What is looked for in folders, globs and shards. A file's content, not its name, then says how it is decoded.
 SUFFIXES = (

@@ -28,10 +28,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import inception as tv
 
-from hieratok.checkpoint import file_sha256, read_tensors
+from hieratok.core.checkpoint import file_sha256, read_tensors
 from hieratok.core.extras import needs_extras
+from hieratok.core.files import check_regular, parse_json, shown
 from hieratok.evaluation.pixels import check_images
-from hieratok.files import check_regular, parse_json, shown
 
 INCEPTION_SHA256 = "6726825d"  # how the real file's SHA-256 begins, by torch hub's convention also in its name
 INCEPTION_FILES = (

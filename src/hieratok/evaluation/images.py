@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hieratok.core.files import map_npz, shown
 from hieratok.data.images import Source, center_crop, open_source
-from hieratok.files import map_npz, shown
 
 
 class NpzImages:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hieratok.estimates import Estimate
+from hieratok.core.estimates import Estimate
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5

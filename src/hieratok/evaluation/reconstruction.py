@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from hieratok.estimates import Estimate
+from hieratok.core.estimates import Estimate
+from hieratok.core.pictures import pyramid_sheet
 from hieratok.evaluation.distribution import distances
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.pixels import SSIM_WINDOW, Perceptual, PixelMetrics
 from hieratok.evaluation.statistics import FeatureSet, pixels_sha256, set_sha256
-from hieratok.pictures import pyramid_sheet
 
 # For the manifest. Not the patch size: it is the tokenizer's, and tokenizers are what is compared.
 BASELINE_PROTOCOL = {

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from hieratok.checkpoint import atomic_file, json_text, write_json
-from hieratok.estimates import Estimate
+from hieratok.core.checkpoint import atomic_file, json_text, write_json
+from hieratok.core.distributed import process, wait
+from hieratok.core.estimates import Estimate
+from hieratok.core.files import read_json, shown
+from hieratok.core.glossary import Metric, describe
+from hieratok.core.tables import Table, digits
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
-from hieratok.evaluation.processes import process, wait
 from hieratok.evaluation.reconstruction import ReconstructionMetrics
-from hieratok.files import read_json, shown
-from hieratok.glossary import Metric, describe
-from hieratok.tables import Table, digits
 
 PUBLISHED_IMAGES = 50_000  # behind the FID of a table: samples, or the validation images of an rFID
 

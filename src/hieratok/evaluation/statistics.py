@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hieratok.checkpoint import atomic_file, file_sha256
+from hieratok.core.checkpoint import atomic_file, file_sha256
+from hieratok.core.files import parse_json, read_npz, shown
 from hieratok.evaluation.features import FeatureNetwork
-from hieratok.files import parse_json, read_npz, shown
 
 SEED = 2020  # of everything that draws images: torch-fidelity's default
 MOST_IMAGES = 10**12  # that statistics may be of: far beyond any set there is

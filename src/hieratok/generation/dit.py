@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok import checkpoint
-from hieratok.files import shown
+from hieratok.core import checkpoint
+from hieratok.core.files import shown
+from hieratok.core.layers import Attend, Attention, Blocks, Mlp
 from hieratok.generation.config import DiTConfig
-from hieratok.layers import Attend, Attention, Blocks, Mlp
 
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256  # features of a timestep before its MLP

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
-from hieratok.layers import LayerNorm2d, init_weights
+from hieratok.core.layers import LayerNorm2d, init_weights
 from hieratok.losses.config import AdversarialConfig, GanLoss
 from hieratok.losses.vf import FoundationModel
 

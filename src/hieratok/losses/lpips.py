@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from hieratok.checkpoint import file_sha256, read_tensors
+from hieratok.core.checkpoint import file_sha256, read_tensors
 from hieratok.losses.config import TrunkName
 
 

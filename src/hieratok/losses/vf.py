@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok.checkpoint import read_tensors
+from hieratok.core.checkpoint import read_tensors
 from hieratok.core.extras import needs_extras
 from hieratok.core.messages import nearest
 from hieratok.losses.config import VFConfig

@@ -1,1 +1,1 @@
-"""What people read: the templates of all pages, their styles and scripts, and what puts them together."""
+"""What people read: pages and model cards, made of templates, styles and scripts that are files of this package."""

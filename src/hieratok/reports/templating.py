@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup as Html
 
-from hieratok.files import shown
+from hieratok.core.files import shown
 
 __all__ = ["Html", "asset", "block", "render"]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hieratok.layers import Attend
+from hieratok.core.layers import Attend
 from hieratok.tokenizer.config import AttentionMode
 from hieratok.tokenizer.scales import Scales
 

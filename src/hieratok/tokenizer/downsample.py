@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok.layers import LayerNorm2d
+from hieratok.core.layers import LayerNorm2d
 from hieratok.tokenizer.scales import Scales
 
 

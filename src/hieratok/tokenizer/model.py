@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok import checkpoint
-from hieratok.layers import init_weights
+from hieratok.core import checkpoint
+from hieratok.core.layers import init_weights
 from hieratok.tokenizer.config import TokenizerConfig
 from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
 from hieratok.tokenizer.posterior import DiagonalGaussian

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hieratok import checkpoint
+from hieratok.core import checkpoint
 from hieratok.core.extras import needs_extras
-from hieratok.files import check_regular, read_json_table, shown
+from hieratok.core.files import check_regular, read_json_table, shown
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
 from hieratok.tokenizer.posterior import DiagonalGaussian
 

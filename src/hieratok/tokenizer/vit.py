@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hieratok.layers import Attend, Attention, Blocks, DropPath, Mlp, resize_positions
+from hieratok.core.layers import Attend, Attention, Blocks, DropPath, Mlp, resize_positions
 from hieratok.tokenizer.attention import AttentionMode, KeyValueCache, scale_attention
 from hieratok.tokenizer.scales import Scales
 

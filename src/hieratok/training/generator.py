@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
-from hieratok import checkpoint
+from hieratok.core import checkpoint
+from hieratok.core.distributed import merge_processes, process
+from hieratok.core.lock import lock
+from hieratok.core.pictures import to_pil
 from hieratok.core.typed import plain
 from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
 from hieratok.data.latents import MANIFEST, LatentDataset
 from hieratok.evaluation.distribution import distances
-from hieratok.evaluation.evaluate import collect
 from hieratok.evaluation.features import load_network, tensors_sha256
 from hieratok.evaluation.images import open_images
-from hieratok.evaluation.processes import merge_processes, process
+from hieratok.evaluation.protocols import collect
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 from hieratok.generation import diffusion, flow
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.generation.sampling import SampleConfig, sample_latents
-from hieratok.lock import lock
-from hieratok.pictures import to_pil
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.pretrained import DiffusersTokenizer, Tokenizer, load_tokenizer
 from hieratok.training import parallel

@@ -26,11 +26,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from hieratok import checkpoint
+from hieratok.core import checkpoint
+from hieratok.core.errors import NotFinite, Stopped, TrainingError
 from hieratok.core.extras import needs_extras
+from hieratok.core.layers import Blocks
 from hieratok.data.images import StepBatches, training_loader
-from hieratok.errors import NotFinite, Stopped, TrainingError
-from hieratok.layers import Blocks
 from hieratok.training import parallel
 from hieratok.training.config import Optimization, TrainConfig
 from hieratok.training.run_folder import COUNTERS, Log, RunFolder, Snapshot

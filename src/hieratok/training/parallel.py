@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hieratok.layers import Blocks
+from hieratok.core.layers import Blocks
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -15,12 +15,12 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from hieratok import checkpoint
+from hieratok.core import checkpoint
+from hieratok.core.errors import TrainingError
 from hieratok.core.extras import needs_extras
+from hieratok.core.files import read_json_table, read_yaml
+from hieratok.core.pictures import save_png
 from hieratok.core.typed import flatten
-from hieratok.errors import TrainingError
-from hieratok.files import read_json_table, read_yaml
-from hieratok.pictures import save_png
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hieratok import checkpoint
+from hieratok.core import checkpoint
+from hieratok.core.distributed import merge_processes, process
+from hieratok.core.errors import NotFinite, TrainingError
+from hieratok.core.layers import resize_positions
+from hieratok.core.lock import lock
+from hieratok.core.pictures import pyramid_sheet
 from hieratok.core.typed import plain
 from hieratok.data.images import (
     ImageDataset,
@@ -22,13 +27,9 @@ from hieratok.data.images import (
     to_uint8,
 )
 from hieratok.data.latents import LatentStatistics
-from hieratok.errors import NotFinite, TrainingError
-from hieratok.evaluation.evaluate import load_perceptual
 from hieratok.evaluation.features import load_network
-from hieratok.evaluation.processes import merge_processes, process
+from hieratok.evaluation.protocols import load_perceptual
 from hieratok.evaluation.reconstruction import ReconstructionMetrics
-from hieratok.layers import resize_positions
-from hieratok.lock import lock
 from hieratok.losses.adversarial import (
     AdversarialConfig,
     LeCam,
@@ -41,7 +42,6 @@ from hieratok.losses.adversarial import (
 )
 from hieratok.losses.reconstruction import ReconstructionLoss
 from hieratok.losses.vf import VF_MAX_WEIGHT, VFLoss
-from hieratok.pictures import pyramid_sheet
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_downsampling
 from hieratok.tokenizer.scales import Scales
 from hieratok.training import parallel

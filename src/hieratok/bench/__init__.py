@@ -1,0 +1,1 @@
+"""`hieratok bench`: how fast this machine runs each part, as shares of its limits."""

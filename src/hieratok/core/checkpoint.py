@@ -1,0 +1,366 @@
+"""Models on disk and on the hub: a folder with `config.json` and `model.safetensors`. Nothing is ever unpickled."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hieratok.core.files import check_regular, read_json_table, read_npz, shown
+from hieratok.core.typed import from_json
+
+Config = TypeVar("Config")
+LONGEST_NAME = 240  # bytes, that leave room for what a temporary name adds
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+STATISTICS = {"latent_mean", "latent_std"}
+"""Tensors of a tokenizer beside its weights, measured after training; NaN before."""
+CHECKSUMS = "checksums.json"
+RUN = "run.json"
+"""In a run's folder: its `id`, which its checkpoints name too."""
+
+
+def save(folder: str | Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a model's folder. Each file appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / WEIGHTS) as temporary:
+        save_tensors(weights, temporary)
+    write_json(folder / CONFIG, config)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """JSON over several lines. It has neither infinity (the PSNR of identical images) nor NaN: they become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, with the mode that the umask gives; a full disk raises OSError as for other files."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+        path.chmod(mode)  # safetensors writes files that only their owner may read
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot write: {error}", str(path)) from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` if the block succeeds and is removed if it fails."""
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: `path` appears whole (and on the disk, not just in its cache) or not at all."""
+    temporary = _temporary(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name beside `path`; names may have 255 bytes at most, so of a long one the beginning."""
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `atomic_file(path)` or `atomic_folder(path)`.
+
+    Args:
+        path: its last part may be a pattern. Nobody else may be writing it: hold the folder's lock.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a crash of the machine cannot lose what was reported as saved."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot sync folders
+        if not path.is_dir():
+            raise error
+    finally:
+        os.close(descriptor)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors, .npz or (any other ending) torch's format; no code in the file is run.
+
+    Raises:
+        FileNotFoundError, PermissionError: no such file, or it may not be read.
+        ValueError: a file that is none of these.
+    """
+    check_regular(path)
+    arrays = read_npz(path) if path.suffix == ".npz" else None
+    try:
+        if arrays is not None:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if path.suffix == ".safetensors":
+            with utf8_path(path) as readable:
+                return load_file(readable)
+        if zipfile.is_zipfile(path):
+            _check_stored(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise PermissionError(f"{shown(path)} may not be read: permission denied") from error
+    except SafetensorError as error:
+        raise ValueError(f"{shown(path)} cannot be read, it is damaged: {shown(error)}") from error
+    except Exception as error:  # each reader has its own set, and torch's messages run over many lines
+        raise ValueError(
+            f"{shown(path)} cannot be read ({type(error).__name__}): weights are .pth with tensors only, .safetensors"
+            " or .npz"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{shown(path)} is not a table of tensors by name: save the network's state_dict() alone")
+    return tensors
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path for libraries that refuse names which are no UTF-8: of such a one a link with another name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"link{path.suffix}"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse a .pth whose content is compressed, which torch never does: it could be a thousand times as large."""
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("compressed")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Write a folder's `checksums.json`: the SHA-256 of every file in it, and whose it is.
+
+    Args:
+        folder: with all its files.
+        facts: what it belongs to, as plain values; `find_damage` compares them.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    checksums = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps({**facts, "files": checksums}, indent=2))
+
+
+def find_damage(folder: Path, names: Iterable[str], **facts: Any) -> str | None:
+    """What is wrong with a folder that was sealed; None if nothing is.
+
+    Args:
+        folder: need not be there.
+        names: the files that have to be there. Others do not matter.
+        facts: that its `checksums.json` has to state.
+    """
+    manifest = read_table(folder / CHECKSUMS)
+    checksums = manifest.get("files", manifest)  # of a run begun before checkpoints named it: files alone
+    if not isinstance(checksums, dict) or not checksums:
+        return f"{CHECKSUMS} is missing or unreadable"
+    for name, value in facts.items():
+        if manifest.get(name) != value:
+            return f"its {name} is {manifest.get(name)!r} and not {value!r}"
+    for name in names:
+        path = folder / name
+        if name not in checksums:
+            return f"{CHECKSUMS} does not name {name}"
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_sha256(path) != checksums[name]:
+            return f"{name} has changed"
+    return None
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file's table; empty if there is none, or none that can be read."""
+    try:
+        return read_json_table(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def step_folders(run: Path) -> list[Path]:
+    """A run's checkpoints, newest first: folders `step-` and eight digits whose checksums.json names this run and step.
+
+    Copies, checkpoints of other runs and whatever else lies beside them do not count.
+    """
+    owner = read_table(run / RUN).get("id")
+
+    def is_ours(folder: Path) -> bool:
+        manifest = read_table(folder / CHECKSUMS)
+        is_of_run = owner is None or manifest.get("run") == owner  # None: a run begun before runs had an id
+        return bool(manifest) and is_of_run and manifest.get("step", step_of(folder)) == step_of(folder)
+
+    return [folder for folder in named_as_steps(run) if is_ours(folder)]
+
+
+def named_as_steps(run: Path) -> list[Path]:
+    """Whatever has a checkpoint's name in a run, this run's or not, newest first."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]{8}", path.name)]
+    return sorted((path for path in folders if path.is_dir() and not path.is_symlink()), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def find(source: str | Path, revision: str | None = None, inside: str = "tokenizer") -> Path:
+    """The folder of a model.
+
+    Args:
+        source: a model's folder; a run's folder, whose finished model lies in its sub-folder `inside`, or whose
+            latest checkpoint serves while it still trains; or a hub id such as "name/model" (not "runs/..."),
+            downloaded if no such path exists.
+        revision: branch, tag or commit on the hub.
+        inside: the model's sub-folder in a run.
+
+    Raises:
+        FileNotFoundError: no model there.
+    """
+    path = Path(source)
+    if path.is_dir():
+        for folder in (path, path / inside, *(step / inside for step in step_folders(path))):
+            if (folder / CONFIG).is_file():
+                return folder
+        raise FileNotFoundError(f"{path} holds no model: neither {CONFIG} nor {inside}/{CONFIG} nor a checkpoint")
+    # Runs are written to runs/NAME: a missing one is no reason to ask the hub.
+    if not path.exists() and re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)):
+        return _download(str(source), revision)
+    raise FileNotFoundError(f"{source}: no such folder")
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{hub_id}: no such folder here, and the hub gave none ({reason})") from error
+
+
+def load_config(
+    folder: Path, model_type: str, config_class: type[Config], others: tuple[str, ...] = ()
+) -> tuple[Config, dict[str, Any]]:
+    """A model's `config.json`: as its dataclass, and what it holds under the names `others`, unchecked.
+
+    Raises:
+        FileNotFoundError, PermissionError: no such file, or it may not be read.
+        ValueError: not JSON, another kind of model, unknown fields, or values of a wrong type or out of range.
+    """
+    path = folder / CONFIG
+    config = read_json_table(path)
+    if config.pop("model_type", None) != model_type:
+        raise ValueError(f"{shown(path)} does not describe a {model_type} model")
+    rest = {name: config.pop(name) for name in others if name in config}
+    return from_json(config_class, config, shown(path)), rest
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of a model's weights; none if there is no readable file, which `load_weights` will say."""
+    try:
+        check_regular(folder / WEIGHTS)  # a FIFO would block
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            return set(file.keys())
+    except (OSError, ValueError, SafetensorError):
+        return set()
+
+
+def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "cpu") -> None:
+    """Put the weights of a model's folder into `model` (which may be on the meta device).
+
+    Raises:
+        FileNotFoundError, PermissionError: no such file, or it may not be read.
+        ValueError: a damaged file, weights that do not fit the config, or some that are not finite.
+    """
+    path = folder / WEIGHTS
+    weights = read_tensors(path)
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != found:
+        name = next(n for n in [*expected, *found] if expected.get(n) != found.get(n))
+        raise ValueError(
+            f"{shown(path)} does not fit {shown(folder / CONFIG)}: {shown(name)} is {found.get(name, 'missing')} in the"
+            f" file and {expected.get(name, 'absent')} in the model"
+        )
+    for name, tensor in weights.items():
+        if state[name].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"{shown(path)}: {name} must hold floating-point numbers, not {tensor.dtype}")
+        if not tensor.isfinite().all() and not (name in STATISTICS and tensor.isnan().all()):
+            raise ValueError(f"{shown(path)}: {name} holds NaN or infinite values")
+        if name == "latent_std" and (tensor < 0).any():
+            raise ValueError(f"{shown(path)}: {name}, a deviation, is negative")
+    # Copied and not assigned: the file's tensors are not aligned in memory, which changes the last bits of products.
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=device)
+    model.load_state_dict(weights)

@@ -1,0 +1,301 @@
+"""The evaluation protocols, from images to numbers that carry their protocol.
+
+    evaluate_reconstruction   originals and reconstructions from a tokenizer: rFID, PSNR, SSIM, LPIPS
+    evaluate_images           the same for any two sets of image files
+    evaluate_samples          generated images against a reference: FID, sFID, IS, KID, precision, recall
+    write_statistics          a reference as a file
+    compare                   two results, if their manifests agree
+
+Each takes its command's options as a dataclass, prints a table (or JSON), writes `metrics.json`, and returns what it
+wrote: metrics under their names in lower case, `n` images, `intervals` (95%, of means over images, {side in pixels:
+{metric: [low, high]}}), `warnings`, and a `manifest` of everything that the numbers
+depend on except the images under test. Under `torchrun` the images are divided among the processes.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hieratok.core.distributed import merge_processes, process, process_group, wait
+from hieratok.core.files import npz_names
+from hieratok.data.images import Source
+from hieratok.evaluation.config import (
+    EvaluateCompare,
+    EvaluateImages,
+    EvaluateReconstruction,
+    EvaluateSamples,
+    EvaluateStats,
+    EvaluationOptions,
+)
+from hieratok.evaluation.distribution import distances
+from hieratok.evaluation.features import FeatureNetwork, load_network
+from hieratok.evaluation.images import batches, open_images, pair
+from hieratok.evaluation.pixels import PIXEL_PROTOCOL, Perceptual
+from hieratok.evaluation.reconstruction import BASELINE_PROTOCOL, ReconstructionMetrics
+from hieratok.evaluation.results import WritePage, compare_files, count_warnings, finish, manifest
+from hieratok.evaluation.statistics import REFERENCE_FEATURES, FeatureSet, SetStatistics
+from hieratok.losses.lpips import PerceptualLoss
+
+# --- Options, one dataclass a command ------------------------------------------------------------------------------
+
+
+# --- Reconstruction ------------------------------------------------------------------------------------------------
+
+
+def evaluate_reconstruction(
+    pairs: Iterable[tuple[Sequence[str], Tensor, Tensor | Sequence[Tensor]]],
+    options: EvaluateReconstruction,
+    total: int | None = None,
+    details: Mapping[str, str] | None = None,
+    network: FeatureNetwork | None = None,
+    perceptual: Sequence[Perceptual] | None = None,
+    write_page: WritePage | None = None,
+    patch_size: int | None = None,
+) -> dict[str, Any]:
+    """The reconstruction protocol on batches that the caller reconstructs.
+
+    Args:
+        pairs: (names, originals, reconstructions) as `ReconstructionMetrics.update` takes them; of all processes
+            together each image once.
+        options: of the command.
+        total: how many images this process will see, for the progress bar.
+        details: what else the numbers depend on, for the manifest, such as the crop and the precision.
+        network, perceptual: already loaded, for calls that repeat; default: those that `options` names.
+        write_page: of the result, beside metrics.json.
+        patch_size: pixels a side of a token's patch, for the baseline of one colour per token; None: no baseline.
+
+    Raises:
+        ValueError, FileNotFoundError: bad images or weights, in one line.
+    """
+    metrics = ReconstructionMetrics(
+        network or _network(options),
+        load_perceptual(options.lpips, _device(options)) if perceptual is None else perceptual,
+        patch_size,
+    )
+    with tqdm(total=total, unit=" images", desc="reconstruction", disable=process()[0] > 0) as bar:
+        for names, originals, reconstructions in pairs:
+            metrics.update(names, originals, reconstructions)
+            bar.update(len(names))
+    merge_processes(metrics)
+    latents = {"latents": "one sample of the posterior" if options.sample else "posterior mean"}
+    quantiser = {"quantiser": "clamp, round to uint8"}
+    result = _paired_result("reconstruction", metrics, latents | quantiser | dict(details or {}))
+    result["inputs"] = {"run": options.run, "data": options.data}
+    out = options.out or os.path.join(options.run, "evaluation")
+    finish(result, options.json, out, metrics, write_page)
+    return result
+
+
+def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None) -> dict[str, Any]:
+    """The command `hieratok evaluate images`; `write_page` of the result, beside metrics.json.
+
+    Raises ValueError or FileNotFoundError, in one line that names the file.
+    """
+    with process_group():
+        a, b = open_images(options.a), open_images(options.b)
+        ids, in_a, in_b = pair(a, b, options.a, options.b)
+        size = _size(options, a)
+        metrics = ReconstructionMetrics(_network(options), load_perceptual(options.lpips, _device(options)))
+        rank, world = process()
+        both = zip(
+            batches(a, size, options.batch_size, in_a, rank, world),
+            batches(b, size, options.batch_size, in_b, rank, world),
+        )
+        ids = iter(ids[rank::world])
+        with tqdm(total=len(in_a[rank::world]), unit=" images", desc="pairs", disable=rank > 0) as bar:
+            for (_, originals), (_, reconstructions) in both:
+                metrics.update([next(ids) for _ in originals], originals, reconstructions)
+                bar.update(len(originals))
+        merge_processes(metrics)
+        result = _paired_result("images", metrics, {"quantiser": "none: 8-bit files", "crop": _crop(size)})
+        result["inputs"] = {"a": options.a, "b": options.b}
+        finish(result, options.json, options.out, metrics, write_page)
+        return result
+
+
+def _paired_result(protocol: str, metrics: ReconstructionMetrics, details: Mapping[str, Any]) -> dict[str, Any]:
+    result = metrics.compute()
+    result["intervals"] = {
+        side: {name: [value.low, value.high] for name, value in row.items()}
+        for side, row in metrics.estimates().items()
+    }
+    perceptual = {p.name: getattr(p, "sha256", {}) for p in metrics.perceptual}
+    facts = {"n": result["n"], "reference sha256": metrics.reference()}
+    result["warnings"] = count_warnings(result["n"], metrics.dimensions(), "images")
+    result["manifest"] = manifest(protocol, metrics.network) | PIXEL_PROTOCOL | {"perceptual": perceptual}
+    if metrics.patch_size:
+        result["manifest"] |= BASELINE_PROTOCOL
+    result["manifest"] |= facts | dict(details)
+    return result
+
+
+# --- Samples and statistics ----------------------------------------------------------------------------------------
+
+
+def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = None) -> dict[str, Any]:
+    """The command `hieratok evaluate samples`; `write_page` of the result, beside metrics.json.
+
+    Raises ValueError or FileNotFoundError, in one line that names the file.
+    """
+    with process_group():
+        network = _network(options)
+        if network is None:
+            raise ValueError("samples are judged by distances alone: --features none leaves nothing to compute")
+        source = open_images(options.path)
+        size = _size(options, source)
+        reference = _reference(options, network, size)  # first: a wrong one is then refused before the long part
+        samples = collect(source, network, size, options.batch_size, "samples", keep=None)
+        result: dict[str, Any] = {"n": samples.pool.n}
+        result |= distances(samples, reference, network)
+        result["warnings"] = count_warnings(samples.pool.n, len(samples.pool.mu), "samples")
+        result["warnings"] += count_warnings(reference.pool.n, len(reference.pool.mu), "reference images")
+        wanted = [network.key("kid"), "precision", "recall"]
+        wanted += [network.key("is")] if network.class_weights is not None else []
+        if missing := [key for key in wanted if key not in result]:
+            result["warnings"].append(f"too few images, or a reference without features: no {', '.join(missing)}")
+        result["manifest"] = manifest("samples", network) | {
+            "n": samples.pool.n,
+            "reference n": reference.pool.n,
+            "reference sha256": reference.images,
+            "quantiser": "none: 8-bit files",
+            "crop": _crop(size),
+        }
+        result["inputs"] = {"path": options.path, "reference": options.reference, "sha256": samples.images}
+        finish(result, options.json, options.out, write_page=write_page)
+        return result
+
+
+def write_statistics(options: EvaluateStats) -> SetStatistics:
+    """The command `hieratok evaluate stats`.
+
+    Raises ValueError or FileNotFoundError, in one line that names the file.
+    """
+    with process_group():
+        network = _network(options)
+        if network is None:
+            raise ValueError("statistics are of features: --features none leaves nothing to compute")
+        if not options.out.endswith(".npz"):
+            raise ValueError(f"--out {options.out} must end in .npz")
+        source = open_images(options.path)
+        size = _size(options, source)
+        statistics = collect(source, network, size, options.batch_size, "statistics")
+        if process()[0] == 0:
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            statistics.save(options.out)
+            facts = {"out": options.out, "n": statistics.pool.n, "images sha256": statistics.images}
+            facts |= network.description() | {"crop": _crop(size)}
+            print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in facts.items()))
+        wait()
+        return statistics
+
+
+def collect(
+    source: Source,
+    network: FeatureNetwork,
+    size: int | tuple[int, int],
+    batch_size: int,
+    what: str,
+    keep: int | None = REFERENCE_FEATURES,
+) -> SetStatistics:
+    """The statistics of a source's images over all processes; every process must call.
+
+    Args:
+        source: images.
+        network: whose features.
+        size: side to cut them to, or the size that all must have.
+        batch_size: images at a time.
+        what: they are, for the progress bar.
+        keep: features of so many images are kept beside the sums; None: of all.
+    """
+    rank, world = process()
+    features = FeatureSet(network, keep)
+    total = len(range(rank, len(source), world))
+    with tqdm(total=total, unit=" images", desc=what, disable=rank > 0) as bar:
+        for names, images in batches(source, size, batch_size, process_index=rank, num_processes=world):
+            features.update(images, names)
+            bar.update(len(names))
+    merge_processes(features)
+    return features.compute()
+
+
+def _reference(options: EvaluateSamples, network: FeatureNetwork, size: int | tuple[int, int]) -> SetStatistics:
+    """From images, or from a file of statistics; ADM's carries images for precision, recall and KID beside them."""
+    arrays = _array_names(options.reference)
+    if "mu" not in arrays:
+        return collect(open_images(options.reference), network, size, options.batch_size, "reference")
+    statistics = SetStatistics.load(options.reference, network)
+    if statistics.features is None and "arr_0" in arrays:
+        images = open_images(options.reference)
+        collected = collect(images, network, _shape(images), options.batch_size, "reference")
+        return replace(statistics, features=collected.features, size=collected.size)
+    return statistics
+
+
+def _array_names(path: str) -> list[str]:
+    return npz_names(path) if path.endswith(".npz") else []
+
+
+def compare(options: EvaluateCompare) -> dict[str, Any]:
+    """The command `hieratok evaluate compare`: {metric: {a, b, difference}}. Raises as `compare_files` does."""
+    table, text = compare_files(options.a, options.b)
+    print(json.dumps(table, indent=2) if options.json else text)
+    return table
+
+
+# --- What options mean ---------------------------------------------------------------------------------------------
+
+
+def _network(options: EvaluationOptions) -> FeatureNetwork | None:
+    if options.features == "none":
+        return None
+    return load_network(options.features, options.weights, _device(options))
+
+
+def load_perceptual(trunks: Sequence[str], device: str) -> list[PerceptualLoss]:
+    """Perceptual distances by their trunks, each optionally =FILE with its weights, as `--lpips` takes them.
+
+    Raises:
+        ValueError, FileNotFoundError: no such trunk, or no weights for it.
+    """
+    losses = []
+    for entry in trunks:
+        trunk, _, weights = entry.partition("=")
+        try:
+            losses.append(PerceptualLoss(trunk, weights or None).to(device))  # type: ignore[arg-type]
+        except FileNotFoundError as error:  # its advice is for training's settings
+            what = str(error).split(": ")[0]
+            raise FileNotFoundError(
+                f"{what}; name it by --lpips '[{trunk}=FILE]' or go without by --lpips '[]'"
+            ) from error
+    return losses
+
+
+def _device(options: EvaluationOptions) -> str:
+    if options.device:
+        return options.device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def _size(options: EvaluationOptions, source: Source) -> int | tuple[int, int]:
+    """The side to cut to, or the size that every image must have: that of the first."""
+    if options.size is None:
+        return _shape(source)
+    if options.size < 1:
+        raise ValueError(f"--size must be at least 1, not {options.size}")
+    return options.size
+
+
+def _shape(source: Source) -> tuple[int, int]:
+    height, width = source.image(0).shape[1:]
+    return height, width
+
+
+def _crop(size: int | tuple[int, int]) -> str:
+    return f"ADM centre crop to {size}" if isinstance(size, int) else f"none: all images are {size[0]} x {size[1]}"

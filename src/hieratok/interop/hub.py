@@ -1,0 +1,375 @@
+"""Publishing a trained model on the Hugging Face hub, with a model card that is made from its run.
+
+    from hieratok import HieraTok, push_to_hub
+    push_to_hub("runs/photos", "NAME/MODEL", license="mit")
+    tok = HieraTok.from_pretrained("NAME/MODEL", revision="main")
+
+What is published is the model (config.json, model.safetensors), the card (README.md) and one small picture; no
+optimiser, no checkpoint, no log, and of paths on this machine their last part alone.
+"""
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hieratok import __version__
+from hieratok.core import checkpoint
+from hieratok.core.files import check_regular, read_json_table, shown
+from hieratok.core.glossary import describe
+from hieratok.core.pictures import to_pil
+from hieratok.core.tables import Table, digits, flat
+from hieratok.data.pixels import BadImageError, read_image
+from hieratok.generation.dit import DiTConfig
+from hieratok.reports.templating import render
+from hieratok.tokenizer.model import TokenizerConfig
+from hieratok.training.runs import Measurement, Run, read_run
+
+PAPER = "arXiv 2509.23736"
+PICTURE = "pictures.png"
+MAX_PICTURE = 1_024
+"""Longer side of the card's picture, in pixels."""
+FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS, "README.md", PICTURE]
+"""All that is ever published."""
+EXPECTED = {
+    "tokenizer": {"rFID": "fid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips"},
+    "generator": {"FID": "fid", "Inception Score": "is", "KID": "kid", "precision": "precision", "recall": "recall"},
+}
+"""Metrics that a reader looks for, by how their names in metrics.json begin: the card says which are missing."""
+LOADING = {
+    "tokenizer": """
+from hieratok import HieraTok
+tok = HieraTok.from_pretrained("{hub_id}")
+pyramid = tok.decode_pyramid(tok.encode(images).mode())  # images (B, 3, H, W) in [-1, 1]; every scale, coarse to fine
+""",
+    "generator": """
+from hieratok.generation.dit import DiT
+dit = DiT.from_pretrained("{hub_id}")
+# hieratok sample {hub_id} --tokenizer TOKENIZER --out samples
+""",
+}
+
+
+def push(run: str, hub_id: str, license: str, private: bool, dry_run: bool) -> None:
+    """The command `hieratok push`; with `dry_run`, into the folder `hub` of the run and not to the hub.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, no licence, no token.
+        OSError: the hub refused.
+    """
+    if dry_run:
+        folder = Path(run) / "hub"
+        write_folder(run, hub_id, license, folder)
+        print(f"what would be published: {folder}\nnext: the same command without --dry_run")
+        return
+    url = push_to_hub(run, hub_id, license=license, private=private)
+    print(f"published: {url}")
+
+
+def push_to_hub(run: str | Path, hub_id: str, *, license: str, private: bool = False) -> str:
+    """Publish a run's model with its card.
+
+    Args:
+        run: a run's folder, or that of a model alone (whose card then knows little).
+        hub_id: "name/model"; the repository is made if need be.
+        license: the hub's identifier of a licence, such as "mit"; there is no default.
+        private: of a new repository.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ValueError: no licence, no hub id, or no token.
+        FileNotFoundError: no model there.
+        OSError: the hub refused, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    check(hub_id, license)
+    if get_token() is None:
+        raise ValueError("the hub asks who you are: log in by `hf auth login`, or set HF_TOKEN")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        write_folder(run, hub_id, license, folder)
+        api = HfApi(library_name="hieratok", library_version=__version__)
+        try:
+            url = api.create_repo(hub_id, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=hub_id, folder_path=folder, allow_patterns=FILES, commit_message=f"hieratok {__version__}"
+            )
+        except Exception as error:  # the hub's own, and those of whichever HTTP library its client uses
+            raise OSError(f"{hub_id}: the hub refused ({str(error).strip().splitlines()[0]})") from error
+    return str(url)
+
+
+def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> None:
+    """Write what is published into `folder`, whole or not at all; another one there is replaced.
+
+    Raises:
+        ValueError, FileNotFoundError: no licence, no hub id, no model, or one that learned nothing or is not finite.
+    """
+    check(hub_id, license)
+    facts = read_run(Path(run))
+    kind, model = find_model(Path(run), facts)
+    check_learned(facts, model)
+    with checkpoint.atomic_folder(folder) as temporary:
+        for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
+            check_regular(model / name)
+            shutil.copyfile(model / name, temporary / name)
+        has_picture = write_picture(facts.picture, temporary / PICTURE)
+        config = load_config(kind, model)
+        card = make_card(facts, kind, config, hub_id, license, has_picture)
+        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def check(hub_id: str, license: str) -> None:
+    """Refuse what the hub would refuse, before anything is written.
+
+    Raises:
+        ValueError: says what a hub id or a licence looks like.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise ValueError(f"{hub_id!r} is no hub id: NAME/MODEL, such as alice/photos-f16d32")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(
+            f"{license!r} is no licence's identifier: mit, apache-2.0, cc-by-4.0, ..., or other"
+            " (https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+
+
+def find_model(run: Path, facts: Run) -> tuple[str, Path]:
+    """Whether there is a tokenizer or a generator, and its folder: finished, else of the newest checkpoint.
+
+    Raises:
+        ValueError, FileNotFoundError: neither.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such folder")
+    folder = checkpoint.find(run, inside=facts.kind)
+    try:
+        model_type = read_json_table(folder / checkpoint.CONFIG)["model_type"]
+        return {"hieratok": "tokenizer", "hieratok-dit": "generator"}[model_type], folder
+    except (KeyError, TypeError) as error:
+        where = shown(folder / checkpoint.CONFIG)
+        raise ValueError(f"{where} describes neither a tokenizer nor a generator") from error
+
+
+def load_config(kind: str, folder: Path) -> dict[str, Any]:
+    """A model's settings by name, checked.
+
+    Raises:
+        ValueError: they are not those of a model of this kind.
+    """
+    if kind == "tokenizer":
+        return asdict(checkpoint.load_config(folder, "hieratok", TokenizerConfig)[0])
+    return asdict(checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))[0])
+
+
+def check_learned(facts: Run, model: Path) -> None:
+    """Refuse what cannot be of use to anybody.
+
+    Raises:
+        ValueError: a run without a single good step, weights that are not finite, or a damaged file.
+    """
+    last = facts.log[-1] if facts.log else {}
+    if last.get("skipped_steps", 0) >= last.get("step", math.inf):
+        raise ValueError(
+            f"{facts.folder} learned nothing: all of its {last['step']:,} steps were left out as not finite"
+        )
+    path = model / checkpoint.WEIGHTS
+    weights = checkpoint.read_tensors(path)
+    broken = [n for n, tensor in weights.items() if n not in checkpoint.STATISTICS and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{shown(path)} holds NaN or infinite values in {len(broken)} tensors, such as {broken[0]}")
+
+
+def write_picture(source: Path | None, path: Path) -> bool:
+    """The run's latest picture, reduced; False if there is none that can be read."""
+    if source is None:
+        return False
+    try:
+        picture = to_pil(read_image(source))
+    except BadImageError:
+        return False
+    picture.thumbnail((MAX_PICTURE, MAX_PICTURE))
+    picture.save(path, format="PNG")
+    return True
+
+
+# --- The card ---------------------------------------------------------------------------------------------------------
+
+
+def make_card(facts: Run, kind: str, config: Mapping[str, Any], hub_id: str, license: str, has_picture: bool) -> str:
+    """README.md: metadata for the hub, then what the model is, how it was trained and judged, and what is not known."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        license=license,
+        library_name="hieratok",
+        tags=["image-tokenizer" if kind == "tokenizer" else "image-generation", "hieratok", "arxiv:2509.23736"],
+    )
+    settings = {name: local(value) for name, value in facts.settings.items()}
+    card = render(
+        "card.md",
+        metadata=data.to_yaml(),
+        title=hub_id.partition("/")[2],
+        introduction=introduction(kind, config),
+        loading=LOADING[kind].strip().format(hub_id=hub_id),
+        use_note=use_note(kind, facts, hub_id),
+        picture=PICTURE if has_picture else "",
+        caption=picture_caption(kind),
+        training=training(facts),
+        measurements=measurements(facts),
+        missing=not_measured(facts, kind),
+        limits=limits(facts, kind, config, has_picture),
+        settings=json.dumps(settings, indent=2) if settings else "",
+    )
+    return str(card)
+
+
+def introduction(kind: str, config: Mapping[str, Any]) -> str:
+    """What it is, and whose."""
+    paper = "[HieraTok: Multi-Scale Visual Tokenizer](https://arxiv.org/abs/2509.23736)"
+    code = f"made with hieratok {__version__}, an open implementation of that paper: not its authors' model"
+    if kind == "tokenizer":
+        side, scales = config["scales"][-1], config["scales"]
+        kind_of = f"multi-scale tokenizer with {len(scales)} scales" if len(scales) > 1 else "single-scale tokenizer"
+        return (
+            f"An image tokenizer, a {kind_of}: it turns an image of {config['image_size']} px into {side} x {side}"
+            f" latent vectors of {config['latent_channels']} numbers and decodes them at"
+            f" {', '.join(str(config['patch_size'] * s) for s in scales)} px. After {paper} ({PAPER}), {code}."
+        )
+    side = config["latent_size"]
+    return (
+        f"A diffusion transformer (DiT, {config['objective']}) for the latents of a tokenizer,"
+        f" {config['latent_channels']} x {side} x {side}, of {config['num_classes']:,}"
+        f" class{'es' * (config['num_classes'] > 1)}. After {paper} ({PAPER}), {code}."
+    )
+
+
+def use_note(kind: str, facts: Run, hub_id: str) -> str:
+    """What else one must know to use it."""
+    if kind == "tokenizer":
+        return (
+            "Images may have any size: they are padded to whole patches, and positions are interpolated. `revision=`"
+            f" chooses a branch, tag or commit. Of a photo: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`."
+        )
+    tokenizer = facts.settings.get("tokenizer")
+    which = f" In training it was `{local(tokenizer)}`." if tokenizer else ""
+    return f"TOKENIZER is the one whose latents it learned; any other is refused.{which}"
+
+
+def picture_caption(kind: str) -> str:
+    """What the picture shows, as far as every run's is alike."""
+    if kind == "tokenizer":
+        return "Reconstructions at every scale, coarse to fine, and the originals, from the end of training (reduced)."
+    return "Samples from the end of training: few steps, no guidance (reduced)."
+
+
+def training(facts: Run) -> str:
+    """Data, recipe, and how long."""
+    s, pace = facts.settings, facts.pace
+    if not s:
+        return "Not known: the model came without its run."
+    steps, batch = s.get("train.steps"), s.get("train.batch_size")
+    lines = {
+        "recipe": s.get("name"),
+        "state": facts.state,
+        "data": local(s.get("data.path")),
+        "held-out data": local(s.get("data.val_path")) or "none",
+        "started from": local(s.get("start_from")),
+        "steps x batch": f"{steps:,} x {batch:,}" if isinstance(steps, int) and isinstance(batch, int) else None,
+        "images seen": f"{pace['images_seen']:,.0f}" if pace else None,
+        "time": f"{pace['seconds'] / 3600:.2f} hours, {pace['images_per_second']:.1f} images/s" if pace else None,
+        "learning rate": f"{s.get('train.learning_rate')} to {s.get('train.min_learning_rate')}",
+        "precision": s.get("train.precision"),
+        "parameters": f"{facts.parameters / 1e6:.2f}M" if facts.parameters else None,
+    }
+    rows = [[name, str(value)] for name, value in lines.items() if value is not None]
+    return Table(["", ""], rows).markdown()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the card says of one evaluation."""
+
+    title: str
+    table: str
+    """Markdown."""
+    warnings: list[str] = field(default_factory=list)
+    protocol: str = ""
+    """A fact a line; empty: of an evaluation during training, whose protocol the settings tell."""
+
+
+def measurements(facts: Run) -> list[Measured]:
+    """Each evaluation below the run, and the last one during training."""
+    found = [measurement_part(m) for m in facts.measurements if any(describe(key) for key in m.numbers)]
+    if facts.evaluations:
+        last = facts.evaluations[-1]
+        numbers = {k: v for k, v in last.items() if k not in ("step", "images")}
+        found.append(Measured(f"At step {last['step']:,.0f}, during training:", metric_table(numbers)))
+    return found
+
+
+def measurement_part(measurement: Measurement) -> Measured:
+    """One metrics.json."""
+    result = measurement.result
+    inputs = result.get("inputs")
+    facts = {name: local(value) for name, value in inputs.items()} if isinstance(inputs, dict) else {}
+    data = facts.get("data") or facts.get("reference")
+    title = f"`{Path(measurement.where) / 'metrics.json'}`" + (f", images of `{data}`" if data else "")
+    listed = result.get("warnings")
+    warnings = [shown(warning) for warning in (listed if isinstance(listed, list) else ())]
+    protocol = "\n".join(f"{name}: {value}" for name, value in flat({**measurement.manifest, **facts}))
+    return Measured(title, metric_table(measurement.numbers), warnings, protocol)
+
+
+def metric_table(numbers: Mapping[str, float]) -> str:
+    """Metrics with their units and directions, as Markdown."""
+    found = [(metric, value) for key, value in numbers.items() if (metric := describe(key))]
+    rows = [[metric.label, f"{digits(value)} {metric.unit}".rstrip(), metric.better] for metric, value in found]
+    return Table(["metric", "value", "better"], rows).markdown()
+
+
+def not_measured(facts: Run, kind: str) -> list[str]:
+    """The metrics that a reader expects and this run has not."""
+    found = {key for m in facts.measurements for key in m.numbers}
+    found |= {key for record in facts.evaluations[-1:] for key in record}
+    wanted = EXPECTED[kind].items()
+    return [name for name, key in wanted if not any(f == key or f.startswith(f"{key}-") for f in found)]
+
+
+def limits(facts: Run, kind: str, config: Mapping[str, Any], has_picture: bool) -> list[str]:
+    """What the model was not made or tested for."""
+    lines = []
+    if not facts.finished and facts.settings:
+        lines.append(f"Its training is not finished ({facts.state}): this is the average up to the last checkpoint.")
+    if kind == "tokenizer":
+        lines.append(f"It was trained at {config['image_size']} px; how well other sizes go was not measured here.")
+        lines.append("Fine detail such as text and small faces is what a tokenizer loses first: look before you rely.")
+    else:
+        lines.append("Its samples show what its training images showed, with their biases; none of that was measured.")
+    if facts.settings and not facts.settings.get("data.val_path"):
+        lines.append("No held-out images were named in training.")
+    if not has_picture:
+        lines.append("There are no pictures of what it does: the run drew none.")
+    return lines
+
+
+def local(value: Any) -> Any:
+    """A setting without where this machine keeps its files: of an absolute path (also in NAME=PATH) the last part, and
+    of a pattern the folder too."""
+    if isinstance(value, list):
+        return [local(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.rpartition("=")
+    if not re.match(r"[/~\\]|[A-Za-z]:[\\/]", path):
+        return value
+    parts = re.split(r"[\\/]", path.rstrip("\\/"))
+    return name + equals + "/".join(parts[-2:] if "*" in parts[-1] else parts[-1:])

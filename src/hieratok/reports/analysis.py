@@ -1,0 +1,256 @@
+"""The page of an analysis: tables with what each number means, the embedding, curves, pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from hieratok.analysis.meanings import lines, table
+from hieratok.core.pictures import to_pil
+from hieratok.core.tables import Table, flat
+from hieratok.evaluation.reconstruction import area_resize
+from hieratok.reports import page as report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MANY_CLASSES = 20  # above it classes get no colours of their own
+
+DENSITY_TEXT = (
+    "Each image gives one latent vector; t-SNE lays the vectors out in the plane, and a kernel estimates how dense the"
+    " plane is at each of them. The three numbers say how unequal those densities are. The paper's table 5 (f16d16):"
+    " CV 0.522, Gini 0.299, entropy 0.984 for a single scale and 0.381, 0.216, 0.991 for several."
+)
+FLOOR_TEXT = (
+    "The Gaussian floor is what as many vectors of pure N(0, I) noise in as many dimensions give: t-SNE and kernel find"
+    " something uneven in any set of points. Latents can lie below it (VA-VAE's published ones have a CV of 0.26 where"
+    " the floor is 0.42): they are then spread more evenly than a Gaussian. Lower than the floor is not closer to the"
+    " prior."
+)
+COMMUTATION_TEXT = (
+    "Appendix B of the paper: if a tokenizer reconstructs well at every scale, shrinking the latent map and decoding it"
+    " (D(T z)) gives the same picture as decoding it and shrinking the picture (T D(z)). The error is small for a"
+    " blurred reconstruction too, so its distance to the shrunk original stands beside it."
+)
+SPECTRUM_TEXT = (
+    "Natural images hold much low and little high frequency. Skorokhodov et al. (arXiv 2502.14831) find latents with"
+    " more of the high harder to learn for a diffusion model. Latents and images are standardised per channel first."
+)
+CHANNEL_TEXT = (
+    "Channels that never vary, or that all say the same, cost a generator capacity and give nothing. Rank and"
+    " participation are of the channels' correlations, over all images and positions."
+)
+NOISE_TEXT = (
+    "A generator's latents are never quite the encoder's. The slower this curve falls, the more a decoder forgives."
+)
+
+IMAGES = "Mean over {} images and the 95% interval of that mean."
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """t-SNE's points with what colours them."""
+
+    points: np.ndarray
+    """(N, 2)."""
+    density: np.ndarray
+    """(N,)."""
+    labels: np.ndarray | None = None
+    """(N,) class indices, -1: none; or None."""
+    classes: Sequence[str] = ()
+    """Names of the classes, where they have any."""
+
+
+def make_page(
+    title: str,
+    summary: str,
+    result: dict[str, Any],
+    embedding: Embedding | None = None,
+    pictures: report.Html | None = None,
+) -> report.Html:
+    """`index.html` of a result; whatever it lacks is left out."""
+    sections = []
+    if embedding is not None:
+        sections.append(density_section(result, embedding))
+    if "reconstruction_rms" in result:
+        sections.append(symmetry_section(result, pictures))
+    if "rgb_power_slope" in result:
+        sections.append(spectrum_section(result))
+    if "effective_rank" in result:
+        sections.append(channel_section(result))
+    if "reconstruction_rms" in result:
+        noise = numbers(result, ["noise_psnr"], IMAGES.format(result["decoded_images"]))
+        sections.append(report.section("Noise", report.text(NOISE_TEXT), noise_plot(result), noise))
+    caption = "What the numbers depend on; metrics.json beside this page has every number."
+    sections.append(
+        report.section(
+            "How this was measured", report.table(Table(["what", "value"], flat(result["manifest"]), caption))
+        )
+    )
+    return report.page(title, summary, sections)
+
+
+def numbers(result: dict[str, Any], stems: Sequence[str], caption: str) -> report.Html:
+    """A table of the numbers called `stem` or `stem/detail` with what each `stem` means."""
+    found = lines(result, stems)
+    plain = table(found, caption)
+    repeated = [i > 0 and line.metric is found[i - 1].metric for i, line in enumerate(found)]
+    meanings = ["" if again else line.metric.meaning for line, again in zip(found, repeated)]
+    rows = [[*row, text] for row, text in zip(plain.rows, meanings)]
+    return report.table(Table([*plain.header, "meaning"], rows, caption))
+
+
+def density_section(result: dict[str, Any], embedding: Embedding) -> report.Html:
+    """CV, Gini, entropy, and the plane."""
+    n = len(embedding.points)
+    draws = result["density_draws"]
+    caption = f"{n:,} points, {draws} draw{'s' * (draws > 1)}; ± is the standard deviation over draws."
+    parts = [report.text(DENSITY_TEXT), numbers(result, ["density_cv", "gini", "normalized_entropy"], caption)]
+    if "floor_density_cv" in result:
+        parts.append(report.text(FLOOR_TEXT))
+    return report.section("How evenly latents fill their space", *parts, report.columns(*embedding_plots(embedding)))
+
+
+def embedding_plots(embedding: Embedding) -> list[report.Html]:
+    """The points coloured by density and, where there are classes, by class (the paper's figure 5)."""
+    relative = embedding.density / embedding.density.mean()
+    plots = [shaded_points(embedding.points, relative, "viridis", "Coloured by density; 1 is the mean.")]
+    labels = embedding.labels
+    if labels is None or labels.max() < 0:
+        return plots
+    known = np.unique(labels[labels >= 0])
+    if len(known) > MANY_CLASSES:
+        caption = f"Coloured by class index: {len(known)} classes, so that close ones look alike."
+        return [*plots, shaded_points(embedding.points, labels, "turbo", caption)]
+    given = dict(enumerate(embedding.classes))
+    names = {k: given.get(k, f"class {k}") for k in known.tolist()}
+    return [*plots, named_points(embedding.points, labels, names, "Coloured by class.")]
+
+
+def shaded_points(points: np.ndarray, values: np.ndarray, colormap: str, caption: str) -> report.Html:
+    """Points (N, 2) shaded by a number each."""
+    drawing, axes = point_axes()
+    drawn = axes.scatter(*points.T, c=values, cmap=colormap, **point_style(len(points)))
+    bar = drawing.colorbar(drawn, ax=axes, shrink=0.7)
+    bar.ax.tick_params(length=0, labelcolor=report.INK)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return report.plot(drawing, caption)
+
+
+def named_points(points: np.ndarray, labels: np.ndarray, names: dict[int, str], caption: str) -> report.Html:
+    """Points (N, 2) in their classes' colours, with a legend."""
+    from matplotlib import colormaps
+
+    drawing, axes = point_axes()
+    for i, (label, name) in enumerate(names.items()):
+        chosen = points[labels == label]
+        axes.scatter(*chosen.T, color=colormaps["tab20"](i), label=name, **point_style(len(points)))
+    drawing.legend(
+        loc="outside right upper", frameon=False, labelcolor=report.INK, fontsize=7, handletextpad=0, markerscale=2
+    )
+    return report.plot(drawing, caption)
+
+
+def point_axes() -> tuple["Figure", "Axes"]:
+    """A square without axes: distances in a t-SNE plane have no unit."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(5, 4.2), dpi=200, layout="constrained")
+    axes = drawing.subplots()
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    return drawing, axes
+
+
+def point_style(num: int) -> dict[str, Any]:
+    """Small points where there are many. They become one bitmap in the page: 10,000 circles would slow it down."""
+    return {"s": float(np.clip(20_000 / num, 1.5, 20)), "linewidths": 0, "rasterized": True}
+
+
+def symmetry_section(result: dict[str, Any], pictures: report.Html | None) -> report.Html:
+    """Commutation and equivariance."""
+    stems = ["commutation_error", "commutation_target_mse", "pyramid_error", "pyramid_target_mse"]
+    images = IMAGES.format(result["decoded_images"])
+    parts = [report.text(COMMUTATION_TEXT)]
+    if lines(result, stems):
+        parts.append(numbers(result, stems, f"{images} Scales by the height of their pictures."))
+    parts += [pictures] if pictures is not None else []
+    stems = ["reconstruction_rms", "equivariance_decoder", "equivariance_encoder"]
+    return report.section("Scales and symmetries", *parts, numbers(result, stems, images))
+
+
+def commutation_pictures(names: Sequence[str], images: Tensor, coarse: Sequence[Tensor], full: Tensor) -> report.Html:
+    """Decoded shrunk latents above the shrunk decoded ones.
+
+    Args:
+        names: of the B images.
+        images: uint8 (B, 3, H, W).
+        coarse: D(T_k z), uint8 (B, 3, H_k, W_k), coarse to fine.
+        full: D(z), uint8 (B, 3, H, W).
+    """
+    pooled = [area_resize(full, x.shape[-2:]) for x in coarse]
+    rows = []
+    for i, name in enumerate(names):
+        for title, stacks, last in (("D(T z)", coarse, full), ("T D(z)", pooled, images)):
+            rows.append(report.Row(name, [to_pil(stack[i]) for stack in (*stacks, last)], title))
+    titles = [*(f"{x.shape[-2]} px" for x in coarse), "D(z); original"]
+    caption = (
+        "Above: the latent map shrunk, then decoded. Below: decoded, then shrunk. They are equal where decoding"
+        " commutes with shrinking. Last column: the reconstruction above the original."
+    )
+    return report.picture_grid(titles, rows, caption)
+
+
+def spectrum_section(result: dict[str, Any]) -> report.Html:
+    """Cosine coefficients and power over frequency."""
+    parts = [report.text(SPECTRUM_TEXT)]
+    plots = []
+    if "latent_dct" in result:
+        order = list(range(1, len(result["latent_dct"])))
+        curves = [
+            report.Line(what, order, np.log10(np.maximum(result[f"{key}_dct"][1:], 1e-6)).tolist())
+            for what, key in (("latents", "latent"), ("images", "rgb"))
+        ]
+        plots.append(
+            report.line_plot(
+                curves,
+                "place in zigzag order",
+                "log10 of mean |coefficient| / DC",
+                "Cosine transform of 8 x 8 blocks, low frequencies to the left.",
+            )
+        )
+    else:
+        parts.append(report.text("The latent map is smaller than 8 x 8: it has no blockwise cosine transform."))
+    names = [f"{what}_{name}" for name in ("high_frequency_share", "power_slope") for what in ("latent", "rgb")]
+    images = IMAGES.format(result["decoded_images"])
+    return report.section("Frequencies", *parts, *plots, numbers(result, names, images))
+
+
+def channel_section(result: dict[str, Any]) -> report.Html:
+    """Rank, dead channels, nats."""
+    names = ["effective_rank", "participation_ratio", "active_channels", "dead_channels", "kl"]
+    caption = f"{result['n']:,} images, {result['latent_channels']} channels."
+    plots = [channel_plot(result["channel_std"], "standard deviation of the mean", "How much each channel varies.")]
+    if "channel_kl" in result:
+        plots.append(channel_plot(result["channel_kl"], "nats per image", "KL divergence of each channel."))
+    return report.section(
+        "Channels", report.text(CHANNEL_TEXT), numbers(result, names, caption), report.columns(*plots)
+    )
+
+
+def channel_plot(values: Sequence[float], label: str, caption: str) -> report.Html:
+    """One number per channel, from the largest to the smallest."""
+    ordered = sorted(values, reverse=True)
+    line = report.Line(label, list(range(1, len(ordered) + 1)), ordered)
+    return report.line_plot([line], "channels, sorted", label, caption)
+
+
+def noise_plot(result: dict[str, Any]) -> report.Html:
+    """PSNR over sigma."""
+    curve = {float(k.partition("/")[2]): v for k, v in result.items() if k.startswith("noise_psnr/")}
+    line = report.Line("PSNR", list(curve), list(curve.values()))
+    caption = f"Mean PSNR of D(z + sigma eps) over {result['decoded_images']} images; sigma in standard deviations."
+    return report.line_plot([line], "sigma", "PSNR (dB)", caption)

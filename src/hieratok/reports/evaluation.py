@@ -1,0 +1,120 @@
+"""The page of an evaluation: what was measured and which way is better, its spread over images, the worst and best
+pictures, the protocol."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hieratok.core.pictures import error_map, to_pil
+from hieratok.core.tables import Table, digits, estimated, flat
+from hieratok.evaluation.reconstruction import Pair, ReconstructionMetrics, Shown
+from hieratok.evaluation.results import Measured, measured
+from hieratok.reports import page as report
+
+TITLES = {
+    "reconstruction": "Evaluation of reconstructions",
+    "images": "Two sets of images compared",
+    "samples": "Evaluation of samples",
+}
+SUMMARIES = {
+    "reconstruction": "How close {run} comes to {n:,} images of {data} that it encodes and decodes.",
+    "images": "How close {n:,} images of {b} are to those of {a}.",
+    "samples": "How {n:,} generated images of {path} compare with the real ones of {reference}.",
+}
+
+
+def write(folder: Path, result: Mapping[str, Any], metrics: ReconstructionMetrics | None) -> None:
+    """Write `index.html` into the folder of a result's metrics.json.
+
+    Args:
+        folder: there already.
+        result: as `hieratok.evaluation.protocols` returns it.
+        metrics: what was collected of each image, if it was of pairs.
+    """
+    protocol = result["manifest"]["protocol"]
+    names = {key: value for key, value in result["inputs"].items() if isinstance(value, str)}
+    warnings = [report.text(f"Warning: {warning}.") for warning in result["warnings"]]
+    found = measured(result)
+    parts = [report.table(metric_table(found)), *warnings]
+    if metrics is not None:
+        parts += distribution(metrics.psnr_of_images())
+    sections = [report.key_figures(key_figures(found)), report.section("Metrics", *parts)]
+    if metrics is not None and metrics.shown.pairs:
+        sections.append(report.section("Worst and best", *pictures(metrics.shown)))
+    facts = {**result["manifest"], **{f"input: {key}": value for key, value in result["inputs"].items()}}
+    caption = "What the numbers depend on. `hieratok evaluate compare` sets two results side by side if this agrees."
+    table = report.table(Table(["what", "value"], flat(facts), caption))
+    sections.append(report.section("How this was measured", table))
+    summary = SUMMARIES[protocol].format(n=result["n"], **names)
+    report.write_page(folder / "index.html", report.page(TITLES[protocol], summary, sections))
+
+
+def key_figures(found: list[Measured]) -> list[tuple[str, str]]:
+    """The metrics of the finest scale, large."""
+    figures = []
+    for one in found:
+        if not one.metric.is_count:
+            better = "" if one.metric.better == "neither" else f", {one.metric.better} is better"
+            *_, finest = one.values.values()
+            figures.append((f"{digits(finest.mean)} {one.metric.unit}".strip(), one.metric.label + better))
+    return figures
+
+
+def metric_table(found: list[Measured]) -> Table:
+    """A row a metric, a column a scale, and what each one means; counts that are 0 are left out."""
+    titles = list(dict.fromkeys(title for one in found for title in one.values))
+    rows = []
+    for one in found:
+        if one.metric.is_count and not any(value.mean for value in one.values.values()):
+            continue  # no image is special
+        better = "" if one.metric.better == "neither" else one.metric.better
+        values = [estimated(one.values.get(title)) for title in titles]
+        rows.append([one.metric.label, *values, one.metric.unit, better, one.metric.meaning])
+    caption = "In brackets the 95% interval of a mean over images. " if any(map(has_interval, found)) else ""
+    caption += "Columns are scales, each compared with the original resized to it by area. " * (len(titles) > 1)
+    header = ["metric", *(title or "value" for title in titles), "unit", "better", "meaning"]
+    return Table(header, rows, caption + "metrics.json beside this page has every digit.")
+
+
+def has_interval(one: Measured) -> bool:
+    """Whether there is a number that images spread around."""
+    return any(value.low is not None for value in one.values.values())
+
+
+def distribution(psnr: list[float]) -> list[report.Html]:
+    """A histogram of the images' PSNR, of at least two that differ from their originals."""
+    finite = [value for value in psnr if not math.isinf(value)]
+    if len(finite) < 2:
+        return []
+    same = len(psnr) - len(finite)
+    caption = (
+        f"{len(finite):,} images of the finest scale; the line is their mean."
+        + f" {same:,} more are identical to their originals." * (same > 0)
+    )
+    return [report.columns(report.histogram(finite, "PSNR (dB)", caption))]
+
+
+def pictures(shown: Shown) -> list[report.Html]:
+    """Coarse scales, reconstruction, original and error of each pair."""
+    first = shown.pairs[0]
+    scales = [f"{image.shape[-1]} px" for image in (*first.coarse, first.reconstruction)]
+    titles = scales if first.coarse else ["reconstruction"]
+    rows = [
+        report.Row(pair.name, images_of(pair), f"{title}: {digits(pair.psnr)} dB")
+        for title, pairs in shown.worst_and_best().items()
+        for pair in pairs
+    ]
+    caption = (
+        "The worst and the best by PSNR of the finest scale. The error is the mean over red, green and blue."
+        " Select a picture to enlarge it; arrow keys go on to the next."
+    )
+    return [report.picture_grid([*titles, "original", "error"], rows, caption), report.error_scale()]
+
+
+def images_of(pair: Pair) -> list[report.Image.Image]:
+    """In the order of the columns."""
+    return [
+        to_pil(x)
+        for x in (*pair.coarse, pair.reconstruction, pair.original, error_map(pair.reconstruction, pair.original))
+    ]

@@ -1,0 +1,385 @@
+"""What a study trains: its options, its rows' runs and where they lie, and what they would take."""
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hieratok.analysis.density import MIN_POINTS
+from hieratok.core.checkpoint import step_folders, step_of, write_json
+from hieratok.core.devices import best_device, hardware
+from hieratok.core.files import read_yaml
+from hieratok.core.typed import plain
+from hieratok.data.images import names_sha256, open_source
+from hieratok.evaluation.features import load_network
+from hieratok.evaluation.protocols import load_perceptual
+from hieratok.evaluation.statistics import SetStatistics
+from hieratok.generation import diffusion, flow
+from hieratok.generation.dit import DiT
+from hieratok.losses.reconstruction import ReconstructionLoss
+from hieratok.settings import load_run
+from hieratok.studies import paper as studies
+from hieratok.studies.config import RunStudy, SizeName
+from hieratok.studies.paper import Row, Size, Study
+from hieratok.tasks.latents import WriteLatents, write_latents
+from hieratok.tokenizer import cost
+from hieratok.tokenizer.model import HieraTok
+from hieratok.tokenizer.scales import Scales
+from hieratok.training.config import GeneratorEval
+from hieratok.training.generator import GeneratorRun, train_generator
+from hieratok.training.run_folder import HARMLESS, LOG, flatten, read_lines
+from hieratok.training.runs import speed
+from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
+
+AnyRun = TypeVar("AnyRun", TokenizerRun, GeneratorRun)
+DONE = "trained.json"
+"""In a finished run's folder: on what, how long and on how many images it was trained."""
+
+
+class Planned(NamedTuple):
+    """A run and where it lies."""
+
+    run: TokenizerRun | GeneratorRun
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return (self.folder / DONE).is_file()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a study's options come to."""
+
+    options: RunStudy
+    study: Study
+    size_name: SizeName
+    size: Size
+    base: TokenizerRun
+    out: Path
+
+    @property
+    def val(self) -> str:
+        """Held-out images."""
+        assert self.base.data.val_path is not None
+        return self.base.data.val_path
+
+    @property
+    def rows(self) -> list[tuple[int, Row]]:
+        """Index and row of those to be run."""
+        wanted = self.options.row
+        return [(i, r) for i, r in enumerate(self.study.rows) if r.build and wanted in (None, i + 1)]
+
+
+def prepare(options: RunStudy) -> Setup:
+    """Resolve a study's options.
+
+    Raises:
+        ValueError, FileNotFoundError: no such study, row or base, or no images.
+    """
+    study = studies.get(options.study)
+    if options.features == "none" and set(study.needs) <= {"generation", "curves"}:
+        raise ValueError(
+            f"{options.study} compares samples by a distance: give --features NAME, and its weights by --weights FILE"
+        )
+    generator_steps = options.steps_of_generators
+    if "curves" in study.needs and generator_steps is not None and generator_steps < 3:
+        raise ValueError(f"a curve needs at least 3 steps of the generators, not {generator_steps}")
+    name = options.size or ("paper" if study.needs == ("cost",) else "tiny")
+    size = studies.SIZES[name]
+    size = replace(size, samples=options.samples or size.samples)
+    if options.row is not None and options.row > len(study.rows):
+        raise ValueError(f"--row {options.row}: {options.study} has rows 1 to {len(study.rows)}")
+    if options.row is not None and study.rows[options.row - 1].build is None:
+        mine = [i + 1 for i, row in enumerate(study.rows) if row.build]
+        raise ValueError(f"--row {options.row} is another system's published result; rows to run: {mine}")
+    base = size.base() if options.base is None else load_run(options.base).run
+    if not isinstance(base, TokenizerRun) or len(base.model.scales) < 2:
+        raise ValueError(
+            f"--base {options.base}: rows are variants of a tokenizer of several scales, which this is not"
+        )
+    data = replace(base.data, path=options.data or base.data.path, val_path=options.val or base.data.val_path)
+    if study.needs != ("cost",) and not options.plan:
+        if data.path is None:
+            raise ValueError(f"size {name} has no images of its own: give --data PATH to train on and --val PATH")
+        if data.val_path is None or (options.data and not options.val):
+            raise ValueError("results are measured on images that were never trained on: give --val PATH")
+    base = with_steps(replace(base, data=data), options.steps)
+    return Setup(options, study, name, size, base, Path(options.out or f"studies/{name}"))
+
+
+def with_steps(run: AnyRun, steps: int | None) -> AnyRun:
+    """The same run with so many steps, and checkpoints no rarer than its end."""
+    if steps is None:
+        return run
+    return replace(run, train=replace(run.train, steps=steps, save_every=min(run.train.save_every, steps)))
+
+
+def check(setup: Setup) -> None:
+    """What would else be found out after hours of training.
+
+    Raises:
+        ValueError, FileNotFoundError: no such feature network or its weights, no reference where one must be given, one
+            of another network, or too few held-out images for what the study measures.
+    """
+    if setup.options.features != "none":
+        network = load_network(setup.options.features, setup.options.weights, "cpu")
+        real = reference(setup)
+        if compares_samples(setup) and real is None:
+            raise ValueError(
+                f"size {setup.size_name} compares samples with {setup.size.gfid_reference}: give it by --reference FILE"
+            )
+        if compares_samples(setup) and real and real.endswith(".npz"):
+            SetStatistics.load(real, network)
+    load_perceptual(setup.options.lpips, "cpu")
+    if "density" in setup.study.needs:
+        found = len(open_source(setup.val))
+        if found < MIN_POINTS:
+            raise ValueError(
+                f"{setup.options.study} measures a density, which needs at least {MIN_POINTS} held-out images, and"
+                f" {setup.val} has {found}: give --data PATH and --val PATH"
+            )
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
+    """A row's tokenizer: one run, or two stages of which the second starts from the first."""
+    assert row.build is not None
+    run = row.build(setup.base)
+    run = replace(run, train=replace(run.train, seed=run.train.seed + seed))
+    planned = [place(setup, run)]
+    if row.stage2:
+        second = setup.size.stage2()
+        train = replace(second.train, seed=second.train.seed + seed, picture_every=run.train.picture_every)
+        second = replace(second, model=run.model, data=run.data, loss=run.loss, train=train)
+        second = with_steps(second, setup.options.steps)
+        planned.append(place(setup, replace(second, start_from=str(planned[0].folder))))
+    return planned
+
+
+def place(setup: Setup, run: TokenizerRun) -> Planned:
+    """Where a run lies: under a hash of all settings that change its weights, and of its images' names and classes."""
+    settings = settings_of(run)
+    if run.start_from is not None:
+        settings["start_from"] = Path(run.start_from).name  # a hash itself
+    settings["images"] = images_sha256(run.data.path) if run.data.path else None
+    return Planned(run, setup.out / "runs" / digest(settings))
+
+
+def settings_of(run: TokenizerRun | GeneratorRun) -> dict[str, Any]:
+    """The settings that change a run's weights, flat."""
+    return {name: value for name, value in flatten(plain(run)).items() if name not in HARMLESS}
+
+
+def wants_generator(setup: Setup) -> bool:
+    """Whether rows need a generator, and its samples can be judged if they must be."""
+    return "samples" in setup.study.needs or compares_samples(setup)
+
+
+def compares_samples(setup: Setup) -> bool:
+    """Whether samples of generators are compared with real images."""
+    return setup.options.features != "none" and not {"generation", "guided", "curves"}.isdisjoint(setup.study.needs)
+
+
+def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Planned:
+    """A row's generator, on the tokenizer's latents of its training images; judged ten times while it trains."""
+    assert isinstance(tokenizer.run, TokenizerRun)
+    shape, images = tokenizer.run.model, tokenizer.run.data.path
+    run = with_steps(setup.size.generators[row.generator](), setup.options.steps_of_generators)
+    classes = num_classes(images) if images else run.model.num_classes
+    model = replace(run.model, latent_channels=shape.latent_channels, latent_size=shape.scales[-1], num_classes=classes)
+    judged = GeneratorEval()
+    if setup.options.features != "none" and reference(setup):  # a plan may do without images
+        judged = GeneratorEval(
+            every=max(1, run.train.steps // 10),
+            num_images=setup.size.curve_samples,
+            reference=reference(setup),
+            features=setup.options.features,
+            weights=setup.options.weights,
+            steps=min(setup.size.sampler_steps, GeneratorEval.steps),
+        )
+    run = replace(
+        run,
+        tokenizer=str(tokenizer.folder),
+        model=model,
+        data=replace(run.data, path=str(tokenizer.folder / "latents"), num_workers=tokenizer.run.data.num_workers),
+        train=replace(run.train, seed=run.train.seed + seed),
+        eval=judged,
+    )
+    settings = settings_of(run) | {"tokenizer": tokenizer.folder.name, "data.path": "latents"}
+    return Planned(run, setup.out / "runs" / digest(settings | {"judged": plain(judged)}))  # figure 4 needs its curve
+
+
+def planned_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
+    """All that a row trains, in order."""
+    runs = tokenizer_runs(setup, row, seed)
+    return [*runs, generator_run(setup, row, runs[-1], seed)] if wants_generator(setup) else runs
+
+
+def reference(setup: Setup) -> str | None:
+    """What samples are compared with; None if it is still to be given."""
+    return setup.options.reference or (None if setup.size.gfid_reference else setup.base.data.val_path)
+
+
+@functools.cache
+def images_sha256(path: str) -> str:
+    """SHA-256 of the names and classes of images, in their order."""
+    return names_sha256(open_source(path))
+
+
+@functools.cache
+def num_classes(path: str) -> int:
+    """How many classes images have; images without are of one."""
+    source = open_source(path)
+    return max(1, max(source.label(i) for i in range(len(source))) + 1)
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """A short name for settings: the first 12 digits of the SHA-256 of their JSON."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train(planned: Planned) -> None:
+    """Train a run, or go on with it; nothing if it is finished. Every process must call."""
+    if planned.finished:
+        return
+    if isinstance(planned.run, GeneratorRun):
+        assert planned.run.tokenizer is not None
+        trained = flatten(read_yaml(Path(planned.run.tokenizer) / "config.yaml"))
+        write_latents(WriteLatents(run=planned.run.tokenizer, data=trained["data.path"], out=planned.run.data.path))
+        train_generator(planned.run, planned.folder)
+    else:
+        train_tokenizer(planned.run, planned.folder)
+    facts = {**speed(read_lines(planned.folder / LOG)), "hardware": hardware(), "torch": torch.__version__}
+    write_json(planned.folder / DONE, facts)
+
+
+# --- The plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(setup: Setup) -> str:
+    """What would be trained, what is there, and how long the rest takes, as text."""
+    title = f"{setup.study.title}, size {setup.size_name}, in {setup.out}"
+    if setup.study.needs == ("cost",):
+        return f"{title}\n  nothing to train"
+    runs: dict[Path, Planned] = {}
+    users: dict[Path, list[int]] = {}
+    for i, row in setup.rows:
+        for seed in range(setup.options.seeds):
+            for one in planned_runs(setup, row, seed):
+                runs[one.folder] = one
+                users.setdefault(one.folder, []).append(i + 1)
+    left = {folder: images_left(one) for folder, one in runs.items()}
+    rates, source = throughput(list(runs.values())) if any(left.values()) else ({}, "")
+    hours = {folder: images / rates[folder] / 3600 for folder, images in left.items() if images}
+    lines = [title]
+    for folder, one in runs.items():
+        steps = one.run.train.steps
+        state = "finished" if one.finished else f"{one.run.train.steps - done_steps(one):,} of {steps:,} steps to train"
+        estimate = f", {hours_text(hours[folder])}" if folder in hours else ""
+        rows = ", ".join(map(str, dict.fromkeys(users[folder])))
+        lines.append(f"  {folder}  {one.run.kind}, seed {one.run.train.seed}, rows {rows}: {state}{estimate}")
+    if hours:
+        unit = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        total = hours_text(sum(hours.values()))
+        lines.append(f"training left: {total} on one {unit} ({source}); measuring comes on top")
+    return "\n".join(lines)
+
+
+def hours_text(hours: float) -> str:
+    """A duration, readable at any size."""
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes" if hours > 0.02 else (
+        f"{3600 * hours:.0f} seconds"
+    )  # fmt: skip
+
+
+def done_steps(planned: Planned) -> int:
+    """Steps up to the newest checkpoint."""
+    saved = step_folders(planned.folder)
+    return step_of(saved[0]) if saved else 0
+
+
+def images_left(planned: Planned) -> int:
+    """Images that training has still to see."""
+    train = planned.run.train
+    return 0 if planned.finished else (train.steps - done_steps(planned)) * train.batch_size
+
+
+def throughput(runs: Sequence[Planned]) -> tuple[dict[Path, float], str]:
+    """Images per second of each run, and where that is known from.
+
+    From the logs of the study's runs of the same kind, so far as they have trained; else from a short measurement of
+    one. Either way runs of one kind are told apart by the GFLOPs of their models.
+    """
+    rates, sources = {}, []
+    for kind in dict.fromkeys(one.run.kind for one in runs):
+        work = {one: gflops(one.run) for one in runs if one.run.kind == kind}
+        logs = {one: log for one in work if (log := read_lines(one.folder / LOG))}
+        if logs:
+            done = [speed(log)["images_per_second"] * work[one] for one, log in logs.items()]
+            rate = sum(done) / len(done)
+            sources.append(f"{kind}s by the logs of {len(logs)} of these runs")
+        else:
+            first = next(iter(work))
+            rate = measure_throughput(first.run) * work[first]
+            sources.append(f"{kind}s by a short measurement on noise, without data loading")
+        rates |= {one.folder: rate / amount for one, amount in work.items()}
+    return rates, ", ".join(sources)
+
+
+def gflops(run: TokenizerRun | GeneratorRun) -> float:
+    """Of one forward pass of one image, or latent."""
+    if isinstance(run, TokenizerRun):
+        return cost.measure(run.model).gflops
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        DiT(run.model).eval()(torch.empty(1, *run.model.latent_shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return counter.get_total_flops() / 1e9
+
+
+def measure_throughput(run: TokenizerRun | GeneratorRun) -> float:
+    """Images per second of forward and backward passes on noise, here and now; the first pass does not count."""
+    device = best_device()
+    most = run.train.micro_batch_size or run.train.batch_size
+    size = min(most, 16 if device.type == "cuda" else max(1, round(8 / gflops(run))))
+    one_pass = training_pass(run, size, device)
+    for timed in (False, True):
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
+            loss = one_pass()
+        loss.backward()
+        float(loss.detach())  # waits for the device
+        seconds = time.perf_counter() - start
+        if timed:
+            return size / seconds
+    raise AssertionError
+
+
+def training_pass(run: TokenizerRun | GeneratorRun, size: int, device: torch.device) -> Callable[[], Tensor]:
+    """A forward pass and its loss, on noise."""
+    if isinstance(run, GeneratorRun):
+        generator = DiT(run.model).to(device)
+        z = torch.randn(size, *run.model.latent_shape, device=device)
+        labels = torch.zeros(size, dtype=torch.long, device=device)
+        loss_of = diffusion.loss if run.model.objective == "ddpm" else flow.loss
+        return lambda: loss_of(generator, z, labels)[0]
+    tokenizer = HieraTok(run.model).to(device)
+    config = replace(run.loss, random_trunk=True)  # costs the same, and needs no weights
+    criterion = ReconstructionLoss(config, Scales.of(run.model.scales, run.model.grid)).to(device)
+    images = torch.rand(size, 3, run.model.image_size, run.model.image_size, device=device) * 2 - 1
+
+    def one_pass() -> Tensor:
+        pyramid, posterior, _ = tokenizer(images)
+        return criterion(pyramid, images, posterior)[0]
+
+    return one_pass

@@ -1,0 +1,285 @@
+"""`hieratok sample`: images from a generator, decoded at one scale or at every one (paper, appendix D).
+
+Image i depends on the seed, i and the settings alone, and its PNG says which: so processes share the images, and the
+same command draws those that are missing or damaged. Several processes: `torchrun --nproc-per-node 8 -m -- hieratok
+sample ...` (without the `--` torchrun may take `--num` for an option of its own).
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from hieratok.core import checkpoint
+from hieratok.core.devices import best_device
+from hieratok.core.distributed import process, process_group, wait
+from hieratok.core.files import read_json_table, shown
+from hieratok.core.lock import lock
+from hieratok.core.pictures import save_png, to_pil
+from hieratok.data.images import to_uint8
+from hieratok.data.pixels import read_image as read_pixels
+from hieratok.evaluation.features import tensors_sha256
+from hieratok.generation.config import Sample, SampleConfig
+from hieratok.generation.dit import DiT
+from hieratok.generation.sampling import Samples, check_fits, class_labels, sample_latents
+from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
+from hieratok.training.loop import each_inside
+
+logger = logging.getLogger(__name__)
+
+METADATA, ARCHIVE, SHEET = "metadata.json", "samples.npz", "contact-sheet.png"
+MARK = "hieratok"
+"""The text in each PNG that says what it is a picture of: `mark`."""
+SHEET_IMAGES, SHEET_COLUMNS = 64, 8
+SHEET_ROWS = 16  # of a sheet with every scale
+
+
+def sample(options: Sample) -> None:
+    """The command `hieratok sample`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such models, ones that do not fit each other or the settings, or images of
+            other settings in `out`, or another process that draws there.
+    """
+    with process_group():
+        device = options.device or best_device()
+        generator = DiT.from_pretrained(options.run, device=device)
+        tokenizer = load_tokenizer(options.tokenizer, device, latent_size=generator.config.latent_size)
+        check_models(generator, tokenizer, options)
+        out = Path(options.out)
+        sides = written_sides(tokenizer, options)
+        with lock(out, "sample"):
+            metadata = describe(options, sides)
+            settings = settings_sha256(metadata)
+            missing = start(out, metadata, settings)
+            draw(generator, tokenizer, options, sides, settings, missing)
+            wait()
+            if process()[0] == 0:
+                labels = class_labels(options.labels, range(options.num), generator.config.num_classes, options.seed)
+                write_npz(out / ARCHIVE, out, sides[-1], labels)
+                save_png(contact_sheet(out, sides, options.num), out / SHEET)
+                print(f"{options.num:,} images: {out / folder_name(sides[-1])}\npictures: {out / SHEET}")
+                print(f"next:     hieratok evaluate samples {out / ARCHIVE} --reference PATH")
+            wait()
+
+
+def check_models(generator: DiT, tokenizer: Tokenizer, options: Sample) -> None:
+    """Whether the generator's latents are the tokenizer's, and can be drawn as asked.
+
+    Raises:
+        ValueError: says in one line why not.
+    """
+    shape = (tokenizer.config.latent_channels, *tokenizer.config.grid)
+    if generator.config.latent_shape != shape:
+        made, taken = (" x ".join(map(str, s)) for s in (generator.config.latent_shape, shape))
+        raise ValueError(f"{options.run} makes latents {made}, but {options.tokenizer} takes {taken}")
+    if generator.latents is None:
+        raise ValueError(f"{options.run} does not say whose latents it makes: its config.json has no `latents`")
+    if generator.latents.encoder_sha256 != tensors_sha256(tokenizer.encoder):
+        raise ValueError(f"{options.run} was trained on latents of another tokenizer than {options.tokenizer}")
+    check_fits(options, generator.config)
+
+
+def written_sides(tokenizer: Tokenizer, options: Sample) -> list[int]:
+    """The sides in pixels of the scales that are written, coarse to fine."""
+    sides = [tokenizer.config.patch_size * s for s in tokenizer.config.scales]
+    return sides if options.preview or options.scales == "all" else sides[-1:]
+
+
+def folder_name(side: int) -> str:
+    """Of a scale's images."""
+    return f"{side}px"
+
+
+def image_path(out: Path, side: int, index: int) -> Path:
+    """Of one image at one scale."""
+    return out / folder_name(side) / f"{index:06d}.png"
+
+
+def start(out: Path, metadata: dict[str, Any], settings: str) -> list[int]:
+    """Begin a folder, or go on with it; every process must call.
+
+    Returns:
+        Which of this process's share of the images are missing or damaged, at any scale.
+
+    Raises:
+        ValueError: it holds images of other settings, which are named. More images than before are welcome.
+    """
+    if (out / METADATA).is_file():
+        before = read_settings(out)
+        differing = [
+            f"{name} {before.get(name)!r} -> {value!r}"
+            for name, value in metadata["settings"].items()
+            if before.get(name) != value and not (name == "num" and before.get(name, 0) < value)
+        ]
+        if differing:
+            raise ValueError(f"{out} holds images of other settings ({', '.join(differing)}): choose another --out")
+    rank, world = process()
+    sides, mine = metadata["settings"]["sides"], range(metadata["settings"]["num"])[rank::world]
+    missing = [i for i in mine if not all(is_whole(out, side, i, settings) for side in sides)]
+    wait()  # until all processes have looked
+    if rank == 0:
+        for side in sides:
+            (out / folder_name(side)).mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_leftovers(out / folder_name(side) / "*.png")
+        for name in (METADATA, ARCHIVE, SHEET):
+            checkpoint.remove_leftovers(out / name)
+        checkpoint.write_json(out / METADATA, metadata)
+    wait()
+    return missing
+
+
+def is_whole(out: Path, side: int, index: int, settings: str) -> bool:
+    """Whether an image is there and can be read, of these settings, this scale and this index."""
+    path = image_path(out, side, index)
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = image.info.get(MARK) == mark(settings, side, index) and image.size == (side, side)
+            image.verify()  # every chunk's checksum, which decoding alone would not look at
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        found = False
+    if not found:
+        logger.warning("%s is damaged, or a picture of something else: it is drawn again", path)
+    return found
+
+
+def mark(settings: str, side: int, index: int) -> str:
+    """What the PNG of an image says of itself."""
+    return f"{settings} {side}px {index}"
+
+
+def settings_sha256(metadata: dict[str, Any]) -> str:
+    """Of all that an image depends on besides its index: the settings but for the number of images."""
+    settings = {name: value for name, value in metadata["settings"].items() if name not in ("num", "sides")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
+    """`metadata.json`: under `settings` all that the images depend on, and beside it how they came about."""
+    values = dataclasses.asdict(options)
+    sampling = {f.name: values[f.name] for f in dataclasses.fields(SampleConfig) if f.name != "batch_size"}
+    generator = checkpoint.file_sha256(checkpoint.find(options.run, inside="generator") / checkpoint.WEIGHTS)
+    hashes = {"generator_sha256": generator, "tokenizer_sha256": describe_tokenizer(options.tokenizer)[0]}
+    settings = {**sampling, "precision": options.precision, "sides": sides, **hashes}
+    others = {"run": options.run, "tokenizer": options.tokenizer, "batch_size": options.batch_size}
+    versions = {f"{name}_version": importlib.metadata.version(name) for name in ("hieratok", "torch")}
+    return json.loads(json.dumps({"settings": settings, **others, **versions}))  # lists for tuples, as in the file
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """What `out` was drawn with."""
+    settings = read_json_table(out / METADATA).get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{shown(out / METADATA)} is damaged: choose another --out")
+    return settings
+
+
+def draw(
+    generator: DiT, tokenizer: Tokenizer, options: Sample, sides: list[int], settings: str, missing: list[int]
+) -> None:
+    """Write this process's missing images; on a GPU a batch is decoded while the next is sampled."""
+    if options.compile:
+        generator.compile(dynamic=False)
+    device = next(generator.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    batches = sample_latents(generator, options, whole_batches(missing, options) if options.compile else missing)
+    written = None
+    with (
+        tqdm(total=len(missing), unit=" images", desc="sample", disable=process()[0] > 0) as bar,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for batch in each_inside(lambda: autocast, batches):
+            if written:
+                written.result()
+            if stream:
+                stream.wait_stream(torch.cuda.current_stream(device))
+            written = pool.submit(write_images, generator, tokenizer, options, sides, settings, batch, stream)
+            if stream is None:  # a CPU's cores all sample already
+                written.result()
+            bar.update(len(set(batch.indices)))
+        if written:
+            written.result()
+
+
+def whole_batches(indices: list[int], options: Sample) -> list[int]:
+    """The last index repeated until every batch has the size of the first: a compiled generator knows one size."""
+    size = min(options.batch_size, len(indices))
+    return indices + indices[-1:] * (-len(indices) % max(1, size))
+
+
+@torch.inference_mode()
+def write_images(
+    generator: DiT,
+    tokenizer: Tokenizer,
+    options: Sample,
+    sides: list[int],
+    settings: str,
+    batch: Samples,
+    stream: "torch.cuda.Stream | None",
+) -> None:
+    """Decode a batch of latents, on a stream of its own if there is one, and write its pictures."""
+    assert generator.latents is not None
+    with torch.cuda.stream(stream):  # nothing where there is none
+        z = generator.latents.denormalize(batch.latents.float())
+        for side, images in zip(sides, decoded(tokenizer, z, options)):
+            for index, image in zip(batch.indices, to_uint8(images).cpu()):
+                text = {MARK: mark(settings, side, index)}
+                save_png(to_pil(image), image_path(Path(options.out), side, index), text)
+
+
+def decoded(tokenizer: Tokenizer, z: Tensor, options: Sample) -> Iterator[Tensor]:
+    """z (B, d, h, w) -> images (B, 3, H_k, W_k) of the scales that are written, coarse to fine."""
+    if options.preview:
+        yield from tokenizer.decode_progressive(z)
+    elif options.scales == "all":
+        yield from tokenizer.decode_pyramid(z)
+    else:
+        yield tokenizer.decode(z)
+
+
+def read_image(out: Path, side: int, index: int) -> Tensor:
+    """uint8 (3, H, W)."""
+    return read_pixels(image_path(out, side, index))
+
+
+def write_npz(path: Path, out: Path, side: int, labels: Tensor) -> None:
+    """The layout of ADM's evaluation suite: `arr_0` uint8 (N, H, W, 3), `arr_1` int64 (N,) classes.
+
+    Written image by image: 50,000 of 256 px are 10 GB.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
+    with checkpoint.atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+            for index in range(len(labels)):
+                file.write(read_image(out, side, index).permute(1, 2, 0).contiguous().numpy().tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
+
+
+def contact_sheet(out: Path, sides: list[int], num: int) -> Image.Image:
+    """The first images side by side; with several scales a row an image, coarse to fine, enlarged to one size."""
+    if len(sides) == 1:
+        images = [read_image(out, sides[0], i) for i in range(min(num, SHEET_IMAGES))]
+        return to_pil(make_grid(images, nrow=SHEET_COLUMNS, pad_value=255))
+    rows = range(min(num, SHEET_ROWS))
+    images = [read_image(out, side, i)[None] for i in rows for side in sides]
+    images = [F.interpolate(image, (sides[-1], sides[-1]), mode="nearest") for image in images]
+    return to_pil(make_grid(torch.cat(images), nrow=len(sides), pad_value=255))

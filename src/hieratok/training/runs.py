@@ -1,0 +1,266 @@
+"""What training runs left on the disk, as plain values: for the gallery and for model cards.
+
+A run may be unfinished, killed or damaged: whatever can be read is, and `problems` says what could not be.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from safetensors import SafetensorError, safe_open
+
+from hieratok.core import checkpoint
+from hieratok.core.files import check_regular, read_json_lines, read_json_table, read_yaml, shown
+from hieratok.training.run_folder import EVALUATIONS, LOG, flatten
+
+CONFIG = "config.yaml"
+PARTS = {"checkpoints", "tensorboard", "pictures", "tokenizer", "generator"}
+"""Folders of a run that hold no other run."""
+LEAST, MOST = 1e-9, 1e30
+"""Of numbers in a log: a run that diverged has some beyond, and no plot shows them beside others."""
+MOST_TERMS = 80
+"""Of a log, each of which is a plot."""
+SILENT_SECONDS, SILENT_INTERVALS = 600, 10
+"""An unfinished run counts as stopped when its log has not grown for so long, and so many times its own interval."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metrics.json below a run: of `hieratok evaluate`, `analyze`, `quickstart` or a study."""
+
+    where: str
+    """Its folder, within the run's."""
+    result: dict[str, Any]
+    """All of it."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the numbers depend on; numbers of equal manifests can be compared."""
+        manifest = self.result.get("manifest")
+        return manifest if isinstance(manifest, dict) else {"protocol": str(self.result.get("protocol", "not stated"))}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Its numbers by name, without lists and nested ones."""
+        return {shown(k): v for k, v in self.result.items() if is_number(v)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, finished or not."""
+
+    name: str
+    """Its folder, within the one that was searched."""
+    folder: Path
+    kind: str
+    """tokenizer or generator."""
+    state: str
+    """finished, step n of m, or stopped at step n of m."""
+    written: float
+    """When its log last grew, in seconds since 1970."""
+    settings: dict[str, Any]
+    """By their names, {"train.steps": ...}."""
+    log: list[dict[str, float]]
+    """Of log.jsonl: terms by name for each interval, with `step` and `images`."""
+    evaluations: list[dict[str, float]]
+    """Of evaluations.jsonl, likewise."""
+    measurements: list[Measurement]
+    """Of metrics.json files below the run."""
+    parameters: int | None
+    """Of the averaged model; None: it was not saved yet."""
+    picture: Path | None
+    """The latest training picture."""
+    problems: list[str] = field(default_factory=list)
+    """What could not be read, a line each."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it trained to its end."""
+        return self.state == "finished"
+
+    @property
+    def pace(self) -> dict[str, float]:
+        """`images_seen`, `seconds` of training, and `images_per_second`; empty where nothing was logged."""
+        return speed(self.log) if self.log else {}
+
+    def facts(self) -> dict[str, Any]:
+        """What `hieratok report --json` prints."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "kind": self.kind,
+            "state": self.state,
+            **self.pace,
+            "parameters": self.parameters,
+            "last": self.log[-1] if self.log else {},
+            "last_evaluation": self.evaluations[-1] if self.evaluations else {},
+            "measurements": {m.where: {**m.numbers, "manifest": m.manifest} for m in self.measurements},
+            "picture": str(self.picture) if self.picture else None,
+            "settings": self.settings,
+            "problems": self.problems,
+        }
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value from JSON is a number (true and false are none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (folder / LOG).is_file() or ((folder / CONFIG).is_file() and (folder / "checkpoints").is_dir())
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """Every run in a folder and below it, itself included, in the order of their names.
+
+    Raises:
+        FileNotFoundError: no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{shown(folder)}: no such folder")
+    folders = [path for path in walk(folder) if is_run(path)]
+    if not folders:
+        raise FileNotFoundError(
+            f"no runs in {shown(folder)} or below it: a run has {CONFIG} and {LOG} (`hieratok train`)"
+        )
+    return [read_run(path, path.relative_to(folder).as_posix() if path != folder else path.name) for path in folders]
+
+
+def walk(folder: Path, into_runs: bool = True) -> Iterator[Path]:
+    """A folder and those below it, without hidden ones, a run's parts and, if so asked, other runs."""
+    for path, folders, _ in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in PARTS)
+        if not into_runs:
+            folders[:] = [name for name in folders if not is_run(Path(path) / name)]
+        yield Path(path)
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """One run; whatever is damaged is told in `problems` and raises nothing."""
+    problems: list[str] = []
+    settings = read_settings(folder / CONFIG, problems)
+    kind = settings.get("kind", "tokenizer")
+    if kind not in ("tokenizer", "generator"):
+        problems.append(f"{CONFIG}: kind {shown(repr(kind))} is none that is known")
+        kind = "tokenizer"
+    log = read_records(folder / LOG, ("images_per_second",), problems)
+    written = next((p.stat().st_mtime for p in (folder / LOG, folder / CONFIG) if p.is_file()), 0.0)
+    pictures = sorted((folder / "pictures").glob("step-*.png"))
+    return Run(
+        name=shown(name or folder.name),
+        folder=folder,
+        kind=kind,
+        state=state_of(folder, kind, settings, log, time.time() - written),
+        written=written,
+        settings=settings,
+        log=log,
+        evaluations=read_records(folder / EVALUATIONS, (), problems) if (folder / EVALUATIONS).is_file() else [],
+        measurements=read_measurements(folder, problems),
+        parameters=count_parameters(folder, kind, problems),
+        picture=pictures[-1] if pictures else None,
+        problems=problems,
+    )
+
+
+def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A run's settings by their names; what is wrong with the file goes to `problems`."""
+    try:
+        return flatten(read_yaml(path))
+    except (OSError, ValueError) as error:
+        problems.append(problem_of(path, path.parent, error))
+        return {}
+
+
+def read_records(path: Path, required: tuple[str, ...], problems: list[str]) -> list[dict[str, float]]:
+    """The records of a log in the order of their steps, numbers alone; damaged lines go to `problems`."""
+    records: list[dict[str, float]] = []
+    names: set[str] = set()
+    lines = 0
+    try:
+        for values in read_json_lines(path):
+            lines += 1
+            record = {shown(k): v for k, v in (values or {}).items() if is_number(v) and abs(v) <= MOST}
+            last = records[-1] if records else {"step": -1, "images": -1}
+            complete = all(record.get(key, 0) >= LEAST for key in ("step", "images", *required))
+            if complete and record["step"] > last["step"] and record["images"] > last["images"]:
+                names |= record.keys()
+                records.append(record)
+    except (OSError, ValueError) as error:
+        problems.append(problem_of(path, path.parent, error))
+        return []
+    if len(records) < lines:
+        problems.append(f"{path.name}: {lines - len(records)} of {lines} lines cannot be used")
+    if len(names) > MOST_TERMS:
+        problems.append(f"{path.name}: it has {len(names):,} terms, of which {MOST_TERMS} are used")
+        kept = {*required, "step", "images", *sorted(names)[:MOST_TERMS]}
+        records = [{k: v for k, v in record.items() if k in kept} for record in records]
+    return records
+
+
+def state_of(
+    folder: Path, kind: str, settings: dict[str, Any], log: list[dict[str, float]], silent_seconds: float
+) -> str:
+    """How far a run got, and whether it still goes on: nothing but its log's age tells."""
+    steps = settings.get("train.steps")
+    saved = [checkpoint.step_of(path) for path in checkpoint.step_folders(folder)]
+    step = int(max([log[-1]["step"] if log else 0, *saved]))
+    is_whole = (folder / kind / checkpoint.WEIGHTS).is_file()
+    if is_whole and (not is_number(steps) or step == 0 or step >= steps):
+        return "finished"
+    interval = log[-1]["images"] / len(log) / log[-1]["images_per_second"] if log else 0.0
+    where = f"step {step:,} of {steps:,}" if is_number(steps) else f"step {step:,}"
+    is_silent = silent_seconds > max(SILENT_SECONDS, SILENT_INTERVALS * interval)
+    return f"stopped at {where}" if is_silent else where
+
+
+def read_measurements(folder: Path, problems: list[str]) -> list[Measurement]:
+    """Every metrics.json below a run, but for those of other runs within it."""
+    measurements = []
+    for path in walk(folder, into_runs=False):
+        file = path / "metrics.json"
+        if not file.exists():
+            continue
+        try:
+            result = read_json_table(file)
+        except (OSError, ValueError) as error:
+            problems.append(problem_of(file, folder, error))
+            continue
+        measurements.append(Measurement(shown(path.relative_to(folder).as_posix()), result))
+    return measurements
+
+
+def count_parameters(folder: Path, kind: str, problems: list[str]) -> int | None:
+    """Of the finished model or the newest checkpoint's, from the file's header; None where there is none."""
+    try:
+        model = checkpoint.find(folder, inside=kind)
+    except FileNotFoundError:
+        return None
+    path = model / checkpoint.WEIGHTS
+    try:
+        check_regular(path)
+        with checkpoint.utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
+            names = [name for name in file.keys() if name not in checkpoint.STATISTICS]  # noqa: SIM118
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    except (OSError, ValueError, SafetensorError) as error:
+        problems.append(problem_of(path, folder, error))
+        return None
+
+
+def problem_of(path: Path, folder: Path, error: Exception) -> str:
+    """What is wrong with a file, on one short line that begins with its name within the folder."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = shown(" ".join(reason.split())).removeprefix(f"{shown(path)} ").removeprefix("cannot be read: ")
+    return f"{shown(path.relative_to(folder))} cannot be read: {reason[:200]}"
+
+
+def speed(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images seen and time spent in training, interruptions left out."""
+    before = [0, *(record["images"] for record in log)]
+    seconds = sum((record["images"] - last) / record["images_per_second"] for last, record in zip(before, log))
+    images = log[-1]["images"]
+    return {"images_seen": images, "seconds": seconds, "images_per_second": images / seconds}
