@@ -17,7 +17,7 @@ from hieratok.core import checkpoint
 from hieratok.core.typed import plain
 from hieratok.data.images import evaluation_batches, open_source
 from hieratok.data.latents import LatentDataset
-from hieratok.evaluation import evaluate
+from hieratok.evaluation import protocols as evaluate
 from hieratok.evaluation.config import EvaluateStats
 from hieratok.evaluation.distribution import frechet_distance
 from hieratok.evaluation.features import load_network
