@@ -24,7 +24,7 @@ from hieratok.app import uploads
 from hieratok.app.handlers import Demo
 from hieratok.app.server import ServeApp
 from hieratok.app.uploads import GONE, KEPT_SECONDS, LEAST_BYTES, Uploads, content_of, read_upload
-from hieratok.data.pixels import BadImageError
+from hieratok.core.pixels import BadImageError
 from test_app import Server, photo, pictures
 from test_latents import save_tokenizer
 from test_sample import save_generator

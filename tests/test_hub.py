@@ -64,7 +64,7 @@ def hub(tmp_path, monkeypatch) -> FakeHub:
     monkeypatch.setattr(huggingface_hub, "HfApi", fake)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
 
-    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str], **others) -> str:
         fake.calls.append((hub_id, revision))
         assert set(allow_patterns) <= set(FILES)
         return str(fake.folder / hub_id)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hieratok.analysis.codec import Decode
-from hieratok.data.pixels import to_uint8
+from hieratok.core.pixels import to_uint8
 from hieratok.evaluation.pixels import psnr
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)

@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hieratok.core.extras import MissingPackageError
 from hieratok.core.files import check_regular, shown
-from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
-from hieratok.data.pixels import (
+from hieratok.core.pixels import (
     SUFFIXES,
     BadImageError,
     center_crop,
@@ -36,6 +35,7 @@ from hieratok.data.pixels import (
     to_float,
     to_uint8,
 )
+from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
 from hieratok.data.shards import TarShards
 
 __all__ = [

@@ -39,6 +39,9 @@ def sample_latents(model: DiT, config: SampleConfig, indices: Sequence[int] | No
         config: how.
         indices: of images, from 0; None: 0 .. num - 1.
 
+    Yields:
+        `indices` of the batch; `labels` int64 (B,); `latents` (B, d, h, w), as the generator was trained on them.
+
     Raises:
         ValueError: what `check_fits` refuses, or a model in training mode.
     """

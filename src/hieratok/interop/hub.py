@@ -23,8 +23,8 @@ from hieratok.core import checkpoint
 from hieratok.core.files import check_regular, read_json_table, shown
 from hieratok.core.glossary import describe
 from hieratok.core.pictures import to_pil
+from hieratok.core.pixels import BadImageError, read_image
 from hieratok.core.tables import Table, digits, flat
-from hieratok.data.pixels import BadImageError, read_image
 from hieratok.generation.dit import DiTConfig
 from hieratok.reports.templating import render
 from hieratok.tokenizer.model import TokenizerConfig

@@ -11,8 +11,8 @@ from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_npz
 from hieratok.core.glossary import ANALYSIS
 from hieratok.core.pictures import to_pil
+from hieratok.core.pixels import read_image
 from hieratok.core.tables import Table, digits, estimated, signed
-from hieratok.data.pixels import read_image
 from hieratok.reports import page as report
 from hieratok.reports.analysis import Embedding, embedding_plots
 from hieratok.studies.paper import METRICS, PAPER_SPEED_UP, Metric

@@ -30,8 +30,8 @@ from hieratok.core.distributed import process, process_group, wait
 from hieratok.core.files import read_json_table, shown
 from hieratok.core.lock import lock
 from hieratok.core.pictures import save_png, to_pil
+from hieratok.core.pixels import read_image as read_pixels
 from hieratok.data.images import to_uint8
-from hieratok.data.pixels import read_image as read_pixels
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.generation.config import Sample, SampleConfig
 from hieratok.generation.dit import DiT
