@@ -1,5 +1,6 @@
 """Commands that follow from each other: what one prints as the next one works as printed."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -8,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from hieratok import HieraTok, TokenizerConfig, cli
+from hieratok.core.pixels import read_image, to_uint8
 from hieratok.data.latents import whose
+from hieratok.evaluation.images import open_images, pair
 from hieratok.generation.config import SAMPLERS, SampleConfig
 from hieratok.generation.dit import DiTConfig
 from hieratok.generation.sampling import fitted
+from hieratok.tasks.reconstruct import SHEET_ROWS, column_titles, reconstruct_any
 
 CONFIG = TokenizerConfig(
     image_size=16, patch_size=4, latent_channels=4, scales=(1, 2, 4), encoder_width=16, encoder_depth=1,
@@ -151,3 +156,124 @@ def test_one_folder_has_many_names(tmp_path, monkeypatch):
     assert "weights have changed" in whose("runs/a", f"{tmp_path}/runs/a/")
     assert whose("runs/a", "runs/b") == "another tokenizer, runs/a, than runs/b"
     assert whose(None, "runs/b") == "another tokenizer than runs/b"
+
+
+# --- From photos to reconstructions to their evaluation ---------------------------------------------------------------
+
+
+def save_photo(path: str, height: int, width: int) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(height).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_from_reconstruct_to_evaluate_as_printed(hieratok, crop):
+    save_tokenizer("run")
+    long = "x" * 240  # shortened in the reconstruction's name
+    names = ["my photos/cat/a.png", "my photos/dog/a.png", f"my photos/{long}.png"]
+    for name in names:
+        save_photo(name, 24, 32)
+    printed, _ = hieratok("reconstruct", "run", "my photos", "--out", "my out", "--device", "cpu", *["--crop"] * crop)
+    assert printed.startswith("9 pictures and my out/contact-sheet.png\n")
+    assert ("tiles of 16 px" in printed) is not crop
+    words = following(printed)
+    assert words[:4] == ["evaluate", "images", "my photos", "my out"]
+    assert words[4] == ("--suffix=-16px" if crop else "--suffix=-32x24px")
+    printed, _ = hieratok(*words, "--json")
+    result = json.loads(printed)
+    assert result["n"] == 3
+    command = ["evaluate", "reconstruction", "run", "--data", "my photos", *words[-4:], "--json", "--device", "cpu"]
+    if crop:  # the same by the tokenizer itself
+        assert result["psnr"] == pytest.approx(json.loads(hieratok(*command)[0])["psnr"], abs=1e-9)
+
+
+def test_photos_of_several_sizes_have_no_one_suffix(hieratok):
+    save_tokenizer("run")
+    save_photo("photos/a.png", 24, 32)
+    save_photo("photos/b.png", 8, 10)
+    printed, _ = hieratok("reconstruct", "run", "photos", "--out", "out", "--device", "cpu")
+    assert "next:" not in printed
+    assert {path.name for path in Path("out").glob("*px.png")} == {
+        "a-8x6px.png", "a-16x12px.png", "a-32x24px.png", "b-3x2px.png", "b-5x4px.png", "b-10x8px.png",
+    }  # fmt: skip
+
+
+def test_of_scales_that_come_to_one_size_the_finest_is_kept(hieratok):
+    save_tokenizer("run")
+    save_photo("dot.png", 1, 1)
+    printed, _ = hieratok("reconstruct", "run", "dot.png", "--out", "out", "--device", "cpu")
+    assert printed.startswith("1 pictures and out/contact-sheet.png\n")
+    tokenizer = HieraTok.from_pretrained("run")
+    finest = reconstruct_any(tokenizer, read_image("dot.png"))[-1]
+    assert torch.equal(read_image("out/dot-1px.png"), finest)
+
+
+def test_the_summary_says_when_the_sheet_stops(hieratok):
+    save_tokenizer("run")
+    for i in range(SHEET_ROWS + 1):
+        save_photo(f"photos/{i:03}.png", 16, 16)
+    printed, _ = hieratok("reconstruct", "run", "photos", "--out", "out", "--device", "cpu")
+    assert f"the sheet stops after {SHEET_ROWS} of {SHEET_ROWS + 1} photos\n" in printed
+    assert "tiles" not in printed  # photos of the training size
+
+
+def test_scales_that_cannot_be_tiled_are_decoded_whole_and_that_is_said(hieratok):
+    torch.manual_seed(0)
+    config = replace(CONFIG, image_size=7, patch_size=1, scales=(1, 7))
+    HieraTok(config).eval().save_pretrained("run/tokenizer")
+    save_photo("photos/a.png", 9, 11)
+    save_photo("photos/b.png", 5, 7)
+    printed, _ = hieratok("reconstruct", "run", "photos", "--out", "out", "--device", "cpu")
+    assert "whole: 1 of 2 photos, as these scales cannot be tiled" in printed
+    image = read_image("photos/a.png")
+    tokenizer = HieraTok.from_pretrained("run")
+    with torch.no_grad():
+        posterior = tokenizer.encode(tokenizer.preprocess(image, crop=False))
+        expected = to_uint8(tokenizer.decode(posterior.mode(), image_size=posterior.image_size))[0]
+    assert torch.equal(read_image("out/a-11x9px.png"), expected)
+
+
+def test_a_small_photo_is_one_padded_tile():
+    torch.manual_seed(0)
+    tokenizer = HieraTok(CONFIG).eval()
+    image = torch.randint(0, 256, (3, 10, 7), dtype=torch.uint8)
+    padded = F.pad(image[None].float(), (0, 9, 0, 6), mode="replicate").to(torch.uint8)
+    with torch.no_grad():
+        pyramid = tokenizer.decode_pyramid(tokenizer.encode(tokenizer.preprocess(padded[0], crop=False)).mode())
+    expected = [to_uint8(x)[0][:, : -(-10 * s // 4), : -(-7 * s // 4)] for s, x in zip((1, 2, 4), pyramid)]
+    for ours, theirs in zip(reconstruct_any(tokenizer, image), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_titles_of_a_sheet():
+    assert column_titles([["4px", "8px"], ["4px", "8px"]], (1, 2)) == ["4px", "8px"]
+    assert column_titles([["4px", "8x6px"], ["4px", "8px"]], (1, 2)) == ["1/2 size", "full size"]
+    assert column_titles([["1px", "1px", "2px"]], (1, 2, 16)) == ["1/16 size", "1/8 size", "full size"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b"], "b has no image named x (and 1 more): images are paired by name; --suffix=TEXT says what"),
+        (["a", "b", "--suffix=_out"], "b has no image whose name ends in _out"),
+        (["a", "b", "--suffix=-1"], "b has no image named y-1: images are paired by name"),
+        (["b", "a", "--suffix=x"], "a has no image named x-1x"),
+    ],
+)
+def test_suffixes_that_do_not_fit(hieratok, arguments, message):
+    save_photo("a/x.png", 16, 16)
+    save_photo("a/y.png", 16, 16)
+    save_photo("b/x-1.png", 16, 16)
+    _, error = hieratok("evaluate", "images", *arguments, "--features", "none", "--lpips", "[]")
+    assert message in error
+
+
+def test_a_suffix_pairs_folders_of_any_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/cat/1.png", "a/dog/1.png", "b/cat/1_rec.png", "b/dog/1_rec.png", "b/sheet.png"):
+        save_photo(name, 16, 16)
+    ids, in_a, in_b = pair(open_images("a"), open_images("b"), "a", "b", "_rec")
+    assert ids == ["cat-1", "dog-1"]
+    assert in_a == [0, 1]
+    assert [open_images("b").name(i) for i in in_b] == ["cat/1_rec.png", "dog/1_rec.png"]
