@@ -23,8 +23,9 @@ from hieratok.data.images import to_float
 from hieratok.losses.adversarial import AdversarialConfig
 from hieratok.losses.vf import VFConfig
 from hieratok.studies import recipes
-from hieratok.training import loop
-from hieratok.training.loop import Optimization, learning_rate
+from hieratok.training import step as step_module
+from hieratok.training.config import Optimization
+from hieratok.training.step import learning_rate
 from hieratok.training.tokenizer import EvalConfig, TokenizerObjective, TokenizerRun, train_tokenizer
 from test_training import (
     TORCHRUN,
@@ -93,19 +94,20 @@ def test_the_gan_changes_the_tokenizer_and_not_the_other_way_round(photos, stage
     run = replace(stage2_run(photos, stage1), gan=replace(GAN, generator_start=0, ramp_steps=0))
     objective = TokenizerObjective(run, HieraTok(run.model))
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    losses = objective.losses(objective.networks, {"image": images}, step=0)
     tokenizer, critic = objective.networks["tokenizer"], objective.networks["discriminator"]
-    loss, terms = next(losses)
-    loss.backward()
-    assert all(p.grad is None for p in critic.parameters())
+    losses, gradients = [], []
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([None if p.grad is None else p.grad.clone() for p in tokenizer.parameters()])
+        assert all((p.grad is None) == (len(losses) == 1) for p in critic.parameters())
+
+    terms = objective.compute(objective.networks, {"image": images}, 0, backward)
     total = terms["l1"] + 0.4 * terms["mse"] + (1e-6 * terms["kl"] + 0.6 * terms["adversarial"]) / 3
-    torch.testing.assert_close(loss.detach(), total)
-    before = [p.grad.clone() for p in tokenizer.parameters()]
-    loss, _ = next(losses)
-    loss.backward()
-    assert all(p.grad is not None for p in critic.parameters())
-    assert all(torch.equal(p.grad, b) for p, b in zip(tokenizer.parameters(), before))
-    assert next(losses, None) is None
+    torch.testing.assert_close(losses[0], total)
+    assert len(losses) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_r1_is_added_at_every_k_th_step_k_times(photos, stage1):  # noqa: F811
@@ -129,7 +131,7 @@ def test_adaptive_weight_balances_gradients_at_the_pixel_head(photos, stage1):  
     objective = TokenizerObjective(run, HieraTok(run.model).eval())
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     torch.manual_seed(0)
-    _, terms = next(objective.losses(objective.networks, {"image": images}, step=0))
+    terms = objective.compute(objective.networks, {"image": images}, 0, torch.Tensor.backward)
     torch.manual_seed(0)
     pyramid, posterior, _ = objective.tokenizer(to_float(images))
     _, finest, _ = objective.criterion(pyramid, to_float(images), posterior)
@@ -234,7 +236,7 @@ def test_stage_2_resumed_equals_uninterrupted(photos, stage1, tmp_path, at):  # 
 def test_sigterm_saves_and_the_same_call_goes_on(photos, stage1, tmp_path, monkeypatch):  # noqa: F811
     run = stage2_run(photos, stage1)
     train_tokenizer(run, tmp_path / "whole")
-    original = loop.update_ema
+    original = step_module.update_ema
 
     def terminate(ema, model, step, decay):
         original(ema, model, step, decay)
@@ -243,8 +245,8 @@ def test_sigterm_saves_and_the_same_call_goes_on(photos, stage1, tmp_path, monke
 
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "update_ema", terminate)
-        with pytest.raises(Stopped, match="after step 6: the same command goes on"):
+        patch.setattr(step_module, "update_ema", terminate)
+        with pytest.raises(Stopped, match="after step 6: the same command resumes"):
             train_tokenizer(run, tmp_path / "stopped")
     assert signal.getsignal(signal.SIGTERM) == handler
     assert sorted(p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir())[-1] == "step-00000006"
@@ -258,7 +260,7 @@ def torchrun(config: str, out: Path) -> list[str]:
 
 
 def run_two(config: str, out: Path) -> None:
-    environment_ = {**environment(), "ACCELERATE_USE_CPU": "true"}
+    environment_ = environment()
     subprocess.run(torchrun(config, out), check=True, env=environment_, timeout=300)
 
 
@@ -290,7 +292,7 @@ def test_kill_9_ten_times(photos, stage1, tmp_path, processes):  # noqa: F811
         command("train", config, "--out", str(tmp_path / out)) if processes == 1 else torchrun(config, tmp_path / out)
         for out in ("whole", "killed")
     ]
-    environment_ = {**environment(), **({"ACCELERATE_USE_CPU": "true"} if processes == 2 else {})}
+    environment_ = environment()
     subprocess.run(commands[0], check=True, env=environment_)
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # shown by pytest if the test fails

@@ -27,15 +27,16 @@ from hieratok.cli import main
 from hieratok.core import checkpoint
 from hieratok.core.checkpoint import read_table
 from hieratok.core.errors import TrainingError
+from hieratok.core.seeding import seed_of
 from hieratok.core.typed import plain
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.settings import load_run
-from hieratok.training import loop
-from hieratok.training.config import DataConfig
+from hieratok.training import step as step_module
+from hieratok.training.config import DataConfig, Optimization, TrainConfig
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.loop import Optimization, TrainConfig, learning_rate, seed_of
 from hieratok.training.run_folder import Log, RunFolder
 from hieratok.training.runs import read_run
+from hieratok.training.step import learning_rate
 from hieratok.training.tokenizer import EvalConfig, TokenizerRun, train_tokenizer
 
 
@@ -166,7 +167,7 @@ class Crash(Exception):
 
 def crash_in_step(at: int, run: Callable[[], object]) -> None:
     """Run something that trains; it crashes in step `at`, before that step counts."""
-    original = loop.update_ema
+    original = step_module.update_ema
 
     def crash(ema, model, step, decay):
         if step + 1 == at:
@@ -174,7 +175,7 @@ def crash_in_step(at: int, run: Callable[[], object]) -> None:
         original(ema, model, step, decay)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "update_ema", crash)
+        patch.setattr(step_module, "update_ema", crash)
         with pytest.raises(Crash):
             run()
 
@@ -334,7 +335,7 @@ def last_step(out: Path) -> int:
 
 
 FORKED = multiprocessing.get_context("forkserver")  # of which each process starts at once: nothing is imported anew
-FORKED.set_forkserver_preload(["hieratok.training.tokenizer", "accelerate", "torch.utils.tensorboard"])
+FORKED.set_forkserver_preload(["hieratok.training.tokenizer", "torch.utils.tensorboard"])
 
 
 def call_as_started(function: Callable[..., object], *args: object) -> None:
@@ -420,7 +421,7 @@ def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
     subprocess.run(
         [*TORCHRUN, "-m", "hieratok", "train", config, "--out", str(tmp_path / "two")],
         check=True,
-        env={**environment(), "ACCELERATE_USE_CPU": "true"},
+        env=environment(),
         timeout=300,
     )
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
@@ -699,7 +700,7 @@ def test_another_number_of_threads_is_said(photos, tmp_path, caplog):
         train_tokenizer(run, tmp_path)
     finally:
         torch.set_num_threads(threads)
-    told = f"was trained with {threads} threads up to here, and goes on with {threads + 1}"
+    told = f"was trained with {threads} threads up to here, and continues with {threads + 1}"
     assert told in caplog.text
     caplog.clear()
     train_tokenizer(small_run(photos), tmp_path / "other")
@@ -844,7 +845,7 @@ def test_ema_against_its_definition():
     for step in range(50):
         with torch.no_grad():
             model.weight.normal_()
-        loop.update_ema(ema, model, step, 0.5)
+        step_module.update_ema(ema, model, step, 0.5)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     torch.testing.assert_close(ema.weight.double(), expected, rtol=1e-5, atol=1e-6)
@@ -852,7 +853,7 @@ def test_ema_against_its_definition():
 
 def test_weight_decay_spares_norms_biases_and_positions():
     model = HieraTok(small_run(Path("x")).model)
-    optimizer = loop.make_optimizer(model, TrainConfig(), torch.device("cpu"))
+    optimizer = step_module.make_optimizer(model, TrainConfig(), torch.device("cpu"))
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
     spared = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
