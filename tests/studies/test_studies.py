@@ -17,6 +17,8 @@ import yaml
 from PIL import Image
 from scipy.stats import t as student
 
+from helpers.pages import Reader, assert_self_contained
+from helpers.runs import FEATURES, TORCHRUN, environment, start_process
 from hieratok import HieraTok
 from hieratok.analysis import convergence, density
 from hieratok.analysis.convergence import speed_up
@@ -35,9 +37,6 @@ from hieratok.studies import run as study
 from hieratok.studies.plan import RunStudy, place, planned_runs, prepare
 from hieratok.tokenizer import cost
 from hieratok.training.run_folder import Log
-from test_generator import FEATURES
-from test_report import Reader, assert_self_contained
-from test_training import TORCHRUN, environment, start_process
 
 STEPS = 4
 

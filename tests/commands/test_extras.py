@@ -14,7 +14,7 @@ from hieratok import cli
 from hieratok.core.extras import EXTRAS, MissingPackageError, needs_extras
 from hieratok.settings import Command
 
-PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 WITHOUT = """

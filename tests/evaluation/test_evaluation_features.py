@@ -27,7 +27,7 @@ from hieratok.evaluation.features import (
 )
 from hieratok.evaluation.protocols import evaluate_samples
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def photos(num: int, size: int, seed: int = 0) -> Tensor:
