@@ -7,18 +7,21 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from hieratok.cli import main
 from hieratok.data import to_uint8
 from hieratok.evaluation import (
     EvaluateCompare,
@@ -38,6 +41,7 @@ from hieratok.evaluation import (
     write_statistics,
 )
 from hieratok.evaluation.images import NpzImages, batches, pair
+from hieratok.evaluation.processes import leaving_processes, process_group
 from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 
 
@@ -699,6 +703,43 @@ def test_manifests_hold_what_the_numbers_depend_on(tmp_path: Path) -> None:
     assert result["manifest"] == evaluate_samples(samples_options(x, y, batch_size=7))["manifest"]
     assert result["manifest"] != evaluate_samples(samples_options(x, x))["manifest"]  # another reference
     assert result["inputs"]["sha256"] != result["manifest"]["reference sha256"]
+
+
+# --- Processes ----------------------------------------------------------------------------------------------------
+
+
+def join_alone() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture
+def joined_none() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("joined_none")
+def test_a_process_group_is_left_by_who_joined_it() -> None:
+    with leaving_processes():
+        join_alone()
+    assert not dist.is_initialized()
+    with leaving_processes():  # nobody joins
+        pass
+    join_alone()
+    for context in (leaving_processes, process_group):
+        with context():
+            pass
+        assert dist.is_initialized(), "somebody else's"
+
+
+@pytest.mark.usefixtures("joined_none")
+@pytest.mark.parametrize("command", ["train", "study"])
+def test_commands_that_train_leave_the_process_group(command, tmp_path, monkeypatch) -> None:
+    trains = {"train": "hieratok.training.tokenizer.train_tokenizer", "study": "hieratok.study.run_study"}
+    monkeypatch.setattr(trains[command], lambda *_: join_alone())
+    assert main([command, {"train": "tiny-multi", "study": "table7"}[command], "--out", str(tmp_path)]) == 0
+    assert not dist.is_initialized()
 
 
 # --- Two processes -------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def recipes(argv: list[str]) -> None:
 
 def train(argv: list[str]) -> None:
     """Train a recipe or a YAML file; the same command again resumes."""
+    from hieratok.evaluation.processes import leaving_processes
     from hieratok.settings import kind_of, load_run, make_parser, read_settings
     from hieratok.training.generator import GeneratorRun, train_generator
     from hieratok.training.tokenizer import train_tokenizer
@@ -73,12 +74,15 @@ def train(argv: list[str]) -> None:
     if source is None:
         raise ValueError("what to train comes first: hieratok train RECIPE|FILE.yaml (`hieratok recipes` lists them)")
     run, out, allow_changes = load_run(source, argv[1:])
+    with leaving_processes():
+        if isinstance(run, GeneratorRun):
+            train_generator(run, out, allow_changes)
+        else:
+            train_tokenizer(run, out, allow_changes)
     if isinstance(run, GeneratorRun):
-        train_generator(run, out, allow_changes)
         sample = f"hieratok sample {out} --tokenizer {run.tokenizer or 'RUN'}"
         following = f"{sample} --sampler {'ddpm' if run.model.objective == 'ddpm' else 'heun'} --out {out / 'samples'}"
     else:
-        train_tokenizer(run, out, allow_changes)
         following = f"hieratok reconstruct {out} PHOTO.jpg --out {out / 'reconstructions'}"
     if os.environ.get("RANK", "0") == "0":
         print(f"{run.kind}: {out / run.kind}\nlog:       {out / 'log.jsonl'} (tensorboard --logdir {out})")
@@ -180,10 +184,13 @@ def latents(argv: list[str]) -> None:
 
 def study(argv: list[str]) -> None:
     """Run a table or figure of the paper at a size that fits, beside the paper's numbers; the same command goes on."""
+    from hieratok.evaluation.processes import leaving_processes
     from hieratok.settings import load_options
     from hieratok.study import RunStudy, run_study
 
-    run_study(load_options(RunStudy, ["study"], "hieratok study", argv))
+    options = load_options(RunStudy, ["study"], "hieratok study", argv)
+    with leaving_processes():
+        run_study(options)
 
 
 def bench(argv: list[str]) -> None:

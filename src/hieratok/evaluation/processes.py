@@ -48,11 +48,22 @@ def wait() -> None:
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that `torchrun` started, unless that has been done."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    with leaving_processes():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
         yield
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
+
+
+@contextlib.contextmanager
+def leaving_processes() -> Iterator[None]:
+    """Leaves the process group that the block joins, if it does, when all processes have come to its end: one that
+    the others left earlier may be aborted by gloo's threads. A group that was joined before stays.
+
+    After an error nothing is done: `destroy_process_group` would wait for operations that the others have not begun,
+    and the process is about to end.
+    """
+    was_joined = dist.is_available() and dist.is_initialized()
+    yield
+    if not was_joined and dist.is_available() and dist.is_initialized():
+        wait()
         dist.destroy_process_group()
