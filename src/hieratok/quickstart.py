@@ -24,7 +24,7 @@ from hieratok.pictures import fit, to_pil
 from hieratok.reconstruct import reconstruct_any
 from hieratok.tokenizer.model import HieraTok
 from hieratok.training.generator import GeneratorRun, train_generator
-from hieratok.training.run_folder import LOG, plain, read_lines
+from hieratok.training.run_folder import LOG, plain, read_log
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
 PHOTOS = 3  # that are shown whole
@@ -63,7 +63,7 @@ def quickstart(
     tokenizer = train_tokenizer(run, out)
     crops, comparison = reconstruct_crops(tokenizer, held_out)
     photos = reconstruct_photos(tokenizer, open_source(WHOLE.get(run.data.val_path, run.data.val_path)))
-    log = read_lines(out / LOG)
+    log = read_log(out / LOG)
     metrics: dict[str, Any] = {
         **comparison,
         **speed(log),
@@ -88,7 +88,7 @@ def quickstart(
     )
     generator = train_generator(generator_run, out / "dit")
     metrics["generator"] = {
-        **speed(read_lines(out / "dit" / LOG)),
+        **speed(read_log(out / "dit" / LOG)),
         "parameters": sum(p.numel() for p in generator.parameters()),
         "settings": plain(generator_run),
     }

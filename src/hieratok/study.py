@@ -19,7 +19,7 @@ from hieratok.analysis.intervals import half_width, summarize
 from hieratok.analyze import Analyze, analyze_tokenizer, load_tokenizer
 from hieratok.analyze import write as write_analysis
 from hieratok.analyze_page import make_page as analysis_page
-from hieratok.checkpoint import atomic_file
+from hieratok.checkpoint import atomic_file, remove_leftovers
 from hieratok.data.images import open_source
 from hieratok.evaluation.evaluate import EvaluateReconstruction, EvaluateSamples, evaluate_samples
 from hieratok.evaluation.pixels import psnr
@@ -43,10 +43,11 @@ from hieratok.study_runs import (
     prepare,
     reference,
     train,
+    unless_done,
     wants_generator,
 )
 from hieratok.tokenizer.model import HieraTok
-from hieratok.training.run_folder import EVALUATIONS, plain, read_lines
+from hieratok.training.run_folder import EVALUATIONS, plain, read_log
 from hieratok.training.tokenizer import TokenizerRun
 
 CONSISTENCY_SAMPLES = 256
@@ -87,6 +88,7 @@ def _run_study(setup: Setup) -> dict[str, Any] | None:
         print(f"done. When all rows are: hieratok study {options.study} ... without --row")
         return None
     result = assemble(setup, measured)
+    remove_leftovers(setup.out / f"{options.study}.*")
     study_page.write(setup.out / options.study, result)
     print(f"written: {setup.out / options.study}.html, .md and .json")
     return result
@@ -126,7 +128,7 @@ def run_row(setup: Setup, row: Row, seed: int) -> dict[str, Any]:
         if "samples" in setup.study.needs:
             measured["samples"] = consistency(setup, tokenizer, generator)
         if "curves" in setup.study.needs:
-            points = read_lines(generator.folder / EVALUATIONS)
+            points = read_log(generator.folder / EVALUATIONS)
             measured["curves"] = {
                 "points": points,
                 **{k: v for k, v in points[-1].items() if k not in ("step", "images")},
@@ -156,8 +158,9 @@ def facts(planned: Planned) -> dict[str, Any]:
 def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[[Path], Any]) -> dict[str, Any]:
     """What `measure` wrote as metrics.json into a folder of its own, by a hash of its settings; measured once."""
     out = folder / "measured" / f"{kind}-{digest(settings)}"
-    if not (out / "metrics.json").is_file():
-        measure(out)
+    with unless_done(out, "metrics.json", "*") as wanted:
+        if wanted:
+            measure(out)
     return read_json_table(out / "metrics.json")
 
 
