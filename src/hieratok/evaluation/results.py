@@ -126,9 +126,9 @@ def _write_and_print(
         if metrics is not None:
             with atomic_file(folder / "reconstructions.png") as temporary:
                 metrics.picture().save(temporary, format="PNG")
-        write_json(folder / "metrics.json", result)
         if write_page is not None:
             write_page(folder, result, metrics)
+        write_json(folder / "metrics.json", result)  # the last: where it is, all is
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(json_text(result) if as_json else format_result(result))

@@ -14,8 +14,8 @@ import torch
 
 from hieratok.analysis.convergence import speed_up
 from hieratok.analysis.intervals import summarize
-from hieratok.core.checkpoint import atomic_file
-from hieratok.core.distributed import is_first
+from hieratok.core.checkpoint import atomic_file, remove_leftovers
+from hieratok.core.distributed import is_first, process_group
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_json_table
 from hieratok.core.lock import lock
@@ -41,6 +41,7 @@ from hieratok.studies.plan import (
     prepare,
     reference,
     train,
+    unless_done,
     wants_generator,
 )
 from hieratok.tasks.analyze import Analyze, analyze_tokenizer, load_tokenizer
@@ -49,7 +50,7 @@ from hieratok.tasks.reconstruct import evaluate_tokenizer
 from hieratok.tasks.sample import Sample, folder_name, read_image, sample, written_sides
 from hieratok.tokenizer import cost
 from hieratok.tokenizer.model import HieraTok
-from hieratok.training.run_folder import EVALUATIONS, read_lines
+from hieratok.training.run_folder import EVALUATIONS, read_log
 from hieratok.training.tokenizer import TokenizerRun
 
 CONSISTENCY_SAMPLES = 256
@@ -73,7 +74,8 @@ def run_study(options: RunStudy) -> dict[str, Any] | None:
         return None
     check(setup)
     row = "" if options.row is None else f"-row-{options.row}"
-    with lock(setup.out, f"study {options.study}", f".{options.study}{row}.lock"):  # other studies may go on
+    name = f".{options.study}{row}.lock"  # other studies may run
+    with lock(setup.out, f"study {options.study}", name), process_group():
         return _run_study(setup)
 
 
@@ -90,6 +92,7 @@ def _run_study(setup: Setup) -> dict[str, Any] | None:
         print(f"done. When all rows are: hieratok study {options.study} ... without --row")
         return None
     result = assemble(setup, measured)
+    remove_leftovers(setup.out / f"{options.study}.*")
     study_page.write(setup.out / options.study, result)
     print(f"written: {setup.out / options.study}.html, .md and .json")
     return result
@@ -129,7 +132,7 @@ def run_row(setup: Setup, row: Row, seed: int) -> dict[str, Any]:
         if "samples" in setup.study.needs:
             measured["samples"] = consistency(setup, tokenizer, generator)
         if "curves" in setup.study.needs:
-            points = read_lines(generator.folder / EVALUATIONS)
+            points = read_log(generator.folder / EVALUATIONS)
             measured["curves"] = {
                 "points": points,
                 **{k: v for k, v in points[-1].items() if k not in ("step", "images")},
@@ -159,8 +162,9 @@ def facts(planned: Planned) -> dict[str, Any]:
 def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[[Path], Any]) -> dict[str, Any]:
     """What `measure` wrote as metrics.json into a folder of its own, by a hash of its settings; measured once."""
     out = folder / "measured" / f"{kind}-{digest(settings)}"
-    if not (out / "metrics.json").is_file():
-        measure(out)
+    with unless_done(out, "metrics.json", "*") as wanted:
+        if wanted:
+            measure(out)
     return read_json_table(out / "metrics.json")
 
 

@@ -93,10 +93,10 @@ def analyze(options: Analyze) -> dict[str, Any]:
 
 
 def write(out: Path, result: dict[str, Any], document: report.Html) -> None:
-    """`metrics.json` and `index.html`, each whole or not at all."""
+    """`index.html` and then `metrics.json`, each whole or not at all: where the second is, the first is too."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", result)
     report.write_page(out / "index.html", document)
+    write_json(out / "metrics.json", result)
 
 
 def manifest(**facts: Any) -> dict[str, Any]:

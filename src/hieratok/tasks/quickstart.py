@@ -27,7 +27,7 @@ from hieratok.studies import recipes
 from hieratok.tasks.reconstruct import reconstruct_any
 from hieratok.tokenizer.model import HieraTok
 from hieratok.training.generator import GeneratorRun, train_generator
-from hieratok.training.run_folder import LOG, read_lines
+from hieratok.training.run_folder import LOG, read_log
 from hieratok.training.runs import speed
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
@@ -67,7 +67,7 @@ def quickstart(
     tokenizer = train_tokenizer(run, out)
     crops, comparison = reconstruct_crops(tokenizer, held_out)
     photos = reconstruct_photos(tokenizer, open_source(WHOLE.get(run.data.val_path, run.data.val_path)))
-    log = read_lines(out / LOG)
+    log = read_log(out / LOG)
     metrics: dict[str, Any] = {
         **comparison,
         **speed(log),
@@ -92,7 +92,7 @@ def quickstart(
     )
     generator = train_generator(generator_run, out / "dit")
     metrics["generator"] = {
-        **speed(read_lines(out / "dit" / LOG)),
+        **speed(read_log(out / "dit" / LOG)),
         "parameters": sum(p.numel() for p in generator.parameters()),
         "settings": plain(generator_run),
     }
