@@ -22,7 +22,7 @@ from hieratok.analysis.intervals import (
 )
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_json_table, shown
-from hieratok.core.typed import typed
+from hieratok.core.typed import as_json, typed
 
 Maps = Literal["latent", "rgb"]
 """What has a spectrum: latents, and the images."""
@@ -86,10 +86,10 @@ class Channels:
 
     def to_json(self) -> dict[str, Any]:
         """Numbers by name."""
-        table: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)[:5]}
+        table = {f.name: getattr(self, f.name) for f in fields(self)[:5]}
         if self.kl is None:
             return table
-        return table | to_json({Quantity("kl"): self.kl}) | columns_to_json("channel_kl", self.channel_kl)
+        return {**table, **to_json({Quantity("kl"): self.kl}), **columns_to_json("channel_kl", self.channel_kl)}
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any], where: str) -> "Channels | None":
@@ -119,11 +119,11 @@ class Spectrum:
 
     def to_json(self, maps: Maps) -> dict[str, Any]:
         """Numbers by name."""
-        table: dict[str, Any] = {**to_json({Quantity(f"{maps}_power_slope"): self.power_slope})}
+        slope = to_json({Quantity(f"{maps}_power_slope"): self.power_slope})
         if self.high_frequency_share is None:
-            return table
-        share = {Quantity(f"{maps}_high_frequency_share"): self.high_frequency_share}
-        return table | columns_to_json(f"{maps}_dct", self.dct) | to_json(share)
+            return {**slope}
+        share = to_json({Quantity(f"{maps}_high_frequency_share"): self.high_frequency_share})
+        return {**slope, **columns_to_json(f"{maps}_dct", self.dct), **share}
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any], maps: Maps, where: str) -> "Spectrum | None":
@@ -178,20 +178,22 @@ class LatentReport:
 
     def to_json(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
-        table: dict[str, Any] = {"n": self.n}
-        if self.latent_channels is not None:
-            table["latent_channels"] = self.latent_channels
-        if self.latent_grid is not None:
-            table["latent_grid"] = list(self.latent_grid)
-        table |= self.density.to_json() if self.density else {}
-        table |= self.channels.to_json() if self.channels else {}
-        if self.decoded_images is not None:
-            table |= {"decoded_images": self.decoded_images, **to_json(self.decoded)}
-        for maps, spectrum in self.spectra.items():
-            table |= spectrum.to_json(maps)
-        table["manifest"] = self.manifest
-        rest = {"inputs": self.inputs, "folder": self.folder}
-        return table | {name: value for name, value in rest.items() if value is not None}
+        spectra = [spectrum.to_json(maps) for maps, spectrum in self.spectra.items()]
+        table = {
+            "n": self.n,
+            "latent_channels": self.latent_channels,
+            "latent_grid": as_json(self.latent_grid),
+            **(self.density.to_json() if self.density else {}),
+            **(self.channels.to_json() if self.channels else {}),
+            "decoded_images": self.decoded_images,
+            **to_json(self.decoded),
+            **{name: value for part in spectra for name, value in part.items()},
+            "manifest": self.manifest,
+            "inputs": self.inputs,
+            "folder": self.folder,
+        }
+        absent = {name for name, value in vars(self).items() if value is None}
+        return {name: value for name, value in table.items() if name not in absent}
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any], where: str) -> "LatentReport":

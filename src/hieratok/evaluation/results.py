@@ -65,7 +65,7 @@ class Result:
             ValueError: a value is missing or has another type; names the file and the value.
         """
 
-        def part(name: str) -> dict[str, Any]:
+        def part(name: str) -> Any:
             return typed(table.get(name, {}), dict, f"{where}: {name}")
 
         rest = ("scales", "intervals", "warnings", "manifest", "inputs")
@@ -91,11 +91,11 @@ class Result:
         return cls.from_json(read_json_table(path), shown(path))
 
 
-def _rows(table: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def _rows(table: Mapping[str, object], where: str) -> dict[str, dict[str, object]]:
     return {side: typed(row, dict, f"{where}, {shown(side)}") for side, row in table.items()}
 
 
-def _numbers(table: dict[str, Any], where: str) -> dict[str, float]:
+def _numbers(table: Mapping[str, object], where: str) -> dict[str, float]:
     found = {name: typed(value, int | float | None, f"{where}: {shown(name)}") for name, value in table.items()}
     return {name: math.nan if value is None else value for name, value in found.items()}
 

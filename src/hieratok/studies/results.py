@@ -1,4 +1,7 @@
-"""What a study finds, as typed values, and the `STUDY.json` that holds them."""
+"""What a study finds, as typed values, and the `STUDY.json` that holds them.
+
+In the file stand the fields by their names, but where a class has a `to_json` of its own.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -8,7 +11,7 @@ from hieratok.analysis.convergence import SpeedUp
 from hieratok.analysis.intervals import Quantity, to_json
 from hieratok.analysis.report import LatentReport
 from hieratok.core.estimates import Estimate
-from hieratok.core.typed import plain
+from hieratok.core.typed import as_json, plain
 from hieratok.evaluation.results import Result
 from hieratok.studies.config import RunStudy, SizeName
 from hieratok.studies.paper import Need
@@ -119,7 +122,7 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         """By need."""
         return {
-            need: cost_numbers(value) if isinstance(value, Cost) else value.to_json() for need, value in self._given()
+            need: cost_numbers(value) if isinstance(value, Cost) else as_json(value) for need, value in self._given()
         }
 
     def _given(self) -> Iterator[tuple[str, Any]]:
@@ -133,11 +136,6 @@ class Cell:
     runs: Sequence[FinishedRun] = ()
     measured: Measured = Measured()
     warnings: Sequence[str] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """By name."""
-        runs = [run.to_json() for run in self.runs]
-        return {"runs": runs, "measured": self.measured.to_json(), "warnings": list(self.warnings)}
 
 
 # --- Paper and ours ---------------------------------------------------------------------------------------------------
@@ -183,15 +181,11 @@ class ComparedRow:
 
     def to_json(self) -> dict[str, Any]:
         """By name; the effect's parts beside the rest."""
-        line = {"paper": self.paper, "ours": _interval_json(self.ours), "difference": self.difference}
+        line = {"paper": self.paper, "ours": as_json(self.ours), "difference": self.difference}
         if (effect := self.effect) is None:
             return line
-        line |= {"paper_effect": effect.paper, "effect": _interval_json(effect.ours)}
+        line |= {"paper_effect": effect.paper, "effect": as_json(effect.ours)}
         return line | {"verdict": effect.verdict, "counts": effect.counts}
-
-
-def _interval_json(interval: Interval | None) -> dict[str, float | None] | None:
-    return interval._asdict() if interval else None
 
 
 @dataclass(frozen=True)
@@ -206,11 +200,6 @@ class Comparison:
     """It is that metric; else one of another network, of which only the direction can be compared."""
     rows: Sequence[ComparedRow]
 
-    def to_json(self) -> dict[str, Any]:
-        """By name."""
-        rows = [row.to_json() for row in self.rows]
-        return {"metric": self.metric, "measured": self.measured, "is_metric": self.is_metric, "rows": rows}
-
 
 @dataclass(frozen=True)
 class ComparedCurves:
@@ -222,11 +211,6 @@ class ComparedCurves:
     curves: Mapping[str, list[list[float]]]
     """Of the first row and of the second, (seeds, steps), by its name."""
     levels: Sequence[SpeedUp]
-
-    def to_json(self) -> dict[str, Any]:
-        """By name."""
-        levels = [level._asdict() for level in self.levels]
-        return {"measured": self.measured, "steps": list(self.steps), "curves": dict(self.curves), "levels": levels}
 
 
 @dataclass(frozen=True)
@@ -243,11 +227,6 @@ class StudyRow:
     def name(self) -> str:
         """In one text."""
         return ", ".join(self.label)
-
-    def to_json(self) -> dict[str, Any]:
-        """By name."""
-        seeds = [cell.to_json() for cell in self.seeds]
-        return {"label": self.label, "against": self.against, "paper": dict(self.paper), "seeds": seeds}
 
 
 @dataclass(frozen=True)
@@ -278,9 +257,9 @@ class StudyResult:
             "seeds": self.options.seeds,
             "options": asdict(self.options),
             "base": plain(self.base),
-            "rows": [row.to_json() for row in self.rows],
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
-            "speed_up": self.speed_up.to_json() if self.speed_up else None,
+            "rows": as_json(self.rows),
+            "comparisons": as_json(self.comparisons),
+            "speed_up": as_json(self.speed_up),
             "warnings": self.warnings,
             "torch": self.torch,
         }
