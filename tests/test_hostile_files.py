@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from helpers.models import CONFIG
 from hieratok import HieraTok, cli
 from hieratok.core.checkpoint import json_text, read_tensors
 from hieratok.core.files import MAX_DEPTH, read_json, read_npy, read_npz, read_yaml, shown
@@ -46,7 +47,6 @@ from hieratok.tasks.latents import WriteLatents, write_latents
 from hieratok.tasks.sample import read_settings
 from hieratok.tokenizer.pretrained import load_tokenizer
 from hieratok.training.runs import find_runs
-from test_latents import CONFIG
 
 pytestmark = pytest.mark.timeout(60)  # the machine may be busy; a hang takes for ever
 MEMORY = 1 << 30

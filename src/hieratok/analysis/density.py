@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from hieratok.core.checkpoint import atomic_file
 from hieratok.core.extras import needs_extras
 from hieratok.core.files import read_npz, shown
+from hieratok.core.progress import progress
+from hieratok.core.seeding import numpy_generator
 
 PERPLEXITY = 30
 ITERATIONS = 1_000
@@ -159,7 +160,7 @@ def draw_points(latents: np.ndarray, num: int, seed: int, draw: int, mirrored: n
         (min(N, num), d).
     """
     n, _, h, w = latents.shape
-    rng = np.random.default_rng((seed, draw))
+    rng = numpy_generator("points", seed, draw)
     images = np.arange(n) if n <= num else rng.permutation(n)[:num]
     y, x = rng.integers(h, size=len(images)), rng.integers(w, size=len(images))
     points = latents[images, :, y, x]
@@ -171,7 +172,7 @@ def draw_points(latents: np.ndarray, num: int, seed: int, draw: int, mirrored: n
 
 def gaussian_points(num: int, channels: int, seed: int, draw: int) -> np.ndarray:
     """N(0, I): (num, channels) float32, for the floor."""
-    return np.random.default_rng((seed, draw)).standard_normal((num, channels), dtype=np.float32)
+    return numpy_generator("noise", seed, draw).standard_normal((num, channels), dtype=np.float32)
 
 
 def measure_density(point_sets: Iterable[np.ndarray], total: int, title: str = "t-SNE") -> DensityReport:
@@ -181,7 +182,7 @@ def measure_density(point_sets: Iterable[np.ndarray], total: int, title: str = "
         ValueError: no sets, or points that `embed` refuses.
     """
     metrics, first = [], None
-    for points in tqdm(point_sets, total=total, desc=title, unit=" draws"):
+    for points in progress(point_sets, total=total, title=title, unit="draws"):
         embedding = embed(points)
         density = kernel_density(embedding)
         metrics.append(evenness(density))

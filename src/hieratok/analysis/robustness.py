@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hieratok.analysis.codec import Decode
 from hieratok.analysis.intervals import Quantity
+from hieratok.core.seeding import generator
 from hieratok.data.pixels import to_uint8
 from hieratok.evaluation.pixels import psnr
 
@@ -39,4 +40,4 @@ def noise_psnr(
 
 def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal noise of a shape, on the CPU: the same whatever the batches."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=generator("noise", seed))

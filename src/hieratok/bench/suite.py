@@ -27,6 +27,7 @@ from hieratok.bench.timing import (
 )
 from hieratok.core.checkpoint import write_json
 from hieratok.core.devices import best_device, hardware
+from hieratok.core.precision import Precision, autocast
 from hieratok.core.tables import Table
 from hieratok.data.images import ImageDataset, StepBatches, available_cores, open_source, training_loader
 from hieratok.evaluation.distribution import frechet_distance
@@ -39,9 +40,9 @@ from hieratok.studies.recipes import single
 from hieratok.tokenizer.attention import scale_attention
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.scales import Scales
-from hieratok.training import parallel
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.loop import State, each_inside, update_ema
+from hieratok.training.meter import Meter
+from hieratok.training.step import State, train_step
 from hieratok.training.tokenizer import TokenizerObjective, TokenizerRun
 
 MATMUL = "matrix product"
@@ -54,20 +55,21 @@ class Machine:
     """Where and how things are timed."""
 
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
     batch_size: int
     rounds: int
     compile: bool
 
-    def autocast(self) -> torch.autocast:
-        """The precision of models, as training and sampling use it."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products compute in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def precisely(self, call: Call) -> Call:
         """A call in that precision."""
 
         def run() -> object:
-            with self.autocast():
+            with autocast(self.device, self.precision):
                 return call()
 
         return run
@@ -176,7 +178,7 @@ def bench(options: Bench) -> BenchResult:
     result = BenchResult(
         hardware=hardware() if on_gpu or machine.device.type == "cpu" else str(machine.device),
         torch=torch.__version__,
-        precision="bf16" if machine.dtype == torch.bfloat16 else "fp32",
+        precision=machine.precision,
         compiled=machine.compile,
         batch_size=machine.batch_size,
         tokenizer=tokenizer.name,
@@ -199,10 +201,9 @@ def machine_of(options: Bench) -> Machine:
     """Where and how, by the options and what is there."""
     device = torch.device(options.device or best_device())
     on_gpu = device.type == "cuda"
-    precision = options.precision or ("bf16" if on_gpu else "fp32")
     return Machine(
         device,
-        torch.bfloat16 if precision == "bf16" else torch.float32,
+        options.precision or ("bf16" if on_gpu else "fp32"),
         options.batch_size or (32 if on_gpu else 8),
         options.rounds,
         options.compile,
@@ -232,7 +233,7 @@ def measure(
     """
     product, product_flops = matrix_product(machine.device, machine.dtype)
     flops = {n: count_flops(call) if counts else 0.0 for n, call in calls.items()}
-    times = take_turns({**calls, MATMUL: product}, machine.device, machine.rounds, progress=name)
+    times = take_turns({**calls, MATMUL: product}, machine.device, machine.rounds, title=name)
     rows = []
     for n, call in calls.items():
         seconds = times.median(n)
@@ -315,27 +316,20 @@ def bench_train(machine: Machine, run: TokenizerRun) -> list[Timed]:
 
 
 def training_step(machine: Machine, run: TokenizerRun) -> Call:
-    """One optimiser step on random pixels as `training.loop.fit` makes it, on an untrained perceptual trunk."""
-    train = replace(run.train, compile=machine.compile)
+    """One optimiser step on random pixels as training makes it, on an untrained perceptual trunk."""
+    train = replace(run.train, compile=machine.compile, precision=machine.precision)
     run = replace(run, train=train, loss=replace(run.loss, random_trunk=True))
     objective = TokenizerObjective(run, HieraTok(run.model))
     state = State(objective, run.train, machine.device)
     size = (machine.batch_size, 3, run.model.image_size, run.model.image_size)
-    batch = {"image": torch.randint(256, size, dtype=torch.uint8, device=machine.device)}
+    images = torch.randint(256, size, dtype=torch.uint8, device=machine.device)
+    state.step = run.train.steps  # the GAN's ramps are over then
+    meter = Meter(machine.device)
 
     def step() -> None:
-        losses = objective.losses(state.called, batch, run.train.steps)
-        for loss, _ in each_inside(machine.autocast, losses):
-            loss.backward()
-        norms = [
-            parallel.clip_gradients(network, objective.optimizations[name].clip_norm)
-            for name, network in state.networks.items()
-        ]
-        bad = (~torch.isfinite(torch.stack(norms)).all()).float()
-        for optimizer in state.optimizers.values():
-            parallel.step_unless(optimizer, bad)
-            optimizer.zero_grad()
-        update_ema(state.ema, state.networks[state.name], run.train.steps, run.train.ema_decay)
+        state.step -= 1
+        batch = {"image": images, "skipped": torch.zeros(1)}
+        train_step(objective, state, run.train, iter([batch]), range(1), meter)
 
     return step
 
@@ -394,7 +388,7 @@ def bench_evaluate(machine: Machine) -> list[Timed]:
     images = torch.rand(machine.batch_size, 3, 299, 299, device=machine.device)
     features = [statistics_of(torch.randn(2 * FEATURES, FEATURES)) for _ in range(2)]
     rows = measure(
-        replace(machine, dtype=torch.float32, compile=False),
+        replace(machine, precision="fp32", compile=False),
         {"Inception's features": lambda: network(images)},
         machine.batch_size,
         name="evaluate",

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hieratok.core.distributed import merge_processes, process, process_group, wait
 from hieratok.core.files import npz_names
+from hieratok.core.progress import progress
 from hieratok.data.images import Source
 from hieratok.evaluation.config import (
     EvaluateCompare,
@@ -76,7 +76,7 @@ def evaluate_reconstruction(
         load_perceptual(options.lpips, _device(options)) if perceptual is None else perceptual,
         patch_size,
     )
-    with tqdm(total=total, unit=" images", desc="reconstruction", disable=process()[0] > 0) as bar:
+    with progress(total=total, unit="images", title="reconstruction") as bar:
         for names, originals, reconstructions in pairs:
             metrics.update(names, originals, reconstructions)
             bar.update(len(names))
@@ -106,7 +106,7 @@ def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None
             batches(b, size, options.batch_size, in_b, rank, world),
         )
         ids = iter(ids[rank::world])
-        with tqdm(total=len(in_a[rank::world]), unit=" images", desc="pairs", disable=rank > 0) as bar:
+        with progress(total=len(in_a[rank::world]), unit="images", title="pairs") as bar:
             for (_, originals), (_, reconstructions) in both:
                 metrics.update([next(ids) for _ in originals], originals, reconstructions)
                 bar.update(len(originals))
@@ -222,7 +222,7 @@ def collect(
     rank, world = process()
     features = FeatureSet(network, keep)
     total = len(range(rank, len(source), world))
-    with tqdm(total=total, unit=" images", desc=what, disable=rank > 0) as bar:
+    with progress(total=total, unit="images", title=what) as bar:
         for names, images in batches(source, size, batch_size, process_index=rank, num_processes=world):
             features.update(images, names)
             bar.update(len(names))

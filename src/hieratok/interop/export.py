@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hieratok import __version__
 from hieratok.core import checkpoint
 from hieratok.core.extras import needs_extras
 from hieratok.core.files import shown
+from hieratok.core.progress import progress
 from hieratok.core.tables import Table
 from hieratok.core.typed import as_json
 from hieratok.data.images import Source, evaluation_batches, evenly_spread, open_source, to_float, to_uint8
@@ -182,7 +182,7 @@ def export(options: Export) -> list[ExportedFile]:
     files: list[ExportedFile] = []
     costs = None
     with checkpoint.atomic_folder(out) as folder:
-        for part in tqdm(parts(tokenizer), desc="export", unit=" files", leave=False):
+        for part in progress(parts(tokenizer), title="export", unit="files", leave=False):
             example = photos if part.input == "images" else latents_of(tokenizer, photos)
             path = folder / f"{part.name}{SUFFIXES[options.format]}"
             write(part, example, path)

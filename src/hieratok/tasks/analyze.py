@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hieratok.analysis.channels import (
     ACTIVE_VARIANCE,
@@ -44,6 +43,8 @@ from hieratok.core.checkpoint import write_json
 from hieratok.core.devices import best_device
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_npy, shown
+from hieratok.core.progress import progress
+from hieratok.core.seeding import numpy_generator
 from hieratok.data.images import Source, open_source, to_float, to_uint8
 from hieratok.evaluation.images import batches
 from hieratok.tokenizer.model import HieraTok
@@ -317,7 +318,7 @@ def choose_images(source: Source, options: Analyze) -> list[int]:
     """
     if len(source) < 2:
         raise ValueError("an analysis needs at least 2 images, and takes thousands for a density to trust")
-    rng = np.random.default_rng(options.seed)
+    rng = numpy_generator("images", options.seed)
     chosen = sorted(int(i) for i in rng.permutation(len(source))[: options.num])
     if options.draws:
         require_points(len(chosen))  # before the long part
@@ -334,7 +335,7 @@ def encode_source(
     codec: Codec, source: Source, indices: list[int], size: int, options: Analyze, mirror: bool
 ) -> Latents:
     """Latents of the images at `indices`, or of their mirror images; shows progress."""
-    with tqdm(total=len(indices), unit=" images", desc="encode mirrored" if mirror else "encode") as bar:
+    with progress(total=len(indices), unit="images", title="encode mirrored" if mirror else "encode") as bar:
 
         def images() -> Iterator[tuple[list[str], Tensor]]:
             for names, batch in batches(source, size, options.batch_size, indices):
@@ -383,7 +384,7 @@ def measure_decoded(
     """
     noise = seeded_noise(z.shape, options.seed)
     values: dict[Quantity, list[Tensor]] = {}
-    with tqdm(total=len(z), unit=" images", desc="decode") as bar:
+    with progress(total=len(z), unit="images", title="decode") as bar:
         for part in torch.arange(len(z)).split(options.batch_size):
             x, z_part = to_float(originals[part]), z[part]
             numbers = commutation(codec.decode, z_part, x, grids)

@@ -2,18 +2,18 @@
 
 import hashlib
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from hieratok.core import seeding
 from hieratok.core.devices import best_device
 from hieratok.core.distributed import process, process_group
 from hieratok.core.files import shown
 from hieratok.core.pictures import MAX_CELL, fit, picture_table, save_png, to_pil
+from hieratok.core.progress import progress
 from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.protocols import EvaluateReconstruction, evaluate_reconstruction
 from hieratok.evaluation.results import Result, WritePage
@@ -58,7 +58,7 @@ def reconstruct(
     titles = [f"{patch * s} px" if s < finest else "finest" for s in tokenizer.config.scales]
     columns: dict[str, list[Tensor]] = {title: [] for title in [*titles, "original"]}
     written = []
-    for i, stem in enumerate(tqdm(stems, unit=" images", desc="reconstruct")):
+    for i, stem in enumerate(progress(stems, unit="images", title="reconstruct")):
         image = center_crop(source.image(i), side) if crop else source.image(i)
         pyramid = reconstruct_any(tokenizer, image)
         for s, scale in zip(tokenizer.config.scales, pyramid, strict=True):
@@ -83,7 +83,7 @@ def reconstruct_any(tokenizer: HieraTok, image: Tensor) -> list[Tensor]:
     config = tokenizer.config
     if max(image.shape[-2:]) <= config.image_size:
         return [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
-    with tqdm(unit=" tiles", desc="tiles", leave=False, disable=image[0].numel() < 10 * config.image_size**2) as bar:
+    with progress(unit="tiles", title="tiles", leave=False, hide=image[0].numel() < 10 * config.image_size**2) as bar:
         return reconstruct_tiled(
             lambda tiles: reconstruct_pyramid(tokenizer, tiles), image, config, progress=bar.update
         )
@@ -103,17 +103,13 @@ def reconstruction_pairs(
     for names, _, originals in evaluation_batches(source, tokenizer.config.image_size, options.batch_size, rank, world):
         posterior = tokenizer.encode(to_float(originals.to(device)))
         if options.sample:
-            noise = [torch.randn(posterior.mean.shape[1:], generator=seeded(name)) for name in names]
-            z = posterior.mean + torch.exp(0.5 * posterior.logvar) * torch.stack(noise).to(device)
+            generators = [seeding.generator("posterior", name) for name in names]
+            noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators]).to(device)
+            z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
         else:
             z = posterior.mode()
         pyramid = tokenizer.decode_pyramid(z)
         yield names, originals, [to_uint8(x).cpu() for x in (pyramid if options.scales else pyramid[-1:])]
-
-
-def seeded(name: str) -> torch.Generator:
-    """A generator that depends on an image's name alone: not on batches, processes or order."""
-    return torch.Generator().manual_seed(zlib.crc32(name.encode(errors="surrogateescape")))
 
 
 def evaluate_tokenizer(options: EvaluateReconstruction, write_page: WritePage | None = None) -> Result:

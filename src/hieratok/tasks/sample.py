@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from hieratok.core import checkpoint
 from hieratok.core.devices import best_device
@@ -30,6 +29,7 @@ from hieratok.core.distributed import process, process_group, wait
 from hieratok.core.files import read_json_table, shown
 from hieratok.core.lock import lock
 from hieratok.core.pictures import save_png, to_pil
+from hieratok.core.progress import progress
 from hieratok.data.images import to_uint8
 from hieratok.data.pixels import read_image as read_pixels
 from hieratok.evaluation.features import tensors_sha256
@@ -37,7 +37,6 @@ from hieratok.generation.config import Sample, SampleConfig
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import Samples, check_fits, class_labels, sample_latents
 from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
-from hieratok.training.loop import each_inside
 
 logger = logging.getLogger(__name__)
 
@@ -197,15 +196,14 @@ def draw(
     if options.compile:
         generator.compile(dynamic=False)
     device = next(generator.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    batches = sample_latents(generator, options, whole_batches(missing, options) if options.compile else missing)
+    indices = whole_batches(missing, options) if options.compile else missing
     written = None
     with (
-        tqdm(total=len(missing), unit=" images", desc="sample", disable=process()[0] > 0) as bar,
+        progress(unit="images", title="sample", total=len(missing)) as bar,
         ThreadPoolExecutor(1) as pool,
     ):
-        for batch in each_inside(lambda: autocast, batches):
+        for batch in sample_latents(generator, options, indices, options.precision):
             if written:
                 written.result()
             if stream:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import app_fakes
-from app_fakes import load, load_and_crash, load_nothing
+from helpers import app_fakes
+from helpers.app_fakes import load, load_and_crash, load_nothing
 from hieratok.app.worker import Worker, WorkerError
 
 

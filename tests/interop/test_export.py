@@ -202,8 +202,7 @@ def test_the_cost_of_int8_is_measured_on_the_data(exported, photos):
     result = read_json_table(out / MANIFEST)["psnr"]
     assert result.pop("images") == 2
     assert set(result) == {"decoder", "decoder-scale0", "decoder-scale1"}
-    from hieratok.data.images import center_crop, to_float
-    from hieratok.data.images import open_source
+    from hieratok.data.images import center_crop, open_source, to_float
 
     source = open_source(str(photos))
     originals = torch.stack([center_crop(source.image(i), 32) for i in range(2)])

@@ -20,14 +20,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers.models import save_generator, save_tokenizer
+from helpers.servers import Server, photo, pictures
 from hieratok.app import uploads
 from hieratok.app.handlers import Demo
 from hieratok.app.server import ServeApp
 from hieratok.app.uploads import GONE, KEPT_SECONDS, LEAST_BYTES, Uploads, content_of, read_upload
 from hieratok.data.pixels import BadImageError
-from test_app import Server, photo, pictures
-from test_latents import save_tokenizer
-from test_sample import save_generator
 
 pytest.importorskip("starlette", reason="the app needs gradio, which brings it")
 from starlette.applications import Starlette

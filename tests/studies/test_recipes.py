@@ -12,7 +12,7 @@ from hieratok.generation.dit import DiT
 from hieratok.settings import load_run
 from hieratok.studies import recipes
 from hieratok.tokenizer.cost import PAPER, measure
-from hieratok.training.loop import learning_rate
+from hieratok.training.step import learning_rate
 
 # (table, name, d, scales, KL, down-sampling, attention), straight from the paper
 M, S = (1, 2, 4, 8, 16), (16,)

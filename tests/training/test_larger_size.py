@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.runs import small_run
 from hieratok import HieraTok
 from hieratok.studies import recipes
 from hieratok.tokenizer.attention import AttentionMode
 from hieratok.tokenizer.config import DownsampleMode
 from hieratok.training.tokenizer import TokenizerRun, initial_tokenizer, train_tokenizer
-from test_training import photos, small_run  # noqa: F401  `photos` is a fixture
 
 
 def saved(run: TokenizerRun, folder: Path) -> HieraTok:
@@ -65,7 +65,7 @@ def test_it_begins_as_what_the_smaller_one_does_at_its_size(
     assert pyramids[0][-1].std() > 0.1, "an image that is flat says nothing about positions"
 
 
-def test_two_steps_change_every_weight_and_are_saved(photos, tmp_path):  # noqa: F811
+def test_two_steps_change_every_weight_and_are_saved(photos, tmp_path):
     run = small_run(photos, steps=2, save_every=2, picture_every=0, ema_decay=0.0)
     saved(run, tmp_path / "before")
     larger = enlarged(run, 2, tmp_path / "before")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.pages import Reader, assert_self_contained
 from hieratok.cli import main
 from hieratok.core.glossary import EVALUATION, describe
 from hieratok.core.tables import digits, flat
 from hieratok.evaluation.reconstruction import Numbers, ReconstructionMetrics, area_resize
 from hieratok.evaluation.results import Result, format_numbers
 from hieratok.reports.evaluation import write
-from test_report import Reader, assert_self_contained
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.pages import Reader, assert_self_contained
 from hieratok import HieraTok
 from hieratok.cli import main
 from hieratok.data.images import center_crop, open_source
@@ -21,7 +22,6 @@ from hieratok.tasks.quickstart import quickstart, reconstruct_photos
 from hieratok.tokenizer.model import TokenizerConfig
 from hieratok.training.runs import speed
 from hieratok.training.tokenizer import TokenizerRun
-from test_report import Reader, assert_self_contained
 
 STEPS, BATCH = 6, 2
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -11,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,91 +21,36 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from hieratok import HieraTok, TokenizerConfig
+from helpers.runs import (
+    TORCHRUN,
+    Crash,
+    assert_same_run,
+    crash_in_step,
+    environment,
+    final_state,
+    last_step,
+    read_log,
+    same,
+    small_run,
+    start_process,
+    write_run,
+)
+from hieratok import HieraTok
 from hieratok.cli import main
 from hieratok.core import checkpoint
 from hieratok.core.checkpoint import read_table
 from hieratok.core.errors import TrainingError
+from hieratok.core.seeding import seed_of
 from hieratok.core.typed import plain
 from hieratok.losses.reconstruction import LossConfig, ReconstructionLoss
 from hieratok.settings import load_run
-from hieratok.training import loop
-from hieratok.training.config import DataConfig
+from hieratok.training import step as step_module
+from hieratok.training.config import DataConfig, Optimization, TrainConfig
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.loop import Optimization, TrainConfig, learning_rate, seed_of
 from hieratok.training.run_folder import Log, RunFolder
 from hieratok.training.runs import read_run
+from hieratok.training.step import learning_rate
 from hieratok.training.tokenizer import EvalConfig, TokenizerRun, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """Nine small images with structure."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(9):
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        coarse.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
-
-
-def small_run(photos: Path, **train) -> TokenizerRun:
-    settings = dict(
-        steps=12, batch_size=4, learning_rate=1e-3, save_every=4, log_every=2, picture_every=6, ema_decay=0.9
-    )
-    return TokenizerRun(
-        name="small",
-        model=TokenizerConfig(
-            image_size=16,
-            patch_size=4,
-            latent_channels=4,
-            scales=(1, 2, 4),
-            encoder_width=16,
-            encoder_depth=1,
-            encoder_heads=2,
-            decoder_width=24,
-            decoder_depth=2,
-            decoder_heads=2,
-            drop_path=0.2,
-        ),
-        data=DataConfig(path=str(photos), num_workers=0),
-        loss=LossConfig(perceptual_weight=0.0),
-        train=TrainConfig(**{**settings, "precision": "fp32", **train}),
-    )
-
-
-def final_state(out: Path) -> dict[str, object]:
-    """Everything a finished run holds, by name: weights, averaged weights, optimisers, counters."""
-    newest = max((out / "checkpoints").glob("step-*"))
-    state: dict[str, object] = {"counters": json.loads((newest / "counters.json").read_text())}
-    for file in newest.glob("*.safetensors"):
-        state |= {f"{file.stem}.{k}": v for k, v in load_file(file).items()}
-    state |= {f"ema.{k}": v for k, v in load_file(out / "tokenizer" / "model.safetensors").items()}
-    for file in newest.glob("*-optimizer.pt"):
-        for parameter, moments in torch.load(file, weights_only=True)["state"].items():
-            state |= {f"{file.stem}.{parameter}.{k}": v for k, v in moments.items()}
-    return state
-
-
-def same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):  # NaN: latent statistics not measured yet
-        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-    return a == b
-
-
-def read_log(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, optimisers and counters bit by bit, and the means in the log; evaluations and pictures too."""
-    first, second = final_state(a), final_state(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert same(first[name], second[name]), name
-    timing = ("images_per_second", "data_wait")
-    logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(p)] for p in (a, b)]
-    assert logs[0] == logs[1]
 
 
 def assert_same_shown(a: Path, b: Path) -> None:
@@ -158,25 +102,6 @@ def test_training_data_makes_a_difference(photos, tmp_path):
     train_tokenizer(small_run(photos, seed=1), tmp_path / "b")
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "a", tmp_path / "b")
-
-
-class Crash(Exception):
-    """Stands in for a crash of the machine at one point."""
-
-
-def crash_in_step(at: int, run: Callable[[], object]) -> None:
-    """Run something that trains; it crashes in step `at`, before that step counts."""
-    original = loop.update_ema
-
-    def crash(ema, model, step, decay):
-        if step + 1 == at:
-            raise Crash
-        original(ema, model, step, decay)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "update_ema", crash)
-        with pytest.raises(Crash):
-            run()
 
 
 @pytest.mark.parametrize("at", [1, 5, 6, 9, 12])
@@ -312,42 +237,6 @@ def test_gradient_accumulation_changes_only_rounding(photos, tmp_path):
 
 # --- real processes ---------------------------------------------------------------------------------------------------
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def write_run(run: TokenizerRun, path: Path) -> str:
-    path.write_text(yaml.safe_dump(plain(run)))
-    return str(path)
-
-
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "hieratok", *args]
-
-
-def last_step(out: Path) -> int:
-    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
-
-
-FORKED = multiprocessing.get_context("forkserver")  # of which each process starts at once: nothing is imported anew
-FORKED.set_forkserver_preload(["hieratok.training.tokenizer", "accelerate", "torch.utils.tensorboard"])
-
-
-def call_as_started(function: Callable[..., object], *args: object) -> None:
-    """A call whose data loaders begin as those of a program that was started: forked."""
-    multiprocessing.set_start_method("fork", force=True)
-    function(*args)
-
-
-def start_process(function: Callable[..., object], *args: object) -> multiprocessing.process.BaseProcess:
-    process = FORKED.Process(target=call_as_started, args=(function, *args))
-    process.start()
-    return process
-
 
 def kill_and_finish(run: TokenizerRun, out: Path, untils: Iterable[int], rng: random.Random) -> None:
     """Train; kill -9 a little after the log passes each of `untils`, and train again; then to the end."""
@@ -420,7 +309,7 @@ def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
     subprocess.run(
         [*TORCHRUN, "-m", "hieratok", "train", config, "--out", str(tmp_path / "two")],
         check=True,
-        env={**environment(), "ACCELERATE_USE_CPU": "true"},
+        env=environment(),
         timeout=300,
     )
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
@@ -699,7 +588,7 @@ def test_another_number_of_threads_is_said(photos, tmp_path, caplog):
         train_tokenizer(run, tmp_path)
     finally:
         torch.set_num_threads(threads)
-    told = f"was trained with {threads} threads up to here, and goes on with {threads + 1}"
+    told = f"was trained with {threads} threads up to here, and continues with {threads + 1}"
     assert told in caplog.text
     caplog.clear()
     train_tokenizer(small_run(photos), tmp_path / "other")
@@ -844,7 +733,7 @@ def test_ema_against_its_definition():
     for step in range(50):
         with torch.no_grad():
             model.weight.normal_()
-        loop.update_ema(ema, model, step, 0.5)
+        step_module.update_ema(ema, model, step, 0.5)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     torch.testing.assert_close(ema.weight.double(), expected, rtol=1e-5, atol=1e-6)
@@ -852,7 +741,7 @@ def test_ema_against_its_definition():
 
 def test_weight_decay_spares_norms_biases_and_positions():
     model = HieraTok(small_run(Path("x")).model)
-    optimizer = loop.make_optimizer(model, TrainConfig(), torch.device("cpu"))
+    optimizer = step_module.make_optimizer(model, TrainConfig(), torch.device("cpu"))
     names = {id(p): n for n, p in model.named_parameters()}
     decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
     spared = {names[id(p)] for p in optimizer.param_groups[1]["params"]}

@@ -17,6 +17,8 @@ import yaml
 from PIL import Image
 from scipy.stats import t as student
 
+from helpers.pages import Reader, assert_self_contained
+from helpers.runs import FEATURES, TORCHRUN, environment, start_process
 from hieratok import HieraTok
 from hieratok.analysis import convergence, density
 from hieratok.analysis.convergence import speed_up
@@ -39,9 +41,6 @@ from hieratok.studies.plan import RunStudy, place, planned_runs, prepare
 from hieratok.studies.results import Cell, Measured
 from hieratok.tokenizer import cost
 from hieratok.training.run_folder import Log
-from test_generator import FEATURES
-from test_report import Reader, assert_self_contained
-from test_training import TORCHRUN, environment, start_process
 
 STEPS = 4
 
@@ -356,7 +355,7 @@ def test_the_pages_show_paper_and_ours(finished):
 def test_two_processes_write_one_study(finished, base, tmp_path):
     """Training and evaluation share the images, and one process puts the study together."""
     command = ["-m", "hieratok", "study", "table3", "--base", base, "--out", str(tmp_path)]
-    subprocess.run([*TORCHRUN, *command], check=True, env={**environment(), "ACCELERATE_USE_CPU": "true"}, timeout=500)
+    subprocess.run([*TORCHRUN, *command], check=True, env=environment(), timeout=500)
     one, two = (json.loads((out / "table3.json").read_text())["comparisons"] for out in (finished, tmp_path))
     assert [c["measured"] for c in one] == [c["measured"] for c in two]
     a, b = (next(c["rows"] for c in result if c["measured"] == "psnr") for result in (one, two))

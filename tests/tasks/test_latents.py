@@ -9,36 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import hieratok.tasks.latents
-from hieratok import HieraTok, TokenizerConfig, cli
+from helpers.models import CONFIG, save_photos, save_tokenizer
+from helpers.runs import TORCHRUN
+from hieratok import HieraTok, cli
 from hieratok.core import checkpoint
 from hieratok.core.lock import lock
 from hieratok.data.images import ImageDataset, center_crop, open_source, to_float
 from hieratok.data.latents import LatentDataset
 from hieratok.tasks.latents import WriteLatents, write_latents
-from test_training import TORCHRUN
-
-CONFIG = TokenizerConfig(
-    image_size=16,
-    patch_size=4,
-    latent_channels=4,
-    scales=(1, 2, 4),
-    encoder_width=16,
-    encoder_depth=1,
-    encoder_heads=2,
-    decoder_width=24,
-    decoder_depth=1,
-    decoder_heads=2,
-    init_std=0.3,
-)
-
-
-def save_tokenizer(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    HieraTok(CONFIG).save_pretrained(folder / "tokenizer")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +28,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Eleven images of two classes."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(11):
-        image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((21, 18))
-        path = folder / ("cat" if i < 6 else "dog") / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
-    return folder
+    return save_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(autouse=True)

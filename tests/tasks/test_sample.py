@@ -13,31 +13,16 @@ import torch
 from PIL import Image
 
 import hieratok.tasks.sample
+from helpers.models import save_generator, save_tokenizer
+from helpers.runs import TORCHRUN
 from hieratok import HieraTok, cli
 from hieratok.core.lock import lock
 from hieratok.data.images import to_uint8
-from hieratok.evaluation.features import tensors_sha256
 from hieratok.evaluation.images import open_images
-from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
+from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents
 from hieratok.settings import load_options
 from hieratok.tasks.sample import Sample, sample
-from test_latents import save_tokenizer
-from test_training import TORCHRUN
-
-
-def save_generator(folder: Path, tokenizer: Path, **changes) -> Path:
-    """Of a DiT whose prediction depends on everything: DiT's own start would predict zero."""
-    settings = dict(latent_channels=4, latent_size=4, width=16, depth=2, heads=2, num_classes=3)
-    torch.manual_seed(0)
-    generator = DiT(DiTConfig(**{**settings, "objective": "flow", "learn_sigma": False, **changes}))
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    encoder = tensors_sha256(HieraTok.from_pretrained(tokenizer).encoder)
-    generator.latents = LatentSpace(encoder, (0.1, -0.2, 0.3, 0.0), (0.5, 1.0, 2.0, 1.5))
-    generator.save_pretrained(folder / "generator")
-    return folder
 
 
 @pytest.fixture(scope="module")

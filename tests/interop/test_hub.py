@@ -13,13 +13,13 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from helpers.saved_runs import RESULT, tokenizer_run, write_run
 from hieratok import HieraTok, push_to_hub
 from hieratok.cli import main
 from hieratok.core import checkpoint
 from hieratok.generation.dit import DiT, DiTConfig
 from hieratok.interop.hub import FILES, MAX_PICTURE, local
 from hieratok.training.generator import GeneratorRun
-from test_gallery import RESULT, tokenizer_run, write_run
 
 
 @pytest.fixture

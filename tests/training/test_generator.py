@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torch import nn
 from torch.utils.data import default_collate
 
+from helpers.models import save_photos, save_tokenizer
+from helpers.runs import FEATURES, TORCHRUN, crash_in_step, read_log, same
 from hieratok import HieraTok, cli
 from hieratok.core import checkpoint
 from hieratok.core.typed import plain
@@ -28,29 +29,17 @@ from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.settings import load_run
 from hieratok.tasks.latents import WriteLatents, write_latents
 from hieratok.training import generator as module
-from hieratok.training.config import DataConfig, GeneratorEval
+from hieratok.training.config import DataConfig, GeneratorEval, TrainConfig
 from hieratok.training.generator import GeneratorObjective, GeneratorRun, train_generator
-from hieratok.training.loop import TrainConfig
-from test_latents import photos, save_tokenizer  # noqa: F401
-from test_training import TORCHRUN, crash_in_step, read_log, same
-
-
-class Means(nn.Module):
-    """A feature network: the mean of every channel in every quarter."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-
-
-def means(weights: Path | None = None) -> nn.Module:
-    return Means()
-
-
-FEATURES = f"{__name__}:means"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, photos) -> Path:  # noqa: F811
+def photos(tmp_path_factory) -> Path:
+    return save_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, photos) -> Path:
     """A tokenizer with statistics."""
     folder = save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     write_latents(WriteLatents(run=str(folder), data=str(photos), stats_only=True, device="cpu"))
@@ -58,7 +47,7 @@ def tokenizer(tmp_path_factory, photos) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory, tokenizer, photos) -> Path:  # noqa: F811
+def latents(tmp_path_factory, tokenizer, photos) -> Path:
     folder = tmp_path_factory.mktemp("latents")
     write_latents(WriteLatents(run=str(tokenizer), data=str(photos), out=str(folder), device="cpu"))
     return folder
@@ -133,7 +122,7 @@ def test_resumed_equals_uninterrupted(tokenizer, latents, tmp_path, objective, a
     assert len(set(losses(tmp_path / "whole"))) == 6
 
 
-def test_images_train_what_their_latents_train(tokenizer, latents, photos, tmp_path, monkeypatch):  # noqa: F811
+def test_images_train_what_their_latents_train(tokenizer, latents, photos, tmp_path, monkeypatch):
     """Encoded on the fly or cached: the same images, mirrored alike, with the same noise."""
     monkeypatch.setattr(module, "LatentSpace", lambda *_: LatentSpace("x", (0.1,) * 4, (1.5,) * 4))
     monkeypatch.setattr(module, "tensors_sha256", lambda _: "x")
@@ -142,7 +131,7 @@ def test_images_train_what_their_latents_train(tokenizer, latents, photos, tmp_p
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "images"), rel=1e-4)
 
 
-def test_images_without_classes_are_one_class(tokenizer, photos, tmp_path):  # noqa: F811
+def test_images_without_classes_are_one_class(tokenizer, photos, tmp_path):
     run = small_run(tokenizer, photos / "cat")
     with pytest.raises(ValueError, match=r"of 1 classes.*add --model.num_classes 1$"):
         train_generator(run, tmp_path)
@@ -205,7 +194,9 @@ def test_the_objectives_loss(latents, monkeypatch, name):
         return model(x, t, y)
 
     torch.manual_seed(5)
-    loss, terms = next(objective.losses({"generator": predict}, batch, 0))  # type: ignore[dict-item]
+    losses = []
+    terms = objective.compute({"generator": predict}, batch, 0, losses.append)  # type: ignore[dict-item]
+    (loss,) = losses
     t, y = seen[0]
     assert torch.equal(y, batch["label"])
     assert terms.keys() == ({"loss", "mse"} if name == "flow" else {"loss", "mse", "vb"})
@@ -220,12 +211,12 @@ def test_the_objectives_loss(latents, monkeypatch, name):
         torch.testing.assert_close(loss.detach(), terms["mse"] + terms["vb"])
 
 
-def test_the_generator_alone_learns(tokenizer, photos, tmp_path):  # noqa: F811
+def test_the_generator_alone_learns(tokenizer, photos, tmp_path):
     before = HieraTok.from_pretrained(tokenizer)
     run = small_run(tokenizer, photos, steps=2)
     objective = GeneratorObjective(run, objective_of_images(run, before), before)
     batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), "label": torch.tensor([0, 1])}
-    next(objective.losses(objective.networks, batch, 0))[0].backward()
+    objective.compute(objective.networks, batch, 0, torch.Tensor.backward)
     assert all(p.grad is None for p in before.parameters())
     assert any(p.grad is not None for p in objective.networks["generator"].parameters())
 
@@ -239,7 +230,7 @@ def objective_of_images(run: GeneratorRun, tokenizer: HieraTok) -> DiT:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def test_distances_during_training(tokenizer, latents, photos, tmp_path):  # noqa: F811
+def test_distances_during_training(tokenizer, latents, photos, tmp_path):
     """As many samples as asked for, of the averaged model, against the reference; statistics or images alike."""
     judged = GeneratorEval(every=3, num_images=6, reference=str(photos), features=FEATURES, steps=3, batch_size=4)
     run = replace(small_run(tokenizer, latents), eval=judged)
@@ -264,7 +255,7 @@ def test_distances_during_training(tokenizer, latents, photos, tmp_path):  # noq
     assert from_file(trained)["fd-means"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_processes_share_the_samples_and_sample_equally_often(tokenizer, latents, photos, monkeypatch):  # noqa: F811
+def test_processes_share_the_samples_and_sample_equally_often(tokenizer, latents, photos, monkeypatch):
     judged = GeneratorEval(every=1, num_images=5, reference=str(photos), features=FEATURES, steps=1, batch_size=2)
     run = replace(small_run(tokenizer, latents), eval=judged)
     model = HieraTok.from_pretrained(tokenizer)
@@ -284,14 +275,14 @@ def test_processes_share_the_samples_and_sample_equally_often(tokenizer, latents
 
 
 @pytest.mark.slow
-def test_a_divided_model_is_shown_and_judged(tokenizer, latents, photos, tmp_path):  # noqa: F811
+def test_a_divided_model_is_shown_and_judged(tokenizer, latents, photos, tmp_path):
     """FSDP2 in two processes, which sample in the middle of training: the losses of one process."""
     judged = GeneratorEval(every=2, num_images=3, reference=str(photos), features=FEATURES, steps=2)
     run = replace(small_run(tokenizer, latents, steps=4, picture_every=1, micro_batch_size=2), eval=judged)
     train_generator(run, tmp_path / "one")
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(plain(replace(run, train=replace(run.train, parallel="fsdp2")))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     command = [*TORCHRUN, "-m", "hieratok", "train", str(config), "--out", str(tmp_path / "two")]
     subprocess.run(command, check=True, env=environment, timeout=500)
@@ -304,7 +295,7 @@ def test_a_divided_model_is_shown_and_judged(tokenizer, latents, photos, tmp_pat
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused_in_one_line(tokenizer, latents, photos, tmp_path):  # noqa: F811
+def test_what_does_not_fit_is_refused_in_one_line(tokenizer, latents, photos, tmp_path):
     run = small_run(tokenizer, latents)
     other = save_tokenizer(tmp_path / "other", seed=1)
     cases = [
@@ -329,7 +320,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tokenizer, latents, photos, tm
         train_generator(replace(run, tokenizer=str(tmp_path / "nowhere")), tmp_path / "run")
 
 
-def test_some_images_without_a_class(tokenizer, photos, tmp_path):  # noqa: F811
+def test_some_images_without_a_class(tokenizer, photos, tmp_path):
     (tmp_path / "mixed" / "cat").mkdir(parents=True)
     image = next((photos / "cat").iterdir()).read_bytes()
     (tmp_path / "mixed" / "a.png").write_bytes(image)
