@@ -223,7 +223,7 @@ def measure(tokenizer: HieraTok, options: argparse.Namespace) -> dict[str, Any]:
             features.update(pyramid[-1], names)
         nats += float(posterior.kl().sum())
         n += len(names)
-    result: dict[str, Any] = metrics.compute() | {"kl": nats / n}
+    result: dict[str, Any] = metrics.compute().to_json() | {"kl": nats / n}
     for network, features in zip(networks, sets):
         result |= distances(features.compute(), reference(network, options, size), network)
     return result

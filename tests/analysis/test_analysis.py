@@ -30,7 +30,7 @@ from hieratok.analysis.density import (
     kernel_density,
     measure_density,
 )
-from hieratok.analysis.intervals import summarize
+from hieratok.analysis.intervals import Quantity, columns_to_json, summarize, summarize_columns, to_json
 from hieratok.analysis.robustness import noise_psnr
 from hieratok.analysis.spectrum import block_dct, dct_profile, high_frequency_share, power_slope, radial_power, zigzag
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
@@ -198,12 +198,14 @@ def test_a_linear_decoder_commutes_with_area_pooling():
     codec, images = linear_codec(f=1, d=2), random(3, 3, 16, 12)  # two channels cannot hold three colours
     z = codec.encode(images)[0]
     errors = commutation(codec.decode, z, images, [(1, 1), (4, 3), (12, 9)])
-    assert list(errors) == [f"commutation_{what}/{px}px" for what in ("error", "target_mse") for px in (1, 4, 12)]
+    assert [name.key for name in errors] == [
+        f"commutation_{what}/{px}px" for what in ("error", "target_mse") for px in (1, 4, 12)
+    ]
     for grid in ((1, 1), (4, 3), (12, 9)):
-        assert (errors[f"commutation_error/{grid[0]}px"] < 1e-25).all()
+        assert (errors[Quantity("commutation_error", f"{grid[0]}px")] < 1e-25).all()
         lost = area_pool(images - codec.decode(z), grid).square().mean((1, 2, 3))
         assert (lost > 1e-4).all()
-        assert torch.allclose(errors[f"commutation_target_mse/{grid[0]}px"], lost)
+        assert torch.allclose(errors[Quantity("commutation_target_mse", f"{grid[0]}px")], lost)
 
 
 def test_commutation_error_by_hand():
@@ -221,17 +223,19 @@ def test_a_bad_reconstruction_commutes_and_is_found_out():
 
     images = random(2, 3, 16, 16)
     errors = commutation(grey, random(2, 4, 4, 4), images, [(2, 2)])
-    assert errors["commutation_error/8px"].tolist() == [0, 0]
-    assert (errors["commutation_target_mse/8px"] > 0.1).all()
+    assert errors[Quantity("commutation_error", "8px")].tolist() == [0, 0]
+    assert (errors[Quantity("commutation_target_mse", "8px")] > 0.1).all()
 
 
 def test_a_pyramid_of_pooled_images_commutes():
     images = random(2, 3, 16, 16)
     errors = pyramid_commutation(lambda z: [area_pool(images, (s, s)) for s in (4, 8, 16)], images, images)
-    assert list(errors) == [f"pyramid_{what}/{px}px" for what in ("error", "target_mse") for px in (4, 8)]
+    assert [name.key for name in errors] == [
+        f"pyramid_{what}/{px}px" for what in ("error", "target_mse") for px in (4, 8)
+    ]
     assert all((error == 0).all() for error in errors.values())
     off = pyramid_commutation(lambda z: [1.1 * area_pool(images, (8, 8)), images], images, images)
-    assert off["pyramid_error/8px"].tolist() == pytest.approx([0.01] * 2)
+    assert off[Quantity("pyramid_error", "8px")].tolist() == pytest.approx([0.01] * 2)
 
 
 def test_an_equivariant_map_has_no_equivariance_error():
@@ -239,13 +243,13 @@ def test_an_equivariant_map_has_no_equivariance_error():
     codec = linear_codec()
     z = codec.encode(images)[0]
     errors = equivariance(codec.encode, codec.decode, z, images, torch.ones(6))
-    assert set(errors) == {"reconstruction_rms"} | {
+    assert {name.key for name in errors} == {"reconstruction_rms"} | {
         f"equivariance_{part}/{tau}"
         for part in ("decoder", "encoder")
         for tau in ("rotate_90", "rotate_180", "scale_half")
     }
     for name, error in errors.items():
-        if name != "equivariance_decoder/scale_half":  # halved, a patch has two by two colours
+        if name.key != "equivariance_decoder/scale_half":  # halved, a patch has two by two colours
             assert (error < 1e-12).all(), name
 
 
@@ -263,14 +267,14 @@ def test_equivariance_is_lost_by_a_map_that_knows_positions():
     errors = equivariance(encode, codec.decode, z, images, std)
     # turned by 180 degrees the ramp runs the other way: 2 (ramp - (1 - ramp)), over 4
     expected = ((2 * (2 * ramp - 1) / 4).square().mean()).sqrt()
-    assert errors["equivariance_encoder/rotate_180"].tolist() == pytest.approx([float(expected)] * 2)
-    assert (errors["equivariance_decoder/rotate_90"] > 0.01).all()
+    assert errors[Quantity("equivariance_encoder", "rotate_180")].tolist() == pytest.approx([float(expected)] * 2)
+    assert (errors[Quantity("equivariance_decoder", "rotate_90")] > 0.01).all()
 
 
 def test_halving_is_left_out_for_odd_grids():
     images, codec = random(1, 3, 12, 12), linear_codec()
     errors = equivariance(codec.encode, codec.decode, codec.encode(images)[0], images, torch.ones(6))
-    assert not any("scale_half" in name for name in errors)
+    assert not any("scale_half" in name.key for name in errors)
 
 
 # --- spectra ----------------------------------------------------------------------------------------------------------
@@ -398,12 +402,12 @@ def test_psnr_under_noise_is_that_of_the_noise():
     images = 0.2 * random(2, 3, 64, 64).clamp(-2, 2)
     std = torch.tensor([0.5, 1.0, 2.0])
     result = noise_psnr(lambda z: z, images, images, random(2, 3, 64, 64, seed=1), std, sigmas=(0.0, 0.05, 0.1))
-    assert list(result) == ["noise_psnr/0", "noise_psnr/0.05", "noise_psnr/0.1"]
-    assert result["noise_psnr/0"].isinf().all()
+    assert [name.key for name in result] == ["noise_psnr/0", "noise_psnr/0.05", "noise_psnr/0.1"]
+    assert result[Quantity("noise_psnr", 0.0)].isinf().all()
     for sigma in (0.05, 0.1):
         variance = sigma**2 * float(std.square().mean())
         expected = 10 * math.log10(4 / variance)  # pixels run from -1 to 1
-        assert result[f"noise_psnr/{sigma}"].tolist() == pytest.approx([expected] * 2, abs=0.1)
+        assert result[Quantity("noise_psnr", sigma)].tolist() == pytest.approx([expected] * 2, abs=0.1)
 
 
 def test_noise_that_breaks_the_decoder_is_not_hidden():
@@ -414,16 +418,18 @@ def test_noise_that_breaks_the_decoder_is_not_hidden():
 def test_summaries_are_scipys_intervals():
     values = random(20)
     interval = stats.ttest_1samp(values.numpy(), 0).confidence_interval(0.95)
-    assert summarize("x/16px", values) == pytest.approx(
+    assert to_json({Quantity("x", "16px"): summarize(values)}) == pytest.approx(
         {"x/16px": float(values.mean()), "x_low/16px": interval.low, "x_high/16px": interval.high}
     )
-    table = summarize("x", torch.stack([values, 2 * values], 1))
+    table = columns_to_json("x", summarize_columns(torch.stack([values, 2 * values], 1)))
     assert table["x_high"] == pytest.approx([interval.high, 2 * interval.high])
-    infinite = summarize("x", torch.cat([values, torch.tensor([math.inf])]))
-    assert infinite["x"] == pytest.approx(float(values.mean()))
-    assert summarize("x", torch.tensor([math.inf] * 2))["x"] == math.inf
-    assert math.isnan(float(summarize("x", torch.cat([values, torch.tensor([math.nan])]))["x"]))  # type: ignore[arg-type]
-    assert math.isnan(float(summarize("x", torch.tensor([1.0]))["x_low"]))  # type: ignore[arg-type]
+    infinite = summarize(torch.cat([values, torch.tensor([math.inf])]))
+    assert infinite.mean == pytest.approx(float(values.mean()))
+    assert summarize(torch.tensor([math.inf] * 2)).mean == math.inf
+    assert math.isnan(summarize(torch.cat([values, torch.tensor([math.nan])])).mean)
+    low = summarize(torch.tensor([1.0])).low
+    assert low is not None
+    assert math.isnan(low)
 
 
 # --- codecs -----------------------------------------------------------------------------------------------------------

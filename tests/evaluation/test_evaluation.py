@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from hieratok.core.checkpoint import json_text
 from hieratok.core.distributed import process_group
 from hieratok.data.images import to_uint8
+from hieratok.evaluation import protocols
 from hieratok.evaluation.config import (
     EvaluateCompare,
     EvaluateImages,
@@ -33,14 +35,9 @@ from hieratok.evaluation.config import (
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.images import NpzImages, batches, pair
 from hieratok.evaluation.pixels import PixelMetrics
-from hieratok.evaluation.protocols import (
-    compare,
-    evaluate_images,
-    evaluate_reconstruction,
-    evaluate_samples,
-    write_statistics,
-)
+from hieratok.evaluation.protocols import compare, write_statistics
 from hieratok.evaluation.reconstruction import ReconstructionMetrics, area_resize, one_colour_per_token
+from hieratok.evaluation.results import Result
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
 
 
@@ -102,6 +99,19 @@ def images_options(a: str, b: str, **more: Any) -> EvaluateImages:
 
 def samples_options(path: str, reference: str, **more: Any) -> EvaluateSamples:
     return EvaluateSamples(path=path, reference=reference, **{"features": TINY} | more)
+
+
+def evaluate_images(options: EvaluateImages) -> dict[str, Any]:
+    """What metrics.json holds."""
+    return protocols.evaluate_images(options).to_json()
+
+
+def evaluate_samples(options: EvaluateSamples) -> dict[str, Any]:
+    return protocols.evaluate_samples(options).to_json()
+
+
+def evaluate_reconstruction(*arguments: Any, **more: Any) -> dict[str, Any]:
+    return protocols.evaluate_reconstruction(*arguments, **more).to_json()
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
@@ -573,7 +583,7 @@ def test_beside_each_scales_psnr_stands_that_of_one_colour_per_token(tmp_path: P
     for i, batch in enumerate(reconstruct(x, 4, scales=(4, 8, 16))):
         metrics[i % 2].update(*batch)
     metrics[0].merge(metrics[1])
-    assert metrics[0].compute()["scales"] == result["scales"]
+    assert metrics[0].compute().scales == result["scales"]
 
 
 def test_of_image_is_what_the_image_has_alone() -> None:
@@ -586,7 +596,7 @@ def test_of_image_is_what_the_image_has_alone() -> None:
     assert list(numbers) == ["8", "16"]
     for side, row in numbers.items():
         assert row.keys() >= {"psnr", "baseline_psnr"}
-        assert row.items() <= alone.compute()["scales"][side].items()
+        assert row.items() <= alone.compute().scales[side].items()
 
 
 def test_images_of_one_colour_per_token_are_counted_apart() -> None:
@@ -594,9 +604,9 @@ def test_images_of_one_colour_per_token_are_counted_apart() -> None:
     metrics, others = ReconstructionMetrics(patch_size=8), ReconstructionMetrics(patch_size=8)
     metrics.update(["a", "b", "flat"], x, degrade(x))
     others.update(["a", "b"], x[:2], degrade(x[:2]))
-    result = metrics.compute()
+    result = metrics.compute().finest
     assert (result["baseline_psnr_identical"], result["psnr_identical"]) == (1, 0)
-    assert result["baseline_psnr"] == others.compute()["baseline_psnr"]
+    assert result["baseline_psnr"] == others.compute().finest["baseline_psnr"]
 
 
 def test_perceptual_distances_stand_under_their_own_names(tmp_path: Path) -> None:
@@ -674,10 +684,10 @@ def test_results_with_one_manifest_are_compared_and_others_refused(
     first, second = (str(tmp_path / name / "metrics.json") for name in "bc")
     table = compare(EvaluateCompare(a=first, b=second))
     psnrs = [json.loads(Path(file).read_text())["psnr"] for file in (first, second)]
-    assert table["psnr"] == {"a": psnrs[0], "b": psnrs[1], "difference": psnrs[1] - psnrs[0]}
+    assert table["psnr"]._asdict() == {"a": psnrs[0], "b": psnrs[1], "difference": psnrs[1] - psnrs[0]}
     assert "PSNR" in capsys.readouterr().out
     compare(EvaluateCompare(a=first, b=second, json=True))
-    assert json.loads(capsys.readouterr().out) == table
+    assert json.loads(capsys.readouterr().out) == {key: row._asdict() for key, row in table.items()}
 
     with pytest.raises(ValueError, match="cannot be compared") as error:
         compare(EvaluateCompare(a=first, b=str(tmp_path / "other" / "metrics.json")))
@@ -691,6 +701,33 @@ def test_results_with_one_manifest_are_compared_and_others_refused(
         compare(EvaluateCompare(a=first, b=str(tmp_path / "text.json")))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         compare(EvaluateCompare(a=first, b=str(tmp_path / "nowhere.json")))
+
+
+def test_a_result_is_read_back_as_what_was_written(tmp_path: Path) -> None:
+    x = noise(20)
+    y = write_npz(tmp_path / "y.npz", x)
+    evaluate_reconstruction(reconstruct(x, scales=(4, 16)), reconstruction_options(tmp_path))
+    evaluate_images(images_options(y, y, out=str(tmp_path / "same")))
+    evaluate_samples(samples_options(y, y, out=str(tmp_path / "samples")))
+    for name in ("evaluation", "same", "samples"):
+        path = tmp_path / name / "metrics.json"
+        assert json_text(Result.read(path).to_json()) == path.read_text().rstrip("\n"), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": None, "psnr": "high"}, "metrics.json: psnr must be"),
+        ({"scales": {"16": 3}}, "metrics.json: scales, 16 must be a table"),
+        ({"scales": {"16": {"psnr": []}}}, "psnr must be"),
+        ({"intervals": {"16": {"psnr": [1]}}}, "metrics.json: intervals of psnr must be a list of 2"),
+        ({"warnings": "none"}, "metrics.json: warnings must be a list"),
+        ({"manifest": []}, "metrics.json: manifest must be a table"),
+    ],
+)
+def test_files_that_are_no_results(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Result.from_json({"n": 3, "psnr": 20.5, "warnings": [], "manifest": {}, **changes}, "metrics.json")
 
 
 def test_manifests_hold_what_the_numbers_depend_on(tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def test_samples_equal_torch_fidelity_from_the_files_on(seeded_inception: Path, 
         verbose=False,
         save_cpu_ram=True,  # no loader processes
     )
-    ours = evaluate_samples(EvaluateSamples(path=samples, reference=reference, weights=str(seeded_inception)))
+    options = EvaluateSamples(path=samples, reference=reference, weights=str(seeded_inception))
+    ours = evaluate_samples(options).numbers.finest
     name = load_network("inception", seeded_inception).name
     assert ours[f"fd-{name}"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours[f"kd-{name}"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)

@@ -13,8 +13,8 @@ from helpers.pages import Reader, assert_self_contained
 from hieratok.cli import main
 from hieratok.core.glossary import EVALUATION, describe
 from hieratok.core.tables import digits, flat
-from hieratok.evaluation.reconstruction import ReconstructionMetrics, area_resize
-from hieratok.evaluation.results import format_result
+from hieratok.evaluation.reconstruction import Numbers, ReconstructionMetrics, area_resize
+from hieratok.evaluation.results import Result, format_numbers
 from hieratok.reports.evaluation import write
 
 
@@ -60,12 +60,12 @@ def test_the_page_shows_coarse_scales_intervals_and_how_psnr_is_distributed(tmp_
     originals = torch.randint(0, 200, (3, 3, 16, 16), generator=random, dtype=torch.uint8)
     noise = torch.tensor([0, 3, 9], dtype=torch.uint8).view(3, 1, 1, 1)
     metrics.update(["a", "b", "c"], originals, [area_resize(originals, (8, 8)) + 5, originals + noise])
-    result = metrics.compute() | {"warnings": [], "manifest": {"protocol": "images"}, "inputs": {"a": "A", "b": "B"}}
-    result["intervals"] = {
+    intervals = {
         side: {name: (value.low, value.high) for name, value in row.items()}
         for side, row in metrics.estimates().items()
     }
-    write(tmp_path, result, metrics)
+    inputs = {"a": "A", "b": "B"}
+    write(tmp_path, Result(metrics.compute(), {"protocol": "images"}, [], inputs, intervals), metrics)
     reader = Reader((tmp_path / "index.html").read_text())
     values = [10 * math.log10(255**2 / error**2) for error in (3, 9)]
     half = 12.7062 * abs(values[0] - values[1]) / 2  # t of one degree of freedom; two values' standard error
@@ -112,7 +112,10 @@ def test_other_names_are_no_metrics():
     assert all(describe(name) is None for name in ("seconds", "nn", "psnr_patch_mean", "isotropy", "fidelity"))
     assert len({metric.label for metric in EVALUATION.values()}) == len(EVALUATION)
     assert describe("speed/32") is None
-    assert format_result({"n": 3, "psnr": 21.123456}).splitlines() == ["images          3", "PSNR (dB)  21.123"]
+    assert format_numbers(Numbers({"n": 3, "psnr": 21.123456})).splitlines() == [
+        "images          3",
+        "PSNR (dB)  21.123",
+    ]
 
 
 def test_digits():

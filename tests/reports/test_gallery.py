@@ -22,7 +22,7 @@ from hieratok.reports import page as report
 from hieratok.reports.runs import MAX_PICTURE, MAX_POINTS, Report, differing, thinned, write_report
 from hieratok.training.generator import GeneratorRun
 from hieratok.training.run_folder import flatten
-from hieratok.training.runs import find_runs, read_run, speed
+from hieratok.training.runs import Pace, find_runs, read_run, speed
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_what_runs_left_is_read(runs):
     ]  # fmt: skip
     first = found["a"]
     assert first.parameters == sum(p.numel() for p in HieraTok(CONFIG).parameters())
-    assert first.pace == speed(first.log) == {"images_seen": 160, "seconds": 20.0, "images_per_second": 8.0}
+    assert first.pace == speed(first.log) == Pace(images_seen=160, seconds=20.0, images_per_second=8.0)
     assert first.settings == flatten(plain(tokenizer_run()))
     assert [(m.where, m.numbers["psnr"], m.manifest) for m in first.measurements] == [
         ("evaluation", 21.5, RESULT["manifest"])

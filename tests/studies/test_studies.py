@@ -31,14 +31,18 @@ from hieratok.core import checkpoint
 from hieratok.core.lock import lock
 from hieratok.core.typed import plain
 from hieratok.data.images import center_crop, open_source
+from hieratok.evaluation.reconstruction import Numbers
+from hieratok.evaluation.results import Result
 from hieratok.generation.dit import DiTConfig
 from hieratok.losses.adversarial import AdversarialConfig
+from hieratok.reports import analysis as analysis_page
 from hieratok.reports import study as study_page
 from hieratok.studies import paper as studies
 from hieratok.studies import plan as study_runs
 from hieratok.studies import recipes
 from hieratok.studies import run as study
 from hieratok.studies.plan import RunStudy, place, planned_runs, prepare
+from hieratok.studies.results import Cell, Measured
 from hieratok.tokenizer import cost
 from hieratok.training.run_folder import Log
 
@@ -90,6 +94,18 @@ def small_generators(monkeypatch):
     monkeypatch.setitem(studies.SIZES, "tiny", small_size())
 
 
+def reconstructed(numbers: dict[str, float], warnings: tuple[str, ...] = ()) -> Cell:
+    """A row with one seed of which the reconstructions were measured."""
+    return Cell(measured=Measured(reconstruction=Result(Numbers(numbers), manifest={})), warnings=warnings)
+
+
+def run_study(options: RunStudy) -> dict:
+    """With all pages; what STUDY.json holds."""
+    result = study.run_study(options, study_page.write, analysis_page.write)
+    assert result is not None
+    return result.to_json()
+
+
 # --- The paper --------------------------------------------------------------------------------------------------------
 
 
@@ -129,15 +145,11 @@ def test_the_papers_probable_misprint_is_not_counted():
     assert "probably a misprint" in studies.TABLE3.note
 
     setup = prepare(RunStudy(study="table3"))
-    measured = {
-        (i, 0): {"runs": [], "measured": {"reconstruction": {"psnr": 20.0 - i, "fd-x": 5.0 + i}}, "warnings": []}
-        for i in range(6)
-    }
-    result = study.assemble(setup, measured)
-    psnr = next(c for c in result["comparisons"] if c["measured"] == "psnr")
-    assert [(line["verdict"], line["counts"]) for line in psnr["rows"][1:]] == [("agrees", True)] * 4 + [
-        ("agrees", False)
-    ]
+    cells = {(i, 0): reconstructed({"psnr": 20.0 - i, "fd-x": 5.0 + i}) for i in range(6)}
+    result = study.assemble(setup, cells)
+    psnr = next(c for c in result.comparisons if c.measured == "psnr")
+    effects = [line.effect for line in psnr.rows[1:] if line.effect]
+    assert [(effect.verdict, effect.counts) for effect in effects] == [("agrees", True)] * 4 + [("agrees", False)]
     overview = {row[1]: row[2:] for row in study_page.overview_table(result).rows}
     assert overview["psnr"] == ["4", "0", "0"]
     assert overview["fd-x (not rFID)"] == ["5", "0", "0"]
@@ -492,12 +504,12 @@ def test_interval_is_students():
 def test_effects_are_paired_by_seed():
     """Seeds differ by far more than rows do: unpaired, no effect would show."""
     setup = prepare(RunStudy(study="table4", seeds=3))
-    measured = {}
+    cells = {}
     for i in range(4):
         for seed in range(3):
             numbers = {"psnr": 20.0 + 3 * seed - 0.5 * i + 0.01 * seed * i, "fd-other": 9.0 - i}
-            measured[i, seed] = {"runs": [], "measured": {"reconstruction": numbers}, "warnings": ["few images"]}
-    result = study.assemble(setup, measured)
+            cells[i, seed] = reconstructed(numbers, ("few images",))
+    result = study.assemble(setup, cells).to_json()
     assert result["warnings"] == ["few images"]
     psnr, fd = ([c for c in result["comparisons"] if c["measured"] == key] for key in ("psnr", "fd-other"))
     line = psnr[0]["rows"][2]
@@ -508,8 +520,8 @@ def test_effects_are_paired_by_seed():
     assert (fd[0]["metric"], fd[0]["is_metric"]) == ("rFID", False)
     assert [x["difference"] for x in fd[0]["rows"]] == [None] * 4, "no difference between two networks' distances"
     assert [x["verdict"] for x in fd[0]["rows"][1:]] == ["agrees"] * 3
-    del measured[2, 1]
-    assert study.assemble(setup, measured)["comparisons"][1]["rows"][2]["effect"]["seeds"] == 2
+    del cells[2, 1]
+    assert study.assemble(setup, cells).to_json()["comparisons"][1]["rows"][2]["effect"]["seeds"] == 2
 
 
 # --- Speed-up ---------------------------------------------------------------------------------------------------------
@@ -578,8 +590,7 @@ def test_curves_that_are_none(steps, values):
 
 def test_figure4_and_generation(small_generators, base, tmp_path, capsys):
     options = dict(base=base, out=str(tmp_path), features=FEATURES)
-    result = study.run_study(RunStudy(study="figure4", **options))
-    assert result is not None
+    result = run_study(RunStudy(study="figure4", **options))
     found = result["speed_up"]
     assert found["measured"] == "fd-means"
     assert found["steps"] == [1, 2, 3, 4]
@@ -590,8 +601,7 @@ def test_figure4_and_generation(small_generators, base, tmp_path, capsys):
     assert "1.38" in (tmp_path / "figure4.md").read_text()
     before = {path.name for path in (tmp_path / "runs").iterdir()}
 
-    result = study.run_study(RunStudy(study="table6", **options))
-    assert result is not None
+    result = run_study(RunStudy(study="table6", **options))
     assert {path.name for path in (tmp_path / "runs").iterdir()} == before, "the same runs serve table 6"
     by_name = {(c["metric"], c["measured"]): c for c in result["comparisons"]}
     assert set(by_name) == {("gFID", "fd-means"), ("IS", None)}
@@ -607,8 +617,7 @@ def test_table1_trains_two_stages_and_shows_other_systems(small_generators, base
     first, second, generator = planned_runs(setup, row, 0)
     assert second.run.start_from == str(first.folder)  # type: ignore[union-attr]
     assert generator.run.tokenizer == str(second.folder)  # type: ignore[union-attr]
-    result = study.run_study(setup.options)
-    assert result is not None
+    result = run_study(setup.options)
     measured = result["rows"][index]["seeds"][0]["measured"]
     assert measured["generation"]["n"] == measured["guided"]["n"] == 6
     folder = Path(result["rows"][index]["seeds"][0]["runs"][2]["folder"]) / "measured"
@@ -619,8 +628,7 @@ def test_table1_trains_two_stages_and_shows_other_systems(small_generators, base
 
 
 def test_appendix_d_compares_scales(small_generators, base, tmp_path):
-    result = study.run_study(RunStudy(study="appendix-d", base=base, out=str(tmp_path)))
-    assert result is not None
+    result = run_study(RunStudy(study="appendix-d", base=base, out=str(tmp_path)))
     numbers = result["rows"][0]["seeds"][0]["measured"]["samples"]
     folder = Path(numbers["folder"])
     for side in (8, 16):
@@ -655,8 +663,7 @@ def test_figure5_and_appendix_b(small_generators, base, tmp_path, many_images, m
     options = dict(base=base, out=str(tmp_path / "out"), data=many_images, val=many_images)
     multi_alone = replace(studies.FIGURE5.rows[1], against=None)
     monkeypatch.setitem(studies.STUDIES, "figure5", replace(studies.FIGURE5, rows=(multi_alone,)))
-    result = study.run_study(RunStudy(study="figure5", **options))
-    assert result is not None
+    result = run_study(RunStudy(study="figure5", **options))
     assert [c["measured"] for c in result["comparisons"]] == ["density_cv", "gini", "normalized_entropy"]
     measured = result["rows"][0]["seeds"][0]["measured"]["density"]
     assert measured["manifest"]["protocol"] == "vavae", "the paper's"
@@ -669,8 +676,7 @@ def test_figure5_and_appendix_b(small_generators, base, tmp_path, many_images, m
     assert len(reader.tags("svg")) == 1
     assert f"floor {measured['floor_gini']:.4f}" in reader.text
 
-    result = study.run_study(RunStudy(study="appendix-b", **options))
-    assert result is not None
+    result = run_study(RunStudy(study="appendix-b", **options))
     single, multi = (row["seeds"][0]["measured"]["commutation"] for row in result["rows"])
     assert multi["manifest"]["protocol"] == "ours"
     assert "pyramid_error/16px" in multi
@@ -680,8 +686,7 @@ def test_figure5_and_appendix_b(small_generators, base, tmp_path, many_images, m
 
 
 def test_table7_counts_and_trains_nothing(tmp_path):
-    result = study.run_study(RunStudy(study="table7", out=str(tmp_path)))
-    assert result is not None
+    result = run_study(RunStudy(study="table7", out=str(tmp_path)))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["table7.html", "table7.json", "table7.md"]
     assert result["size"] == "paper"
     parameters = result["comparisons"][0]["rows"]

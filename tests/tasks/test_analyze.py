@@ -14,6 +14,7 @@ from PIL import Image
 from hieratok.analysis.codec import Codec
 from hieratok.analysis.density import evenness, kernel_density, measure_density
 from hieratok.analysis.meanings import lines
+from hieratok.analysis.report import LatentReport
 from hieratok.cli import main
 from hieratok.core.glossary import ANALYSIS
 from hieratok.data.images import ImageFiles, center_crop, open_source, to_float
@@ -105,7 +106,7 @@ def test_a_run(run, photos, command):
     assert result["latent_dct"][0] == 1
     assert result["manifest"]["protocol"] == "ours"
 
-    for line in lines(result):
+    for line in lines(LatentReport.from_json(result, "")):
         assert line.label in printed
     assert "analysis/index.html" in printed
     page = (run / "analysis" / "index.html").read_text()
@@ -115,6 +116,36 @@ def test_a_run(run, photos, command):
     assert ">cats</text>" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert not re.search(r"url\((?!#)", page)
+
+
+def test_a_file_is_read_back_as_what_was_written(run, photos, command, tmp_path):
+    np.save("z.npy", np.random.default_rng(0).normal(size=(100, 5)))
+    np.save("tsne.npy", np.random.default_rng(0).normal(size=(100, 2)))
+    assert command(run, "--data", photos, *QUICK, "--out", "a")[0] == 0
+    assert command("--latents", "z.npy", "--out", "b")[0] == command("--embedding", "tsne.npy", "--out", "c")[0] == 0
+    for name in "abc":
+        table = read(tmp_path / name)
+        assert json.dumps(LatentReport.from_json(table, name).to_json()) == json.dumps(table), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": "many"}, "metrics.json: n must be a whole number, not 'many'"),
+        ({"kl": "much", "kl_low": 1, "kl_high": 2}, "metrics.json: kl must be"),
+        ({"noise_psnr/0.1": 20, "noise_psnr_low/0.1": 19}, "metrics.json lacks noise_psnr_high/0.1"),
+        ({"density_cv": 0.5}, "metrics.json lacks gini"),
+        ({"effective_rank": 1.5, "participation_ratio": None}, "active_channels must be a whole number, not null"),
+        ({"manifest": 3}, "manifest must be a table"),
+        ({"channel_kl": [1]}, "channel_kl_low must be a list"),
+    ],
+)
+def test_files_that_are_no_reports(changes, message):
+    good = {"n": 3, "manifest": {}, "effective_rank": 1.5, "participation_ratio": 1, "active_channels": 1,
+            "dead_channels": 0, "channel_std": [1.0]}  # fmt: skip
+    table = {k: v for k, v in {**good, **changes}.items() if "effective_rank" not in changes or "channel" not in k}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LatentReport.from_json(table, "metrics.json")
 
 
 def test_every_number_has_a_meaning(run, photos, command, tmp_path):
@@ -183,14 +214,15 @@ def test_the_vavae_protocol_takes_samples_and_mirrored_images(photos):
 
     codec = Codec(encode, lambda z: z.repeat_interleave(8, -1).repeat_interleave(8, -2))
     options = Analyze(run="x", data="x", protocol="vavae", draws=1, decoded=2, batch_size=100)
-    result, embedding, _ = analyze_tokenizer(codec, ImageFiles(str(photos)), 32, options)
+    found = analyze_tokenizer(codec, ImageFiles(str(photos)), 32, options)
+    result, embedding = found.report.to_json(), found.embedding
     assert torch.equal(seen[0].flip(-1), seen[1])
     assert embedding is not None
     assert embedding.points.shape == (100, 2)
     assert sorted(set(embedding.labels)) == [0, 1]  # type: ignore[arg-type]
     assert "sample" in result["manifest"]["latents"]
     assert "mirror" in result["manifest"]["images"]
-    ours, _, _ = analyze_tokenizer(codec, ImageFiles(str(photos)), 32, replace(options, protocol="ours"))
+    ours = analyze_tokenizer(codec, ImageFiles(str(photos)), 32, replace(options, protocol="ours")).report.to_json()
     assert ours["density_cv"] != result["density_cv"]
     assert ours["commutation_error/16px"] == pytest.approx(result["commutation_error/16px"])
 
@@ -353,8 +385,9 @@ def test_from_python(run, photos, tmp_path):
         run=str(run), data=str(photos), draws=0, decoded=3, num=5, device="cpu", out=str(tmp_path / "out")
     )
     result = analyze(options)
-    assert result["n"] == 5
-    assert read(tmp_path / "out")["effective_rank"] == result["effective_rank"]
+    assert result.n == 5
+    assert result.channels is not None
+    assert read(tmp_path / "out")["effective_rank"] == result.channels.effective_rank
 
 
 def test_help(command, capsys):

@@ -16,8 +16,9 @@ from helpers.pages import Reader, assert_self_contained
 from hieratok import HieraTok
 from hieratok.cli import main
 from hieratok.data.images import center_crop, open_source
+from hieratok.reports.quickstart import decibels, write
 from hieratok.studies import recipes
-from hieratok.tasks.quickstart import decibels, quickstart, reconstruct_photos
+from hieratok.tasks.quickstart import quickstart, reconstruct_photos
 from hieratok.tokenizer.model import TokenizerConfig
 from hieratok.training.runs import speed
 from hieratok.training.tokenizer import TokenizerRun
@@ -65,7 +66,7 @@ def run(photos) -> TokenizerRun:
 def finished(run, tmp_path_factory) -> Path:
     """The folder of a finished quickstart."""
     out = tmp_path_factory.mktemp("runs") / "first look"
-    quickstart(out, run, generator_steps=4)
+    quickstart(out, run, generator_steps=4, write_page=write)
     return out
 
 
@@ -192,7 +193,7 @@ def test_the_page_is_there_before_the_generator_trains(finished, run, tmp_path, 
 
     monkeypatch.setattr("hieratok.tasks.quickstart.train_generator", stop)
     with pytest.raises(KeyboardInterrupt):
-        quickstart(out, run, generator_steps=4)
+        quickstart(out, run, generator_steps=4, write_page=write)
     assert str(out / "index.html") in capsys.readouterr().out
     first = (out / "index.html").read_text(encoding="utf-8")
     assert_self_contained(first)
@@ -208,7 +209,7 @@ def test_a_finished_run_is_not_trained_again(finished, run, capsys):
     before, log = weights.read_bytes(), (finished / "log.jsonl").read_text()
     metrics = json.loads((finished / "metrics.json").read_text())
     (finished / "index.html").unlink()
-    assert quickstart(finished, run, generator_steps=4) == metrics
+    assert quickstart(finished, run, generator_steps=4, write_page=write).to_json() == metrics
     assert weights.read_bytes() == before
     assert (finished / "log.jsonl").read_text() == log
     assert (finished / "index.html").is_file()
@@ -220,7 +221,7 @@ def test_a_finished_run_is_not_trained_again(finished, run, capsys):
 
 def test_speed_adds_up_the_intervals():
     log = [{"images": 20, "images_per_second": 10.0}, {"images": 50, "images_per_second": 30.0}]
-    assert speed(log) == {"images_seen": 50, "seconds": 3.0, "images_per_second": 50 / 3}
+    assert speed(log)._asdict() == {"images_seen": 50, "seconds": 3.0, "images_per_second": 50 / 3}
 
 
 def test_a_run_without_held_out_images_is_refused(run, tmp_path):

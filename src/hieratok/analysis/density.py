@@ -5,14 +5,17 @@ each point's density there is estimated with a Gaussian kernel; three numbers sa
 Uniform is not Gaussian, so each comes with a floor: what as many vectors of N(0, I) in as many dimensions give.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hieratok.core.checkpoint import atomic_file
 from hieratok.core.extras import needs_extras
+from hieratok.core.files import read_npz, shown
 from hieratok.core.progress import progress
 from hieratok.core.seeding import numpy_generator
 
@@ -31,6 +34,38 @@ class DensityMetrics(NamedTuple):
     """Gini coefficient: 0 when all are equal, towards 1 when few points have it all."""
     normalized_entropy: float
     """Entropy of the densities' shares over that of equal shares: 1 when all are equal."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """t-SNE's points with what colours them."""
+
+    points: np.ndarray
+    """(N, 2)."""
+    density: np.ndarray
+    """(N,)."""
+    labels: np.ndarray | None = None
+    """(N,) class indices, -1: none; or None."""
+    classes: Sequence[str] = ()
+    """Names of the classes, where they have any."""
+
+    def save(self, path: Path) -> None:
+        """Write an .npz whole or not at all, without the classes' names."""
+        labels = self.labels if self.labels is not None else np.full(len(self.points), -1)
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, points=self.points, density=self.density, labels=labels)
+
+    @classmethod
+    def load(cls, path: Path) -> "Embedding":
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError, PermissionError, ValueError: missing, unreadable, or not such a file.
+        """
+        arrays = read_npz(path)
+        if not {"points", "density", "labels"} <= arrays.keys():
+            raise ValueError(f"{shown(path)} holds no embedding: points, density and labels")
+        return cls(arrays["points"], arrays["density"], arrays["labels"])
 
 
 @dataclass(frozen=True)

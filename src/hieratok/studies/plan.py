@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +32,7 @@ from hieratok.settings import load_run
 from hieratok.studies import paper as studies
 from hieratok.studies.config import RunStudy, SizeName
 from hieratok.studies.paper import Row, Size, Study
+from hieratok.studies.results import Trained
 from hieratok.tasks.latents import WriteLatents, write_latents
 from hieratok.tokenizer import cost
 from hieratok.tokenizer.model import HieraTok
@@ -292,9 +293,9 @@ def _train(planned: Planned) -> None:
         train_generator(planned.run, planned.folder)
     else:
         train_tokenizer(planned.run, planned.folder)
-    facts = {**speed(read_log(planned.folder / LOG)), "hardware": hardware(), "torch": torch.__version__}
+    pace = speed(read_log(planned.folder / LOG))
     if is_first():
-        write_json(planned.folder / DONE, facts)
+        write_json(planned.folder / DONE, asdict(Trained(*pace, hardware(), torch.__version__)))
     wait()
 
 
@@ -360,7 +361,7 @@ def throughput(runs: Sequence[Planned]) -> tuple[dict[Path, float], str]:
         work = {one: gflops(one.run) for one in runs if one.run.kind == kind}
         logs = {one: log for one in work if (log := read_log(one.folder / LOG))}
         if logs:
-            done = [speed(log)["images_per_second"] * work[one] for one, log in logs.items()]
+            done = [speed(log).images_per_second * work[one] for one, log in logs.items()]
             rate = sum(done) / len(done)
             sources.append(f"{kind}s by the logs of {len(logs)} of these runs")
         else:

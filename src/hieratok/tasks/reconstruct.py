@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from hieratok.core.pictures import MAX_CELL, fit, picture_table, save_png, to_pi
 from hieratok.core.progress import progress
 from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
 from hieratok.evaluation.protocols import EvaluateReconstruction, evaluate_reconstruction
-from hieratok.evaluation.results import WritePage
+from hieratok.evaluation.results import Result, WritePage
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.tiling import reconstruct_tiled
 from hieratok.training.tokenizer import reconstruct_pyramid
@@ -113,7 +112,7 @@ def reconstruction_pairs(
         yield names, originals, [to_uint8(x).cpu() for x in (pyramid if options.scales else pyramid[-1:])]
 
 
-def evaluate_tokenizer(options: EvaluateReconstruction, write_page: WritePage | None = None) -> dict[str, Any]:
+def evaluate_tokenizer(options: EvaluateReconstruction, write_page: WritePage | None = None) -> Result:
     """The command `hieratok evaluate reconstruction`; `write_page` adds a page to `options.out`.
 
     Raises:

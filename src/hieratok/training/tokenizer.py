@@ -320,8 +320,9 @@ class Evaluation:
             scales.update(names, originals, pyramid)
         for metrics in (finest, scales):
             merge_processes(metrics)
-        *coarse, _ = scales.compute().get("scales", {None: {}}).items()
-        return finest.compute() | {f"{key}/{side}": x for side, row in coarse for key, x in row.items() if key != "n"}
+        coarse = list(scales.compute().scales.items())[:-1]
+        own = {f"{key}/{side}": x for side, row in coarse for key, x in row.items() if key != "n"}
+        return finest.compute().finest | own
 
 
 @torch.no_grad()
