@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hieratok.bench.suite import Machine, measure, table
 from hieratok.bench.timing import Call
 from hieratok.core.devices import best_device
+from hieratok.core.typed import as_json
 from hieratok.studies import recipes
 from hieratok.tokenizer.attention import scale_attention
 from hieratok.tokenizer.scales import Scales
@@ -75,7 +76,7 @@ def main() -> None:
         result[precision] = side_by_side(machine, args.recipe)
         print(f"\n{precision}\n{table(result[precision])}", flush=True)
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+        Path(args.out).write_text(json.dumps(as_json(result), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from hieratok import HieraTok
 from hieratok.bench.suite import Machine, measure, table
 from hieratok.bench.timing import Call
 from hieratok.core.devices import best_device
+from hieratok.core.typed import as_json
 from hieratok.studies import recipes
 
 
@@ -73,7 +74,7 @@ def main() -> None:
         rows = measure(machine, calls, args.batch_size, to, "autoencoders")
     print(table(rows))
     if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+        Path(args.out).write_text(json.dumps(as_json(rows), indent=2) + "\n")
 
 
 if __name__ == "__main__":

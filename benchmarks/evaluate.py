@@ -81,7 +81,7 @@ def main() -> None:
             path=str(samples), reference=str(reference), weights=weights, batch_size=args.batch_size
         )
         with contextlib.redirect_stdout(io.StringIO()):
-            result = evaluate_samples(options)
+            result = evaluate_samples(options).numbers.finest
         ours = time.perf_counter() - started
 
         started = time.perf_counter()

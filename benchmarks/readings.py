@@ -36,8 +36,7 @@ from hieratok.studies.recipes import single
 from hieratok.tokenizer import model as tokenizer_model
 from hieratok.tokenizer.downsample import ConvBranch, ConvDownsample
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
-from hieratok.training.config import DataConfig
-from hieratok.training.loop import TrainConfig
+from hieratok.training.config import DataConfig, TrainConfig
 from hieratok.training.run_folder import LOG
 from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
 
@@ -212,7 +211,7 @@ def measure(tokenizer: HieraTok, options: argparse.Namespace) -> dict[str, Any]:
     size = tokenizer.config.image_size
     perceptual = PerceptualLoss("squeeze-caffe", options.squeezenet)
     metrics = ReconstructionMetrics(None, [perceptual])
-    networks = [load_network("squeezenet", options.squeezenet), load_network("mobilenetv2", options.mobilenet)]
+    networks = [load_network("squeezenet", options.squeezenet), load_network("mobilenetv2:load", options.mobilenet)]
     sets = [FeatureSet(network) for network in networks]
     nats, n = 0.0, 0
     source = open_source(options.val)
@@ -224,7 +223,7 @@ def measure(tokenizer: HieraTok, options: argparse.Namespace) -> dict[str, Any]:
             features.update(pyramid[-1], names)
         nats += float(posterior.kl().sum())
         n += len(names)
-    result: dict[str, Any] = metrics.compute() | {"kl": nats / n}
+    result: dict[str, Any] = metrics.compute().to_json() | {"kl": nats / n}
     for network, features in zip(networks, sets):
         result |= distances(features.compute(), reference(network, options, size), network)
     return result

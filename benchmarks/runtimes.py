@@ -14,15 +14,15 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from hieratok import HieraTok
-from hieratok.bench.suite import Machine, measure, table
+from hieratok.bench.suite import Machine, Timed, measure, table
 from hieratok.bench.timing import Call
+from hieratok.core.typed import as_json
 from hieratok.interop import export
 from hieratok.studies import recipes
 
@@ -54,7 +54,7 @@ def tiny_autoencoder(values: int, batch_size: int) -> tuple[AutoencoderTiny, Ten
 
 
 @torch.inference_mode()
-def side_by_side(recipe: str, batch_size: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+def side_by_side(recipe: str, batch_size: int, rounds: int, folder: Path) -> list[Timed]:
     """Rows: encode, decode and preview in every runtime, as ratios to PyTorch; AutoencoderTiny to our preview."""
     machine = Machine(CPU, torch.float32, batch_size, rounds, compile=False)
     tokenizer = HieraTok(recipes.get(recipe).model).eval()
@@ -98,7 +98,7 @@ def main() -> None:
             result[batch_size] = side_by_side(recipe, batch_size, rounds, Path(folder))
         print(f"\n{recipe}, {batch_size} image{'s' * (batch_size > 1)}\n{table(result[batch_size])}", flush=True)
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+        Path(args.out).write_text(json.dumps(as_json(result), indent=2) + "\n")
 
 
 if __name__ == "__main__":

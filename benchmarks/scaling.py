@@ -8,7 +8,7 @@ Random weights of the recipe. At other sizes than the recipe's, token grids grow
 import argparse
 import io
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from hieratok import HieraTok
-from hieratok.bench.suite import Machine, measure, table
+from hieratok.bench.suite import Machine, Timed, measure, table
 from hieratok.core.devices import best_device
+from hieratok.core.typed import as_json
 from hieratok.studies import recipes
 from hieratok.tokenizer.model import TokenizerConfig
 from hieratok.tokenizer.scales import Scales
@@ -31,8 +32,29 @@ def tokens(config: TokenizerConfig, side: int) -> int:
     return Scales.of(config.scales, (grid, grid)).num_tokens
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What decoding took, and of what."""
+
+    timed: Timed
+    side: int
+    """Of the images, in pixels."""
+    batch: int
+    scales: tuple[int, ...]
+    tokens: int
+
+    @property
+    def images_per_second(self) -> float:
+        assert self.timed.images_per_second is not None
+        return self.timed.images_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {"side": self.side, "batch": self.batch, "scales": self.scales, "tokens": self.tokens}
+        return {**self.timed.to_json(), **facts}
+
+
 @torch.inference_mode()
-def decoding(machine: Machine, config: TokenizerConfig, side: int, batch_size: int) -> dict[str, Any]:
+def decoding(machine: Machine, config: TokenizerConfig, side: int, batch_size: int) -> Decoding:
     """One row: decode latents of images of `side` pixels."""
     model = HieraTok(config).eval().to(machine.device)
     grid = side // config.patch_size
@@ -44,10 +66,10 @@ def decoding(machine: Machine, config: TokenizerConfig, side: int, batch_size: i
 
     name = f"{side} px, scales {', '.join(map(str, config.scales))}, batch {batch_size}"
     (row,) = measure(machine, {name: decode}, batch_size, name=name)
-    return {**row, "side": side, "batch": batch_size, "scales": config.scales, "tokens": tokens(config, side)}
+    return Decoding(row, side, batch_size, config.scales, tokens(config, side))
 
 
-def plot(result: dict[str, list[dict[str, Any]]], hardware: str, path: Path) -> None:
+def plot(result: dict[str, list[Decoding]], hardware: str, path: Path) -> None:
     """Three panels: seconds an image over side, over scale list, over batch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,27 +77,25 @@ def plot(result: dict[str, list[dict[str, Any]]], hardware: str, path: Path) -> 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     by_side, by_scales, by_batch = figure.subplots(1, 3)
     rows = result["resolution"]
-    by_side.loglog([r["tokens"] for r in rows], [1 / r["images_per_second"] for r in rows], "o-", label="measured")
+    by_side.loglog([r.tokens for r in rows], [1 / r.images_per_second for r in rows], "o-", label="measured")
     first = rows[0]
     by_side.loglog(
-        [r["tokens"] for r in rows],
-        [r["tokens"] / first["tokens"] / first["images_per_second"] for r in rows],
+        [r.tokens for r in rows],
+        [r.tokens / first.tokens / first.images_per_second for r in rows],
         "--",
         label="in proportion to tokens",
     )
-    by_side.set_xticks(
-        [r["tokens"] for r in rows], [f"{r['side']} px\n{r['tokens']:,} tokens" for r in rows], fontsize=8
-    )
+    by_side.set_xticks([r.tokens for r in rows], [f"{r.side} px\n{r.tokens:,} tokens" for r in rows], fontsize=8)
     by_side.minorticks_off()
     by_side.set(ylabel="seconds an image", title="resolution")
     by_side.legend(frameon=False, fontsize=8)
     rows = result["scales"]
-    by_scales.barh([", ".join(map(str, r["scales"])) for r in rows], [1 / r["images_per_second"] for r in rows])
+    by_scales.barh([", ".join(map(str, r.scales)) for r in rows], [1 / r.images_per_second for r in rows])
     by_scales.set(xlabel="seconds an image", title="scale list")
     rows = result["batch"]
-    by_batch.plot([r["batch"] for r in rows], [r["images_per_second"] for r in rows], "o-")
+    by_batch.plot([r.batch for r in rows], [r.images_per_second for r in rows], "o-")
     by_batch.set(xlabel="images at a time", ylabel="images/s", title="batch")
-    by_batch.set_ylim(0, 1.1 * max(r["images_per_second"] for r in rows))
+    by_batch.set_ylim(0, 1.1 * max(r.images_per_second for r in rows))
     figure.suptitle(hardware, fontsize=9)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
@@ -103,9 +123,9 @@ def main() -> None:
         "batch": [decoding(machine, config, side, batch_size) for batch_size in args.batch_sizes],
     }
     for name, rows in result.items():
-        print(f"\n{name}\n{table(rows)}")
+        print(f"\n{name}\n{table([row.timed for row in rows])}")
     if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+        Path(args.out).write_text(json.dumps(as_json(result), indent=2) + "\n")
     if args.plot:
         plot(result, f"{args.recipe}, {args.precision}, {hardware()}", Path(args.plot))
 

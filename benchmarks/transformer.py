@@ -20,6 +20,7 @@ from hieratok.bench.suite import Machine, measure, table
 from hieratok.bench.timing import Call
 from hieratok.core.devices import best_device
 from hieratok.core.layers import Blocks
+from hieratok.core.typed import as_json
 from hieratok.studies import recipes
 from hieratok.tokenizer.scales import Scales
 from hieratok.tokenizer.vit import Block
@@ -68,7 +69,7 @@ def main() -> None:
     rows = measure(machine, calls, args.batch_size, {n: "ours" for n in calls if n != "ours"}, "transformer")
     print(table(rows))
     if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+        Path(args.out).write_text(json.dumps(as_json(rows), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hieratok.bench.timing import count_flops
+from hieratok.core.precision import autocast
 from hieratok.generation.dit import DiT, LatentSpace
 from hieratok.losses.vf import VFConfig
 from hieratok.studies import recipes
 from hieratok.tokenizer.model import HieraTok
 from hieratok.training.generator import GeneratorObjective
-from hieratok.training.loop import each_inside
 from hieratok.training.tokenizer import TokenizerObjective
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -172,11 +172,8 @@ def make_step(run: recipes.Run, batch_size: int) -> tuple[Callable[[], None], An
         network.train()
 
     def step() -> None:
-        def autocast() -> torch.autocast:
-            return torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bf16")
-
-        for loss, _ in each_inside(autocast, objective.losses(objective.networks, batch, run.train.steps)):
-            loss.backward()
+        with autocast(torch.device("cpu"), run.train.precision):
+            objective.compute(objective.networks, batch, run.train.steps, Tensor.backward)
         for network in objective.networks.values():
             network.zero_grad()
 

@@ -107,3 +107,18 @@ def test_rules(importer, forbidden):
 
 def test_only_the_table_of_commands_imports_commands():
     assert {module for module, name in imports() if room(name) == "commands"} == {"cli"}
+
+
+def test_no_test_imports_another_test():
+    tests = Path(__file__).parent
+    paths = list(tests.rglob("test_*.py"))
+    imported = {
+        node.module
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert len(paths) > 40
+    assert not imported & {path.stem for path in paths}
+    rooms = {path.name for path in tests.iterdir() if path.is_dir()} - {"helpers", "__pycache__"}
+    assert rooms <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}

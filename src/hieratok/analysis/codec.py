@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hieratok.core.pixels import to_float
+from hieratok.core.seeding import generator
 
 # images (B, 3, H, W) in [-1, 1] -> mean (B, d, h, w) and log-variance of the same shape; None if not variational
 Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -43,7 +44,7 @@ class Latents:
         """One draw of every posterior, (N, d, h, w); the mean where there is no posterior."""
         if self.logvar is None:
             return self.mean
-        noise = torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(self.mean.shape, generator=generator("posterior", seed))
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 

@@ -1,6 +1,7 @@
 """Does decoding commute with shrinking and turning? Appendix B's approximation, and EQ-VAE's equivariance, as numbers.
 
-Every function takes one batch and gives one number per image, under its name in `metrics.json`.
+Every function takes one batch and gives one number per image for each quantity; `Quantity.key` is its name in
+`metrics.json`.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hieratok.analysis.codec import Decode, DecodePyramid, Encode
+from hieratok.analysis.intervals import Quantity
 from hieratok.tokenizer.scales import area_pool
 
 
@@ -34,7 +36,7 @@ def target_mse(coarse: Tensor, images: Tensor) -> Tensor:
     return (coarse - area_pool(images, (coarse.shape[-2], coarse.shape[-1]))).square().flatten(1).mean(1)
 
 
-def commutation(decode: Decode, z: Tensor, images: Tensor, grids: list[tuple[int, int]]) -> dict[str, Tensor]:
+def commutation(decode: Decode, z: Tensor, images: Tensor, grids: list[tuple[int, int]]) -> dict[Quantity, Tensor]:
     """Commutation of any tokenizer: z area-pooled to each grid and decoded by itself.
 
     Args:
@@ -50,7 +52,7 @@ def commutation(decode: Decode, z: Tensor, images: Tensor, grids: list[tuple[int
     return _errors("commutation", [decode(area_pool(z, grid)) for grid in grids], full, images)
 
 
-def pyramid_commutation(decode_pyramid: DecodePyramid, z: Tensor, images: Tensor) -> dict[str, Tensor]:
+def pyramid_commutation(decode_pyramid: DecodePyramid, z: Tensor, images: Tensor) -> dict[Quantity, Tensor]:
     """Commutation of a multi-scale tokenizer, whose decoder pools z itself: each scale of one pyramid with its finest.
 
     This is what HieraTok trains (eqs. 8, 9). Returns `pyramid_error/{height}px` and `pyramid_target_mse/{height}px`.
@@ -59,9 +61,9 @@ def pyramid_commutation(decode_pyramid: DecodePyramid, z: Tensor, images: Tensor
     return _errors("pyramid", coarse, full, images)
 
 
-def _errors(name: str, coarse: list[Tensor], full: Tensor, images: Tensor) -> dict[str, Tensor]:
-    errors = {f"{name}_error/{x.shape[-2]}px": commutation_error(x, full) for x in coarse}
-    return errors | {f"{name}_target_mse/{x.shape[-2]}px": target_mse(x, images) for x in coarse}
+def _errors(name: str, coarse: list[Tensor], full: Tensor, images: Tensor) -> dict[Quantity, Tensor]:
+    errors = {Quantity(f"{name}_error", f"{x.shape[-2]}px"): commutation_error(x, full) for x in coarse}
+    return errors | {Quantity(f"{name}_target_mse", f"{x.shape[-2]}px"): target_mse(x, images) for x in coarse}
 
 
 def halve(x: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def equivariance(encode: Encode, decode: Decode, z: Tensor, images: Tensor, std: Tensor) -> dict[str, Tensor]:
+def equivariance(encode: Encode, decode: Decode, z: Tensor, images: Tensor, std: Tensor) -> dict[Quantity, Tensor]:
     """How far transforming latents is from transforming images: root mean squares, one per image.
 
     Args:
@@ -92,12 +94,12 @@ def equivariance(encode: Encode, decode: Decode, z: Tensor, images: Tensor, std:
         left out where the latent grid has an odd side.
     """
     scale = torch.where(std > 0, std, 1.0).to(z)[:, None, None]
-    errors = {"reconstruction_rms": rms(decode(z) - images)}
+    errors = {Quantity("reconstruction_rms"): rms(decode(z) - images)}
     for name, tau in TRANSFORMS.items():
         if name == "scale_half" and (z.shape[-2] % 2 or z.shape[-1] % 2):
             continue
-        errors[f"equivariance_decoder/{name}"] = rms(decode(tau(z)) - tau(images))
-        errors[f"equivariance_encoder/{name}"] = rms((encode(tau(images))[0] - tau(z)) / scale)
+        errors[Quantity("equivariance_decoder", name)] = rms(decode(tau(z)) - tau(images))
+        errors[Quantity("equivariance_encoder", name)] = rms((encode(tau(images))[0] - tau(z)) / scale)
     return errors
 
 

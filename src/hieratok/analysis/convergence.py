@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hieratok.core.extras import needs_extras
+from hieratok.core.seeding import numpy_generator
 
 SHARES = (0.5, 0.75, 1.0)
 """Levels are what the baseline has reached after these shares of its steps."""
@@ -64,7 +65,7 @@ def speed_up(
         if array.ndim != 2 or array.shape[1] != len(x) or not (np.isfinite(array).all() and (array > 0).all()):
             raise ValueError(f"curves must be positive numbers, one for each of the {len(x)} steps and each seed")
         curves.append(np.log(array))
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator("bootstrap", seed)
     fitted = [monotone(curve.mean(0)) for curve in curves]
     resampled = [[monotone(resample(x, curve, rng)) for curve in curves] for _ in range(REPLICATES)]
     result = []

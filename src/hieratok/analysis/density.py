@@ -5,15 +5,19 @@ each point's density there is estimated with a Gaussian kernel; three numbers sa
 Uniform is not Gaussian, so each comes with a floor: what as many vectors of N(0, I) in as many dimensions give.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
+from hieratok.core.checkpoint import atomic_file
 from hieratok.core.extras import needs_extras
+from hieratok.core.files import read_npz, shown
+from hieratok.core.progress import progress
+from hieratok.core.seeding import numpy_generator
 
 PERPLEXITY = 30
 ITERATIONS = 1_000
@@ -30,6 +34,38 @@ class DensityMetrics(NamedTuple):
     """Gini coefficient: 0 when all are equal, towards 1 when few points have it all."""
     normalized_entropy: float
     """Entropy of the densities' shares over that of equal shares: 1 when all are equal."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """t-SNE's points with what colours them."""
+
+    points: np.ndarray
+    """(N, 2)."""
+    density: np.ndarray
+    """(N,)."""
+    labels: np.ndarray | None = None
+    """(N,) class indices, -1: none; or None."""
+    classes: Sequence[str] = ()
+    """Names of the classes, where they have any."""
+
+    def save(self, path: Path) -> None:
+        """Write an .npz whole or not at all, without the classes' names."""
+        labels = self.labels if self.labels is not None else np.full(len(self.points), -1)
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, points=self.points, density=self.density, labels=labels)
+
+    @classmethod
+    def load(cls, path: Path) -> "Embedding":
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError, PermissionError, ValueError: missing, unreadable, or not such a file.
+        """
+        arrays = read_npz(path)
+        if not {"points", "density", "labels"} <= arrays.keys():
+            raise ValueError(f"{shown(path)} holds no embedding: points, density and labels")
+        return cls(arrays["points"], arrays["density"], arrays["labels"])
 
 
 @dataclass(frozen=True)
@@ -124,7 +160,7 @@ def draw_points(latents: np.ndarray, num: int, seed: int, draw: int, mirrored: n
         (min(N, num), d).
     """
     n, _, h, w = latents.shape
-    rng = np.random.default_rng((seed, draw))
+    rng = numpy_generator("points", seed, draw)
     images = np.arange(n) if n <= num else rng.permutation(n)[:num]
     y, x = rng.integers(h, size=len(images)), rng.integers(w, size=len(images))
     points = latents[images, :, y, x]
@@ -136,7 +172,7 @@ def draw_points(latents: np.ndarray, num: int, seed: int, draw: int, mirrored: n
 
 def gaussian_points(num: int, channels: int, seed: int, draw: int) -> np.ndarray:
     """N(0, I): (num, channels) float32, for the floor."""
-    return np.random.default_rng((seed, draw)).standard_normal((num, channels), dtype=np.float32)
+    return numpy_generator("noise", seed, draw).standard_normal((num, channels), dtype=np.float32)
 
 
 def measure_density(point_sets: Iterable[np.ndarray], total: int, title: str = "t-SNE") -> DensityReport:
@@ -146,7 +182,7 @@ def measure_density(point_sets: Iterable[np.ndarray], total: int, title: str = "
         ValueError: no sets, or points that `embed` refuses.
     """
     metrics, first = [], None
-    for points in tqdm(point_sets, total=total, desc=title, unit=" draws"):
+    for points in progress(point_sets, total=total, title=title, unit="draws"):
         embedding = embed(points)
         density = kernel_density(embedding)
         metrics.append(evenness(density))

@@ -1,30 +1,121 @@
-"""One number per image -> a mean with its interval."""
+"""One number per image -> a mean with its interval; and such means in a file, under names like `noise_psnr/0.1`."""
 
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hieratok.core.estimates import Estimate
+from hieratok.core.typed import typed
 
 
-def summarize(key: str, values: Tensor) -> dict[str, float | list[float]]:
-    """The mean over images of each column, and the 95% interval of that mean (Student's t).
+class Quantity(NamedTuple):
+    """What a number is of."""
+
+    stem: str
+    """Its name in the glossary, such as `noise_psnr`."""
+    detail: str | float = ""
+    """Which scale or transform, or how much noise; empty where there is but one."""
+
+    @property
+    def detail_text(self) -> str:
+        """The detail as it stands in a file."""
+        return self.detail if isinstance(self.detail, str) else f"{self.detail:g}"
+
+    @property
+    def key(self) -> str:
+        """Its name in a file: `stem` or `stem/detail`."""
+        return self._key("")
+
+    def end(self, which: str) -> str:
+        """The name of one of its interval's ends, `low` or `high`: `stem_low/detail`."""
+        return self._key(f"_{which}")
+
+    def _key(self, suffix: str) -> str:
+        return f"{self.stem}{suffix}" + f"/{self.detail_text}" * bool(self.detail_text)
+
+    @classmethod
+    def of_key(cls, key: str) -> "Quantity":
+        """The inverse of `key`."""
+        stem, _, detail = key.partition("/")
+        try:
+            return cls(stem, float(detail))
+        except ValueError:
+            return cls(stem, detail)
+
+
+def summarize(values: Tensor) -> Estimate:
+    """The mean over images, and the 95% interval of that mean (Student's t).
 
     Args:
-        key: the number's name, such as `slope`, or with a detail behind a slash, such as `noise_psnr/0.1`.
-        values: (N,) or (N, k), a row for each image. Infinite values (the PSNR of identical images) are left out; a
-            column that has none but these is infinite.
-
-    Returns:
-        `key`, `key_low` and `key_high` (`noise_psnr_low/0.1` with a detail): numbers, or lists of k. The interval of
-        fewer than two images is NaN.
+        values: (N,). Infinite ones (the PSNR of identical images) are left out; if there are none but these, the mean
+            is infinite. The interval of fewer than two images is NaN.
     """
-    stem, slash, detail = key.partition("/")
-    columns = values.double().reshape(len(values), -1).T
-    rows = []
-    for column in columns:
-        found = Estimate.of(column.tolist())
-        rows.append((found.mean, *(math.nan if end is None else end for end in (found.low, found.high))))
-    keys = (key, f"{stem}_low{slash}{detail}", f"{stem}_high{slash}{detail}")
-    lists = dict(zip(keys, map(list, zip(*rows))))
-    return {name: column[0] for name, column in lists.items()} if values.ndim == 1 else dict(lists)
+    found = Estimate.of(values.double().tolist())
+    return found if found.low is not None else Estimate(found.mean, math.nan, math.nan)
+
+
+def summarize_columns(values: Tensor) -> list[Estimate]:
+    """`summarize` of each column of (N, k)."""
+    return [summarize(column) for column in values.T]
+
+
+def to_json(values: Mapping[Quantity, Estimate]) -> dict[str, float | None]:
+    """Means and the ends of their intervals by name, three for each."""
+    return {
+        name: number
+        for quantity, value in values.items()
+        for name, number in zip(_keys(quantity), (value.mean, value.low, value.high))
+    }
+
+
+def columns_to_json(stem: str, values: list[Estimate]) -> dict[str, list[float | None]]:
+    """The same of numbers that come as a list: `stem`, `stem_low` and `stem_high`."""
+    rows = [(value.mean, value.low, value.high) for value in values]
+    return dict(zip(_keys(Quantity(stem)), map(list, zip(*rows))))
+
+
+def from_json(table: Mapping[str, Any], where: str) -> dict[Quantity, Estimate]:
+    """Every mean in a table that has an interval beside it, in order. A number that is not finite is null in a file,
+    and NaN here.
+
+    Args:
+        table: as `to_json` gives it, among other values.
+        where: its file, for messages.
+
+    Raises:
+        ValueError: something that is no number, or an end that is missing.
+    """
+    found = {}
+    for key in table:
+        quantity = Quantity.of_key(key)
+        if quantity.end("low") in table and not isinstance(table[key], list):
+            found[quantity] = Estimate(*(read_number(table, name, where) for name in _keys(quantity)))
+    return found
+
+
+def columns_from_json(table: Mapping[str, Any], stem: str, where: str) -> list[Estimate]:
+    """The inverse of `columns_to_json`; empty if there are no such numbers. Raises as `from_json`."""
+    if stem not in table:
+        return []
+    columns = [typed(table.get(name), list[float | None], f"{where}: {name}") for name in _keys(Quantity(stem))]
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"{where}: {stem} and its intervals have different lengths")
+    return [Estimate(*(math.nan if x is None else x for x in row)) for row in zip(*columns)]
+
+
+def read_number(table: Mapping[str, Any], key: str, where: str) -> float:
+    """A number of a table; NaN for null. A whole one stays one.
+
+    Raises:
+        ValueError: it is missing, or no number.
+    """
+    if key not in table:
+        raise ValueError(f"{where} lacks {key}")
+    value = typed(table[key], int | float | None, f"{where}: {key}")
+    return math.nan if value is None else value
+
+
+def _keys(quantity: Quantity) -> tuple[str, str, str]:
+    return quantity.key, quantity.end("low"), quantity.end("high")

@@ -1,9 +1,11 @@
-"""The numbers in an analysis' `metrics.json` as typed values, each with its meaning and what it is compared with."""
+"""The numbers of an analysis, each with its meaning and what it is compared with."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from hieratok.analysis.density import DensityMetrics
+from hieratok.analysis.intervals import Quantity
+from hieratok.analysis.report import LatentReport
 from hieratok.core.estimates import Estimate
 from hieratok.core.glossary import ANALYSIS, Metric
 from hieratok.core.tables import Table, digits
@@ -11,17 +13,25 @@ from hieratok.core.tables import Table, digits
 
 @dataclass(frozen=True)
 class Line:
-    """One number of a result."""
+    """One number of a report."""
 
-    metric: Metric
-    detail: str
-    """Which scale, transform or sigma; empty where there is but one."""
+    quantity: Quantity
     value: Estimate
     """With the interval over images, where there is one."""
-    deviation: float | None
+    deviation: float | None = None
     """Standard deviation over draws of points; None: not of draws."""
-    floor: float | None
+    floor: float | None = None
     """What Gaussian noise gives; None: it was not measured."""
+
+    @property
+    def metric(self) -> Metric:
+        """What the number is."""
+        return ANALYSIS[self.quantity.stem]
+
+    @property
+    def detail(self) -> str:
+        """Which scale, transform or sigma, in words; empty where there is but one."""
+        return self.quantity.detail_text.replace("_", " ")
 
     @property
     def label(self) -> str:
@@ -43,25 +53,28 @@ DIGITS = 4
 HEADS = ["number", "value", "± or 95% interval", "Gaussian floor", "better"]
 
 
-def lines(result: Mapping[str, Any], stems: Iterable[str] = ANALYSIS) -> list[Line]:
-    """The numbers of a `metrics.json` called `stem` or `stem/detail`, in the order of `stems`."""
-    found = []
-    for stem in stems:
-        for key, value in result.items():
-            name, slash, detail = key.partition("/")
-            if name != stem:
-                continue
-            low, high = (result.get(f"{stem}_{end}{slash}{detail}") for end in ("low", "high"))
-            found.append(
-                Line(
-                    ANALYSIS[stem],
-                    detail.replace("_", " "),
-                    Estimate(value, low, high),
-                    result.get(f"{stem}_std"),
-                    result.get(f"floor_{stem}"),
-                )
-            )
-    return found
+def lines(report: LatentReport, stems: Iterable[str] = ANALYSIS) -> list[Line]:
+    """The numbers of a report that are called by `stems`, in their order."""
+    found = list(_numbers(report))
+    return [line for stem in stems for line in found if line.quantity.stem == stem]
+
+
+def _numbers(report: LatentReport) -> Iterator[Line]:
+    if (density := report.density) is not None:
+        for name in DensityMetrics._fields:
+            deviation, floor = (getattr(part, name) if part else None for part in (density.std, density.floor))
+            yield Line(Quantity(name), Estimate(getattr(density.mean, name)), deviation, floor)
+    if (channels := report.channels) is not None:
+        for name in ("effective_rank", "participation_ratio", "active_channels", "dead_channels"):
+            yield Line(Quantity(name), Estimate(getattr(channels, name)))
+        if channels.kl is not None:
+            yield Line(Quantity("kl"), channels.kl)
+    for quantity, value in report.decoded.items():
+        yield Line(quantity, value)
+    for maps, spectrum in report.spectra.items():
+        yield Line(Quantity(f"{maps}_power_slope"), spectrum.power_slope)
+        if spectrum.high_frequency_share is not None:
+            yield Line(Quantity(f"{maps}_high_frequency_share"), spectrum.high_frequency_share)
 
 
 def table(found: Iterable[Line], caption: str = "") -> Table:

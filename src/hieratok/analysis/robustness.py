@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from hieratok.analysis.codec import Decode
+from hieratok.analysis.intervals import Quantity
 from hieratok.core.pixels import to_uint8
+from hieratok.core.seeding import generator
 from hieratok.evaluation.pixels import psnr
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -14,7 +16,7 @@ SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 def noise_psnr(
     decode: Decode, z: Tensor, images: Tensor, noise: Tensor, std: Tensor, sigmas: Sequence[float] = SIGMAS
-) -> dict[str, Tensor]:
+) -> dict[Quantity, Tensor]:
     """PSNR in dB of D(z + sigma eps) against the image.
 
     Args:
@@ -26,16 +28,16 @@ def noise_psnr(
         sigmas: how much noise.
 
     Returns:
-        `noise_psnr/{sigma}`, (B,) each; infinite where nothing differs.
+        PSNR for each sigma, (B,); infinite where nothing differs.
 
     Raises:
         ValueError: an image that is not finite.
     """
     originals = to_uint8(images)
     scaled = noise * std.to(z)[:, None, None]
-    return {f"noise_psnr/{sigma:g}": psnr(to_uint8(decode(z + sigma * scaled)), originals) for sigma in sigmas}
+    return {Quantity("noise_psnr", sigma): psnr(to_uint8(decode(z + sigma * scaled)), originals) for sigma in sigmas}
 
 
 def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal noise of a shape, on the CPU: the same whatever the batches."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=generator("noise", seed))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hieratok.core.precision import Precision
+
 What = Literal["attention", "decode", "train", "sample", "data", "evaluate"]
 
 
@@ -23,7 +25,7 @@ class Bench:
     """The images of `data`."""
     batch_size: int | None = None
     """Images at a time. Default: 32 on a GPU, 8 elsewhere."""
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
     """Default: bf16 on a GPU, fp32 elsewhere."""
     compile: bool = False
     """torch.compile: the models are timed compiled."""

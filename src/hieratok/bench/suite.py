@@ -7,10 +7,10 @@ of what this machine can do, and ratios are taken round by round. Weights are ra
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from hieratok.bench.timing import (
 )
 from hieratok.core.checkpoint import write_json
 from hieratok.core.devices import best_device, hardware
+from hieratok.core.precision import Precision, autocast
 from hieratok.core.tables import Table
 from hieratok.data.images import ImageDataset, StepBatches, available_cores, open_source, training_loader
 from hieratok.evaluation.distribution import frechet_distance
@@ -39,9 +40,9 @@ from hieratok.studies.recipes import single
 from hieratok.tokenizer.attention import scale_attention
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.scales import Scales
-from hieratok.training import parallel
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.loop import State, each_inside, update_ema
+from hieratok.training.meter import Meter
+from hieratok.training.step import State, train_step
 from hieratok.training.tokenizer import TokenizerObjective, TokenizerRun
 
 MATMUL = "matrix product"
@@ -54,20 +55,21 @@ class Machine:
     """Where and how things are timed."""
 
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
     batch_size: int
     rounds: int
     compile: bool
 
-    def autocast(self) -> torch.autocast:
-        """The precision of models, as training and sampling use it."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products compute in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def precisely(self, call: Call) -> Call:
         """A call in that precision."""
 
         def run() -> object:
-            with self.autocast():
+            with autocast(self.device, self.precision):
                 return call()
 
         return run
@@ -80,31 +82,90 @@ class Machine:
         return module
 
 
-def bench(options: Bench) -> dict[str, Any]:
-    """The command.
+class Work(NamedTuple):
+    """What a call computes."""
 
-    Returns:
-        The machine's facts, and rows by what was timed: name, seconds (median), images_per_second, flops, `utilisation`
-        (share of the matrix product's rate), peak_bytes, and `ratio` (with `low` and `high` over the rounds, and `to`).
+    flops: float
+    utilisation: float
+    """Share of the matrix product's rate."""
+
+
+class Memory(NamedTuple):
+    """What a call needs at once."""
+
+    peak_bytes: int | None
+    """None where the machine does not say."""
+
+
+class Beside(NamedTuple):
+    """A call's time over another's."""
+
+    to: str
+    """The other's name."""
+    low: float
+    """Of all rounds."""
+    high: float
+    ratio: float
+    """The median."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One call; what was not measured is None."""
+
+    name: str
+    seconds: float
+    """The median."""
+    images_per_second: float | None = None
+    memory: Memory | None = None
+    work: Work | None = None
+    beside: Beside | None = None
+
+    def to_json(self) -> dict[str, str | float | None]:
+        """Numbers by name."""
+        row: dict[str, str | float | None] = {"name": self.name, "seconds": self.seconds}
+        if self.images_per_second is not None:
+            row["images_per_second"] = self.images_per_second
+        for part in (self.memory, self.work, self.beside):
+            row |= part._asdict() if part else {}
+        return row
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """The machine's facts, and rows by what was timed."""
+
+    hardware: str
+    torch: str
+    precision: str
+    compiled: bool
+    batch_size: int
+    tokenizer: str
+    """Recipes."""
+    generator: str
+    matrix_product_flops_per_second: float
+    copy_bytes_per_second: float
+    rows: dict[What, list[Timed]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+        return facts | {what: [row.to_json() for row in rows] for what, rows in self.rows.items()}
+
+
+def bench(options: Bench) -> BenchResult:
+    """The command.
 
     Raises:
         ValueError, FileNotFoundError: no such recipe, images or device.
     """
-    device = torch.device(options.device or best_device())
-    on_gpu = device.type == "cuda"
-    precision = options.precision or ("bf16" if on_gpu else "fp32")
-    machine = Machine(
-        device,
-        torch.bfloat16 if precision == "bf16" else torch.float32,
-        options.batch_size or (32 if on_gpu else 8),
-        options.rounds,
-        options.compile,
-    )
+    machine = machine_of(options)
+    on_gpu = machine.device.type == "cuda"
     tokenizer = recipes.get(options.recipe or ("f16d16-multi" if on_gpu else "tiny-multi"))
     generator = recipes.get(options.generator or ("dit-xl" if on_gpu else "dit-tiny"))
     if not isinstance(tokenizer, TokenizerRun) or not isinstance(generator, GeneratorRun):
         raise ValueError("--recipe names a tokenizer's recipe and --generator a generator's (`hieratok recipes`)")
-    benches: dict[What, Callable[[], list[dict[str, Any]]]] = {
+    benches: dict[What, Callable[[], list[Timed]]] = {
         "attention": lambda: bench_attention(machine, tokenizer),
         "decode": lambda: bench_decode(machine, tokenizer),
         "train": lambda: bench_train(machine, tokenizer),
@@ -112,28 +173,41 @@ def bench(options: Bench) -> dict[str, Any]:
         "data": lambda: bench_data(machine, tokenizer, options.data),
         "evaluate": lambda: bench_evaluate(machine),
     }
-    product, flops = matrix_product(device, machine.dtype)
-    seconds = take_turns({MATMUL: product}, device, machine.rounds).median(MATMUL)
-    result: dict[str, Any] = {
-        "hardware": hardware() if on_gpu or device.type == "cpu" else str(device),
-        "torch": torch.__version__,
-        "precision": precision,
-        "compiled": machine.compile,
-        "batch_size": machine.batch_size,
-        "tokenizer": tokenizer.name,
-        "generator": generator.name,
-        "matrix_product_flops_per_second": flops / seconds,
-        "copy_bytes_per_second": copy_rate(device),
-    }
+    product, flops = matrix_product(machine.device, machine.dtype)
+    seconds = take_turns({MATMUL: product}, machine.device, machine.rounds).median(MATMUL)
+    result = BenchResult(
+        hardware=hardware() if on_gpu or machine.device.type == "cpu" else str(machine.device),
+        torch=torch.__version__,
+        precision=machine.precision,
+        compiled=machine.compile,
+        batch_size=machine.batch_size,
+        tokenizer=tokenizer.name,
+        generator=generator.name,
+        matrix_product_flops_per_second=flops / seconds,
+        copy_bytes_per_second=copy_rate(machine.device),
+    )
     chosen: tuple[What, ...] = get_args(What) if options.what == "all" else (options.what,)
     for what in chosen:
-        result[what] = benches[what]()
+        result.rows[what] = benches[what]()
         if not options.json:
-            print(f"\n{what}\n{table(result[what])}", flush=True)
+            print(f"\n{what}\n{table(result.rows[what])}", flush=True)
     if options.out:
-        write_json(Path(options.out), result)
-    print(json.dumps(result, indent=2) if options.json else f"\n{facts(result)}")
+        write_json(Path(options.out), result.to_json())
+    print(json.dumps(result.to_json(), indent=2) if options.json else f"\n{facts(result)}")
     return result
+
+
+def machine_of(options: Bench) -> Machine:
+    """Where and how, by the options and what is there."""
+    device = torch.device(options.device or best_device())
+    on_gpu = device.type == "cuda"
+    return Machine(
+        device,
+        options.precision or ("bf16" if on_gpu else "fp32"),
+        options.batch_size or (32 if on_gpu else 8),
+        options.rounds,
+        options.compile,
+    )
 
 
 # --- What is timed ----------------------------------------------------------------------------------------------------
@@ -146,7 +220,7 @@ def measure(
     to: Mapping[str, str] | None = None,
     name: str = "",
     counts: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[Timed]:
     """Rows of calls timed in turns with a matrix product.
 
     Args:
@@ -159,26 +233,22 @@ def measure(
     """
     product, product_flops = matrix_product(machine.device, machine.dtype)
     flops = {n: count_flops(call) if counts else 0.0 for n, call in calls.items()}
-    times = take_turns({**calls, MATMUL: product}, machine.device, machine.rounds, progress=name)
+    times = take_turns({**calls, MATMUL: product}, machine.device, machine.rounds, title=name)
     rows = []
     for n, call in calls.items():
-        row: dict[str, Any] = {
-            "name": n,
-            "seconds": times.median(n),
-            "images_per_second": images / times.median(n),
-            "peak_bytes": peak_memory(call, machine.device),
-        }
+        seconds = times.median(n)
+        work, beside = None, None
         if flops[n]:
-            share = times.ratio(MATMUL, n)
-            row |= {"flops": flops[n], "utilisation": share.median * flops[n] / product_flops}
+            work = Work(flops[n], times.ratio(MATMUL, n).median * flops[n] / product_flops)
         if to and n in to:
-            row |= {"to": to[n], **times.ratio(n, to[n])._asdict()}
-            row["ratio"] = row.pop("median")
-        rows.append(row)
+            ratio = times.ratio(n, to[n])
+            beside = Beside(to[n], ratio.low, ratio.high, ratio.median)
+        memory = Memory(peak_memory(call, machine.device))
+        rows.append(Timed(n, seconds, images / seconds, memory, work, beside))
     return rows
 
 
-def bench_attention(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
+def bench_attention(machine: Machine, run: TokenizerRun) -> list[Timed]:
     """One block's attention over the pyramid: ours in two calls, one call with a mask, one that masks nothing."""
     c = run.model
     scales = Scales.of(c.scales, c.grid)
@@ -199,7 +269,7 @@ def bench_attention(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]
 
 
 @torch.inference_mode()
-def bench_decode(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
+def bench_decode(machine: Machine, run: TokenizerRun) -> list[Timed]:
     """Encoding, the decoder's transformer alone, and decoding whole, scale by scale, and up to each scale.
 
     Each pass of the decoder reads its weights: beside it stands what that takes at the rate of a copy.
@@ -238,7 +308,7 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
     return measure(machine, {n: machine.precisely(call) for n, call in calls.items()}, machine.batch_size, to, "decode")
 
 
-def bench_train(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
+def bench_train(machine: Machine, run: TokenizerRun) -> list[Timed]:
     """A step of training, losses, optimiser and average included, beside the single-scale tokenizer's."""
     runs = {"multi scale": run, "single scale": single(run)} if len(run.model.scales) > 1 else {"single scale": run}
     calls = {f"step, {name}": training_step(machine, one) for name, one in runs.items()}
@@ -246,33 +316,26 @@ def bench_train(machine: Machine, run: TokenizerRun) -> list[dict[str, Any]]:
 
 
 def training_step(machine: Machine, run: TokenizerRun) -> Call:
-    """One optimiser step on random pixels as `training.loop.fit` makes it, on an untrained perceptual trunk."""
-    train = replace(run.train, compile=machine.compile)
+    """One optimiser step on random pixels as training makes it, on an untrained perceptual trunk."""
+    train = replace(run.train, compile=machine.compile, precision=machine.precision)
     run = replace(run, train=train, loss=replace(run.loss, random_trunk=True))
     objective = TokenizerObjective(run, HieraTok(run.model))
     state = State(objective, run.train, machine.device)
     size = (machine.batch_size, 3, run.model.image_size, run.model.image_size)
-    batch = {"image": torch.randint(256, size, dtype=torch.uint8, device=machine.device)}
+    images = torch.randint(256, size, dtype=torch.uint8, device=machine.device)
+    state.step = run.train.steps  # the GAN's ramps are over then
+    meter = Meter(machine.device)
 
     def step() -> None:
-        losses = objective.losses(state.called, batch, run.train.steps)
-        for loss, _ in each_inside(machine.autocast, losses):
-            loss.backward()
-        norms = [
-            parallel.clip_gradients(network, objective.optimizations[name].clip_norm)
-            for name, network in state.networks.items()
-        ]
-        bad = (~torch.isfinite(torch.stack(norms)).all()).float()
-        for optimizer in state.optimizers.values():
-            parallel.step_unless(optimizer, bad)
-            optimizer.zero_grad()
-        update_ema(state.ema, state.networks[state.name], run.train.steps, run.train.ema_decay)
+        state.step -= 1
+        batch = {"image": images, "skipped": torch.zeros(1)}
+        train_step(objective, state, run.train, iter([batch]), range(1), meter)
 
     return step
 
 
 @torch.inference_mode()
-def bench_sample(machine: Machine, run: GeneratorRun) -> list[dict[str, Any]]:
+def bench_sample(machine: Machine, run: GeneratorRun) -> list[Timed]:
     """One evaluation of the generator: without guidance, guided in one batch, guided in two passes."""
     c = run.model
     model = DiT(c).eval()
@@ -293,7 +356,7 @@ def bench_sample(machine: Machine, run: GeneratorRun) -> list[dict[str, Any]]:
     return measure(machine, calls, B, to, "sample")
 
 
-def bench_data(machine: Machine, run: TokenizerRun, path: str) -> list[dict[str, Any]]:
+def bench_data(machine: Machine, run: TokenizerRun, path: str) -> list[Timed]:
     """Training images as the recipe crops them: on one core, and from the loader with one worker for each core."""
     source = open_source(path)
     dataset = ImageDataset(source, run.model.image_size, run.data.crop, run.data.flip, min_area=run.data.min_area)
@@ -303,7 +366,7 @@ def bench_data(machine: Machine, run: TokenizerRun, path: str) -> list[dict[str,
     times = take_turns({"one core": lambda: [dataset[i] for i in indices]}, torch.device("cpu"), machine.rounds)
     torch.set_num_threads(threads)
     seconds = times.median("one core")
-    row: dict[str, Any] = {"name": "one core", "seconds": seconds, "images_per_second": len(indices) / seconds}
+    row = Timed("one core", seconds, len(indices) / seconds)
 
     cores = available_cores()
     steps = 10 + machine.rounds * 10
@@ -315,43 +378,40 @@ def bench_data(machine: Machine, run: TokenizerRun, path: str) -> list[dict[str,
     count = sum(len(batch["image"]) for batch in loader)
     seconds = time.perf_counter() - start
     name = f"loader, {cores} workers"
-    return [
-        row,
-        {"name": name, "seconds": seconds / (steps - 10), "images_per_second": count / seconds},
-    ]
+    return [row, Timed(name, seconds / (steps - 10), count / seconds)]
 
 
 @torch.inference_mode()
-def bench_evaluate(machine: Machine) -> list[dict[str, Any]]:
+def bench_evaluate(machine: Machine) -> list[Timed]:
     """FID's parts: Inception's features of images of 256 px in float32, and the distance of two sets of them."""
     network = Inception().eval().to(machine.device)
     images = torch.rand(machine.batch_size, 3, 299, 299, device=machine.device)
     features = [statistics_of(torch.randn(2 * FEATURES, FEATURES)) for _ in range(2)]
     rows = measure(
-        replace(machine, dtype=torch.float32, compile=False),
+        replace(machine, precision="fp32", compile=False),
         {"Inception's features": lambda: network(images)},
         machine.batch_size,
         name="evaluate",
     )
     name = f"Frechet distance, {FEATURES:,} dimensions"
     times = take_turns({name: lambda: frechet_distance(*features)}, torch.device("cpu"), rounds=1, warm_up=0)
-    return [*rows, {"name": name, "seconds": times.median(name)}]
+    return [*rows, Timed(name, times.median(name))]
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-def facts(result: dict[str, Any]) -> str:
+def facts(result: BenchResult) -> str:
     """The machine in a line or two."""
     return (
-        f"{result['hardware']}, torch {result['torch']}, {result['precision']}{', compiled' * result['compiled']};"
-        f" {result['tokenizer']} and {result['generator']}, {result['batch_size']} images at a time.\n"
-        f"A large matrix product runs at {result['matrix_product_flops_per_second'] / 1e12:.3g} TFLOP/s, a copy at"
-        f" {result['copy_bytes_per_second'] / 1e9:.3g} GB/s. of matmul: share of that rate."
+        f"{result.hardware}, torch {result.torch}, {result.precision}{', compiled' * result.compiled};"
+        f" {result.tokenizer} and {result.generator}, {result.batch_size} images at a time.\n"
+        f"A large matrix product runs at {result.matrix_product_flops_per_second / 1e12:.3g} TFLOP/s, a copy at"
+        f" {result.copy_bytes_per_second / 1e9:.3g} GB/s. of matmul: share of that rate."
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Timed]) -> str:
     """Rows as text; what no row has gets no column."""
     cells = [list(columns(row)) for row in rows]
     header = ["", "time (ms)", "images/s", "of matmul (%)", "memory (MiB)", "ratio", "to"]
@@ -359,13 +419,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return Table([header[i] for i in keep], [[line[i] for i in keep] for line in cells]).text()
 
 
-def columns(row: dict[str, Any]) -> Iterator[str]:
+def columns(row: Timed) -> Iterator[str]:
     """A row's cells."""
-    yield row["name"]
-    yield f"{1000 * row['seconds']:,.4g}"
-    yield f"{row['images_per_second']:,.4g}" if "images_per_second" in row else ""
-    yield f"{100 * row['utilisation']:.0f}" if "utilisation" in row else ""
-    peak = row.get("peak_bytes")
+    peak, beside = row.memory.peak_bytes if row.memory else None, row.beside
+    yield row.name
+    yield f"{1000 * row.seconds:,.4g}"
+    yield f"{row.images_per_second:,.4g}" if row.images_per_second is not None else ""
+    yield f"{100 * row.work.utilisation:.0f}" if row.work else ""
     yield f"{peak / 2**20:,.0f}" if peak is not None else ""
-    yield f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if "ratio" in row else ""
-    yield row.get("to", "")
+    yield f"{beside.ratio:.2f} [{beside.low:.2f}, {beside.high:.2f}]" if beside else ""
+    yield beside.to if beside else ""

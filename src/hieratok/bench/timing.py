@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from tqdm import tqdm
+
+from hieratok.core.progress import progress
 
 Call = Callable[[], object]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -50,7 +51,7 @@ class Times:
 
 
 def take_turns(
-    calls: Mapping[str, Call], device: torch.device, rounds: int, warm_up: int = 1, progress: str | None = None
+    calls: Mapping[str, Call], device: torch.device, rounds: int, warm_up: int = 1, title: str | None = None
 ) -> Times:
     """Time calls in turns: every round has a sample of each of them, every second round in the opposite order.
 
@@ -59,13 +60,13 @@ def take_turns(
         device: waited for before and after a sample.
         rounds: samples of each; a short call is repeated in a sample.
         warm_up: rounds of single calls before that (compilation happens there).
-        progress: what the progress bar is called; None: no bar.
+        title: what the progress bar is called; None: no bar.
     """
     repeats = dict.fromkeys(calls, 1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     total = len(calls) * (warm_up + rounds)
-    with tqdm(total=total, desc=progress, unit=" samples", leave=False, disable=progress is None) as bar:
+    with progress(total=total, title=title or "", unit="samples", leave=False, hide=title is None) as bar:
         for _ in range(warm_up):
             for name, call in calls.items():
                 repeats[name] = max(1, math.ceil(SHORTEST / _sample(call, 1, device)))

@@ -19,9 +19,10 @@ class Quickstart:
 
 def run(options: Quickstart) -> None:
     """The command."""
+    from hieratok.reports import quickstart as report
     from hieratok.tasks.quickstart import quickstart
 
-    quickstart(Path(options.out))
+    quickstart(Path(options.out), write_page=report.write)
 
 
 COMMAND = command("quickstart", Quickstart, run)

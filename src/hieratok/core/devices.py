@@ -8,9 +8,20 @@ import torch
 
 
 def best_device() -> torch.device:
-    """A GPU if there is one; of several, under `torchrun`, each process its own."""
+    """A GPU if there is one; of several, where several processes were started, each process its own.
+
+    Raises:
+        ValueError: there are more processes than GPUs.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0))) if accelerator else torch.device("cpu")
+    if accelerator is None:
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if index >= count:
+        raise ValueError(
+            f"more processes than GPUs on this machine ({count}): start {count}, or hide the GPUs to train on the CPU"
+        )
+    return torch.device(accelerator.type, index)
 
 
 def hardware() -> str:

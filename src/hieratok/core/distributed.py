@@ -1,11 +1,15 @@
-"""Metrics over several processes: each sees its share of the images, then all put together what they collected."""
+"""The processes of one job, as `torchrun` or `accelerate launch` starts them: the only place that knows about them."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from hieratok.core.devices import best_device
 
 
 class Mergeable(Protocol):
@@ -16,15 +20,23 @@ class Mergeable(Protocol):
     def merge_state(self, state: Any, /) -> None: ...
 
 
-def merge_processes(metric: Mergeable) -> None:
-    """Put together what the processes collected; each then holds everything. Nothing happens with one process."""
-    rank, world = process()
-    if world > 1:
-        states: list[Any] = [None] * world
-        dist.all_gather_object(states, metric.state())
-        for other, state in enumerate(states):
-            if other != rank:
-                metric.merge_state(state)
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes of this job, unless that has been done, and leaves them when all have come to the end.
+
+    A process that the others left earlier may be aborted by gloo's threads. After an error nothing is done: leaving
+    would wait for operations that the others have not begun, and the process is about to end.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    device = best_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def process() -> tuple[int, int]:
@@ -45,14 +57,37 @@ def wait() -> None:
         dist.barrier()
 
 
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Joins the processes that `torchrun` started, unless that has been done."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def broadcast(value: Any) -> Any:
+    """The first process's value, on every process."""
+    values = [value]
+    if process()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over processes, on every process; the given tensor is left as it is."""
+    if process()[1] == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in their order, on every process."""
+    _, world = process()
+    values = [value]
+    if world > 1:
+        values = [None] * world
+        dist.all_gather_object(values, value)
+    return values
+
+
+def merge_processes(metric: Mergeable) -> None:
+    """Put together what the processes collected; each then holds everything. Nothing happens with one process."""
+    rank, world = process()
+    if world > 1:
+        for other, state in enumerate(gather(metric.state())):
+            if other != rank:
+                metric.merge_state(state)

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 
 EXTRAS = {
-    "accelerate": "train",
     "diffusers": "diffusers",
     "gradio": "app",
     "lpips": "eval",

@@ -17,9 +17,9 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from hieratok.core.distributed import is_first
 
@@ -34,7 +34,18 @@ MAX_BYTES = 4_096
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Of a file system without locks."""
 
-_held: dict[Path, dict[str, Any]] = {}  # by this process, which the system's lock would let in again
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock: what its file says."""
+
+    command: str = "another command"
+    process: int | str = "unknown"
+    host: str = "unknown"
+    since: str = "a time unknown"
+
+
+_held: dict[Path, Holder] = {}  # by this process, which the system's lock would let in again
 
 
 @contextlib.contextmanager
@@ -57,17 +68,13 @@ def lock(folder: str | Path, command: str, name: str = ".lock") -> Iterator[None
         return
     path = Path(folder).resolve() / name
     made = [parent for parent in path.parents if not parent.exists()]
-    facts = {
-        "command": f"hieratok {command}",
-        "process": os.getpid(),
-        "host": socket.gethostname(),
-        "since": datetime.now().astimezone().isoformat(" ", "seconds"),
-    }
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    holder = Holder(f"hieratok {command}", os.getpid(), socket.gethostname(), since)
     if path in _held:
         raise ValueError(in_use(folder, _held[path]))
-    _held[path] = facts
+    _held[path] = holder
     try:
-        with _system_lock(path, folder, facts):
+        with _system_lock(path, folder, holder):
             yield
     finally:
         del _held[path]
@@ -77,17 +84,17 @@ def lock(folder: str | Path, command: str, name: str = ".lock") -> Iterator[None
 
 
 @contextlib.contextmanager
-def _system_lock(path: Path, folder: str | Path, facts: dict[str, Any]) -> Iterator[None]:
-    """Holds the lock's file, with `facts` in it, and removes it in the end."""
+def _system_lock(path: Path, folder: str | Path, holder: Holder) -> Iterator[None]:
+    """Holds the lock's file, with `holder` in it, and removes it in the end."""
     descriptor, is_locked = _open(path, folder)
     try:
         before = _read(descriptor)
         # Locked, and this host's: its process is dead, or the system would not have given us the lock.
-        is_dead = is_locked and before.get("host") == facts["host"]
+        is_dead = is_locked and before is not None and before.host == holder.host
         if before and not is_dead and _is_alive(path, folder, before):
             raise ValueError(in_use(folder, before))
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+        os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
         try:
             with _signs_of_life(descriptor):
                 yield
@@ -122,10 +129,10 @@ def _open(path: Path, folder: str | Path) -> tuple[int, bool]:
         except OSError as error:
             if error.errno in UNSUPPORTED:
                 return descriptor, False
-            facts = _read(descriptor)
+            holder = _read(descriptor)
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(in_use(folder, facts)) from None
+                raise ValueError(in_use(folder, holder or Holder())) from None
             raise error
         except ValueError:
             os.close(descriptor)
@@ -141,31 +148,32 @@ def _is_same(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _read(descriptor: int) -> dict[str, Any]:
-    """What the holder of a lock wrote about itself; empty if nothing can be read."""
+def _read(descriptor: int) -> Holder | None:
+    """What the holder of a lock wrote about itself; None if nothing can be read."""
     try:
         facts = json.loads(os.pread(descriptor, MAX_BYTES, 0))
     except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+        return None
+    if not isinstance(facts, dict) or not facts:
+        return None
+    return Holder(**{f.name: facts[f.name] for f in fields(Holder) if isinstance(facts.get(f.name), str | int)})
 
 
-def in_use(folder: str | Path, facts: dict[str, Any]) -> str:
+def in_use(folder: str | Path, holder: Holder) -> str:
     """The message of who comes second."""
-    process, host = facts.get("process", "unknown"), facts.get("host", "unknown")
     return (
-        f"{folder} is in use by `{facts.get('command', 'another command')}`, process {process} on host {host}, since"
-        f" {facts.get('since', 'a time unknown')}: wait for it, end it, or choose another folder"
+        f"{folder} is in use by `{holder.command}`, process {holder.process} on host {holder.host}, since"
+        f" {holder.since}: wait for it, end it, or choose another folder"
     )
 
 
-def _is_alive(path: Path, folder: str | Path, facts: dict[str, Any]) -> bool:
+def _is_alive(path: Path, folder: str | Path, holder: Holder) -> bool:
     """Waits for a sign of life of a process that the system's lock may not see."""
     logger.warning(
         "%s was last written by process %s on host %s: waiting up to %.0f s for a sign of life of it",
         folder,
-        facts.get("process"),
-        facts.get("host"),
+        holder.process,
+        holder.host,
         PATIENCE_SECONDS,
     )
     before, deadline = _written(path), time.monotonic() + PATIENCE_SECONDS

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,19 @@ LARGEST = 10**300
 def plain(config: Any) -> dict[str, Any]:
     """A config dataclass as what YAML and JSON hold: nested dicts, lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def as_json(value: Any) -> Any:
+    """A typed value as what JSON holds: what its `to_json` says, else its fields by name; lists for tuples."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if hasattr(value, "_asdict"):  # a NamedTuple
+        return as_json(value._asdict())
+    if isinstance(value, Mapping):
+        return {name: as_json(item) for name, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hieratok.core import seeding
 from hieratok.core.extras import MissingPackageError
 from hieratok.core.files import check_regular, shown
 from hieratok.core.pixels import (
@@ -491,7 +492,7 @@ class ImageDataset(Dataset):
             BadImageError: the image cannot be read, or, with "skip", none can.
         """
         index, epoch = item
-        generator = generator_of(self.seed, epoch, index)
+        generator = seeding.generator("augmentation", self.seed, epoch, index)
         for skipped in range(len(self)):
             place = (index + skipped) % len(self)
             try:
@@ -521,12 +522,6 @@ def _read(source: Source, index: int, crop: Callable[[Tensor], Tensor]) -> Tenso
         return crop(image)
     except BadImageError as error:
         raise BadImageError(f"cannot crop {shown(source.name(index))}: {error}") from None
-
-
-def generator_of(*parts: int) -> torch.Generator:
-    """A generator seeded by several numbers; neighbouring numbers give unrelated streams."""
-    seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed))
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
@@ -600,7 +595,9 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
                 for number in range(start, start + self.micro_batch_size):
                     if number // self.num_images != epoch:
                         epoch = number // self.num_images
-                        permutation = torch.randperm(self.num_images, generator=generator_of(self.seed, epoch))
+                        permutation = torch.randperm(
+                            self.num_images, generator=seeding.generator("order", self.seed, epoch)
+                        )
                     batch.append((int(permutation[number % self.num_images]), epoch))
                 yield batch
 

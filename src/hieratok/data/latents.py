@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hieratok.core import seeding
 from hieratok.core.errors import NotFinite
 from hieratok.core.files import read_json_table, read_npy, shown
-from hieratok.data.images import generator_of
 
 MANIFEST = "manifest.json"
 MOST = 10**12  # of anything that a manifest counts
@@ -154,7 +154,8 @@ class LatentDataset(Dataset):
             could be read.
         """
         index, epoch = item
-        mirrored = self.flip and bool(torch.rand((), generator=generator_of(self.seed, epoch, index)) < 0.5)
+        generator = seeding.generator("augmentation", self.seed, epoch, index)
+        mirrored = self.flip and bool(torch.rand((), generator=generator) < 0.5)
         shard, row = divmod(index, self.manifest.shard_images)
         if shard not in self._open:
             self._open[shard] = (self._load(shard, "mean"), self._load(shard, "logvar"))

@@ -8,7 +8,7 @@ class EvaluationOptions:
     """What the commands have in common."""
 
     features: str = "inception"
-    """Feature network of the distances: inception, vgg16, squeezenet, mobilenetv2, dinov2-small, dinov2-base,
+    """Feature network of the distances: inception, vgg16, squeezenet, dinov2-small, dinov2-base,
     dinov2-large, package.module:function of your own, or none for no distances."""
     weights: str | None = None
     """The network's weights; by default the published file in torch's cache. Nothing is downloaded."""

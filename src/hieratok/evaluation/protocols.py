@@ -6,10 +6,8 @@
     write_statistics          a reference as a file
     compare                   two results, if their manifests agree
 
-Each takes its command's options as a dataclass, prints a table (or JSON), writes `metrics.json`, and returns what it
-wrote: metrics under their names in lower case, `n` images, `intervals` (95%, of means over images, {side in pixels:
-{metric: [low, high]}}), `warnings`, and a `manifest` of everything that the numbers
-depend on except the images under test. Under `torchrun` the images are divided among the processes.
+Each takes its command's options as a dataclass and prints a table (or JSON); the first three write a `Result` as
+`metrics.json` and return it. Under `torchrun` the images are divided among the processes.
 """
 
 import json
@@ -17,14 +15,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hieratok.core.distributed import merge_processes, process, process_group, wait
 from hieratok.core.files import npz_names
+from hieratok.core.progress import progress
 from hieratok.data.images import Source
 from hieratok.evaluation.config import (
     EvaluateCompare,
@@ -38,8 +35,8 @@ from hieratok.evaluation.distribution import distances
 from hieratok.evaluation.features import FeatureNetwork, load_network
 from hieratok.evaluation.images import batches, open_images, pair
 from hieratok.evaluation.pixels import PIXEL_PROTOCOL, Perceptual
-from hieratok.evaluation.reconstruction import BASELINE_PROTOCOL, ReconstructionMetrics
-from hieratok.evaluation.results import WritePage, compare_files, count_warnings, finish, manifest
+from hieratok.evaluation.reconstruction import BASELINE_PROTOCOL, Numbers, ReconstructionMetrics
+from hieratok.evaluation.results import Difference, Result, WritePage, compare_files, count_warnings, finish, manifest
 from hieratok.evaluation.statistics import REFERENCE_FEATURES, FeatureSet, SetStatistics
 from hieratok.losses.lpips import PerceptualLoss
 
@@ -58,7 +55,7 @@ def evaluate_reconstruction(
     perceptual: Sequence[Perceptual] | None = None,
     write_page: WritePage | None = None,
     patch_size: int | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """The reconstruction protocol on batches that the caller reconstructs.
 
     Args:
@@ -79,21 +76,21 @@ def evaluate_reconstruction(
         load_perceptual(options.lpips, _device(options)) if perceptual is None else perceptual,
         patch_size,
     )
-    with tqdm(total=total, unit=" images", desc="reconstruction", disable=process()[0] > 0) as bar:
+    with progress(total=total, unit="images", title="reconstruction") as bar:
         for names, originals, reconstructions in pairs:
             metrics.update(names, originals, reconstructions)
             bar.update(len(names))
     merge_processes(metrics)
     latents = {"latents": "one sample of the posterior" if options.sample else "posterior mean"}
     quantiser = {"quantiser": "clamp, round to uint8"}
-    result = _paired_result("reconstruction", metrics, latents | quantiser | dict(details or {}))
-    result["inputs"] = {"run": options.run, "data": options.data}
+    inputs = {"run": options.run, "data": options.data}
+    result = _paired_result("reconstruction", metrics, latents | quantiser | dict(details or {}), inputs)
     out = options.out or os.path.join(options.run, "evaluation")
     finish(result, options.json, out, metrics, write_page)
     return result
 
 
-def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None) -> dict[str, Any]:
+def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None) -> Result:
     """The command `hieratok evaluate images`; `write_page` of the result, beside metrics.json.
 
     Raises ValueError or FileNotFoundError, in one line that names the file.
@@ -109,37 +106,37 @@ def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None
             batches(b, size, options.batch_size, in_b, rank, world),
         )
         ids = iter(ids[rank::world])
-        with tqdm(total=len(in_a[rank::world]), unit=" images", desc="pairs", disable=rank > 0) as bar:
+        with progress(total=len(in_a[rank::world]), unit="images", title="pairs") as bar:
             for (_, originals), (_, reconstructions) in both:
                 metrics.update([next(ids) for _ in originals], originals, reconstructions)
                 bar.update(len(originals))
         merge_processes(metrics)
-        result = _paired_result("images", metrics, {"quantiser": "none: 8-bit files", "crop": _crop(size)})
-        result["inputs"] = {"a": options.a, "b": options.b}
+        facts = {"quantiser": "none: 8-bit files", "crop": _crop(size)}
+        result = _paired_result("images", metrics, facts, {"a": options.a, "b": options.b})
         finish(result, options.json, options.out, metrics, write_page)
         return result
 
 
-def _paired_result(protocol: str, metrics: ReconstructionMetrics, details: Mapping[str, Any]) -> dict[str, Any]:
-    result = metrics.compute()
-    result["intervals"] = {
-        side: {name: [value.low, value.high] for name, value in row.items()}
+def _paired_result(
+    protocol: str, metrics: ReconstructionMetrics, details: Mapping[str, str], inputs: Mapping[str, str]
+) -> Result:
+    numbers = metrics.compute()
+    n = int(numbers.finest["n"])
+    perceptual = {p.name: getattr(p, "sha256", {}) for p in metrics.perceptual}
+    facts = manifest(protocol, metrics.network) | PIXEL_PROTOCOL | {"perceptual": perceptual}
+    facts |= BASELINE_PROTOCOL if metrics.patch_size else {}
+    facts |= {"n": n, "reference sha256": metrics.reference(), **details}
+    intervals = {
+        side: {name: (value.low, value.high) for name, value in row.items()}
         for side, row in metrics.estimates().items()
     }
-    perceptual = {p.name: getattr(p, "sha256", {}) for p in metrics.perceptual}
-    facts = {"n": result["n"], "reference sha256": metrics.reference()}
-    result["warnings"] = count_warnings(result["n"], metrics.dimensions(), "images")
-    result["manifest"] = manifest(protocol, metrics.network) | PIXEL_PROTOCOL | {"perceptual": perceptual}
-    if metrics.patch_size:
-        result["manifest"] |= BASELINE_PROTOCOL
-    result["manifest"] |= facts | dict(details)
-    return result
+    return Result(numbers, facts, count_warnings(n, metrics.dimensions(), "images"), inputs, intervals)
 
 
 # --- Samples and statistics ----------------------------------------------------------------------------------------
 
 
-def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = None) -> dict[str, Any]:
+def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = None) -> Result:
     """The command `hieratok evaluate samples`; `write_page` of the result, beside metrics.json.
 
     Raises ValueError or FileNotFoundError, in one line that names the file.
@@ -152,24 +149,32 @@ def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = No
         size = _size(options, source)
         reference = _reference(options, network, size)  # first: a wrong one is then refused before the long part
         samples = collect(source, network, size, options.batch_size, "samples", keep=None)
-        result: dict[str, Any] = {"n": samples.pool.n}
-        result |= distances(samples, reference, network)
-        result["warnings"] = count_warnings(samples.pool.n, len(samples.pool.mu), "samples")
-        result["warnings"] += count_warnings(reference.pool.n, len(reference.pool.mu), "reference images")
-        wanted = [network.key("kid"), "precision", "recall"]
-        wanted += [network.key("is")] if network.class_weights is not None else []
-        if missing := [key for key in wanted if key not in result]:
-            result["warnings"].append(f"too few images, or a reference without features: no {', '.join(missing)}")
-        result["manifest"] = manifest("samples", network) | {
+        numbers = {"n": samples.pool.n, **distances(samples, reference, network)}
+        facts = manifest("samples", network) | {
             "n": samples.pool.n,
             "reference n": reference.pool.n,
             "reference sha256": reference.images,
             "quantiser": "none: 8-bit files",
             "crop": _crop(size),
         }
-        result["inputs"] = {"path": options.path, "reference": options.reference, "sha256": samples.images}
+        inputs = {"path": options.path, "reference": options.reference, "sha256": samples.images}
+        warnings = _sample_warnings(numbers, samples, reference, network)
+        result = Result(Numbers(numbers), facts, warnings, inputs)
         finish(result, options.json, options.out, write_page=write_page)
         return result
+
+
+def _sample_warnings(
+    numbers: Mapping[str, float], samples: SetStatistics, reference: SetStatistics, network: FeatureNetwork
+) -> list[str]:
+    """What should not be trusted, and what could not be measured."""
+    warnings = count_warnings(samples.pool.n, len(samples.pool.mu), "samples")
+    warnings += count_warnings(reference.pool.n, len(reference.pool.mu), "reference images")
+    wanted = [network.key("kid"), "precision", "recall"]
+    wanted += [network.key("is")] if network.class_weights is not None else []
+    if missing := [key for key in wanted if key not in numbers]:
+        warnings.append(f"too few images, or a reference without features: no {', '.join(missing)}")
+    return warnings
 
 
 def write_statistics(options: EvaluateStats) -> SetStatistics:
@@ -217,7 +222,7 @@ def collect(
     rank, world = process()
     features = FeatureSet(network, keep)
     total = len(range(rank, len(source), world))
-    with tqdm(total=total, unit=" images", desc=what, disable=rank > 0) as bar:
+    with progress(total=total, unit="images", title=what) as bar:
         for names, images in batches(source, size, batch_size, process_index=rank, num_processes=world):
             features.update(images, names)
             bar.update(len(names))
@@ -242,10 +247,10 @@ def _array_names(path: str) -> list[str]:
     return npz_names(path) if path.endswith(".npz") else []
 
 
-def compare(options: EvaluateCompare) -> dict[str, Any]:
-    """The command `hieratok evaluate compare`: {metric: {a, b, difference}}. Raises as `compare_files` does."""
+def compare(options: EvaluateCompare) -> dict[str, Difference]:
+    """The command `hieratok evaluate compare`. Raises as `compare_files` does."""
     table, text = compare_files(options.a, options.b)
-    print(json.dumps(table, indent=2) if options.json else text)
+    print(json.dumps({key: row._asdict() for key, row in table.items()}, indent=2) if options.json else text)
     return table
 
 

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +23,20 @@ BASELINE_PROTOCOL = {
 }
 Value = TypeVar("Value")
 SHOWN = 4  # worst and best reconstructions in the picture
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Metrics by name (`hieratok.core.glossary` says what each is), at one or several scales."""
+
+    finest: dict[str, float]
+    """Of the finest scale, `n` images among them."""
+    scales: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of every scale by its side in pixels, coarse to fine; empty where there is but one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As they stand in `metrics.json`."""
+        return {**self.finest, "scales": self.scales} if self.scales else {**self.finest}
 
 
 class ReconstructionMetrics:
@@ -92,18 +107,16 @@ class ReconstructionMetrics:
         """Add what `other` collected; ValueError for an image both have seen."""
         self.merge_state(other.state())
 
-    def compute(self) -> dict[str, Any]:
-        """The metrics of the finest scale, and where there are several, `scales`: {side in pixels: metrics}.
+    def compute(self) -> Numbers:
+        """The metrics of every scale.
 
         Raises ValueError without images, and below two with a feature network.
         """
         if not self.scales:
             raise ValueError("no images were compared")
         results = {size: scale.compute() for size, scale in sorted(self.scales.items())}
-        finest: dict[str, Any] = dict(results[max(results)])
-        if len(results) > 1:
-            finest["scales"] = {_side(size): result for size, result in results.items()}
-        return finest
+        finest = results[max(results)]
+        return Numbers(finest, {_side(size): result for size, result in results.items()} if len(results) > 1 else {})
 
     def of_image(self, name: str) -> dict[str, dict[str, float]]:
         """The pixel metrics of one image at every scale, coarse to fine, {side in pixels: metrics}.

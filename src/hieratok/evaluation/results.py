@@ -1,30 +1,108 @@
 """Results: the manifest that goes with every number, `metrics.json`, the table on the screen, and comparing two."""
 
 import importlib.metadata
+import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hieratok.core.checkpoint import atomic_file, json_text, write_json
 from hieratok.core.distributed import process, wait
 from hieratok.core.estimates import Estimate
-from hieratok.core.files import read_json, shown
+from hieratok.core.files import read_json, read_json_table, shown
 from hieratok.core.glossary import Metric, describe
 from hieratok.core.tables import Table, digits
+from hieratok.core.typed import typed
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
-from hieratok.evaluation.reconstruction import ReconstructionMetrics
+from hieratok.evaluation.reconstruction import Numbers, ReconstructionMetrics
 
 PUBLISHED_IMAGES = 50_000  # behind the FID of a table: samples, or the validation images of an rFID
 
 
+Ends = tuple[float | None, float | None]
+"""Of a 95% interval; None where there is none, as of a single image."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation finds, as `metrics.json` holds it."""
+
+    numbers: Numbers
+    manifest: dict[str, Any]
+    """Everything that the numbers depend on except the images under test."""
+    warnings: list[str] = field(default_factory=list)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """The options that say of what, and what else names the images under test."""
+    intervals: dict[str, dict[str, Ends]] = field(default_factory=dict)
+    """Of means over images, {side in pixels: {metric: ends}}; empty where nothing is such a mean."""
+
+    @property
+    def n(self) -> int:
+        """Images."""
+        return int(self.numbers.finest["n"])
+
+    def to_json(self) -> dict[str, Any]:
+        """What `metrics.json` holds: the finest scale's numbers under their names, and the rest beside them."""
+        lists = {side: {name: list(ends) for name, ends in row.items()} for side, row in self.intervals.items()}
+        intervals = {"intervals": lists} if lists else {}
+        rest = {"warnings": self.warnings, "manifest": self.manifest, "inputs": self.inputs}
+        return {**self.numbers.to_json(), **intervals, **rest}
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any], where: str) -> "Result":
+        """The inverse of `to_json`. A number that is not finite is null in a file, and NaN here.
+
+        Args:
+            table: of a `metrics.json`.
+            where: its file, for messages.
+
+        Raises:
+            ValueError: a value is missing or has another type; names the file and the value.
+        """
+
+        def part(name: str) -> Any:
+            return typed(table.get(name, {}), dict, f"{where}: {name}")
+
+        rest = ("scales", "intervals", "warnings", "manifest", "inputs")
+        finest = {name: value for name, value in table.items() if name not in rest}
+        intervals = {
+            side: {name: typed(ends, Ends, f"{where}: intervals of {shown(name)}") for name, ends in row.items()}
+            for side, row in _rows(part("intervals"), f"{where}: intervals").items()
+        }
+        return cls(
+            Numbers(
+                _numbers({"n": table.get("n")} | finest, where),
+                {side: _numbers(row, where) for side, row in _rows(part("scales"), f"{where}: scales").items()},
+            ),
+            part("manifest"),
+            typed(table.get("warnings", []), list[str], f"{where}: warnings"),
+            part("inputs"),
+            intervals,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Of a `metrics.json`. Raises as `read_json_table` and `from_json`."""
+        return cls.from_json(read_json_table(path), shown(path))
+
+
+def _rows(table: Mapping[str, object], where: str) -> dict[str, dict[str, object]]:
+    return {side: typed(row, dict, f"{where}, {shown(side)}") for side, row in table.items()}
+
+
+def _numbers(table: Mapping[str, object], where: str) -> dict[str, float]:
+    found = {name: typed(value, int | float | None, f"{where}: {shown(name)}") for name, value in table.items()}
+    return {name: math.nan if value is None else value for name, value in found.items()}
+
+
 # Writes a page into the folder of a result, which may come with what was collected of each image. What pages look like
 # is no business of the evaluation's: its callers say so.
-WritePage = Callable[[Path, dict[str, Any], ReconstructionMetrics | None], None]
+WritePage = Callable[[Path, Result, ReconstructionMetrics | None], None]
 
 
 @dataclass(frozen=True)
@@ -38,16 +116,15 @@ class Measured:
     """By scale, such as 64 px, coarse to fine; under an empty name if there is but one. A scale may lack it."""
 
 
-def measured(result: Mapping[str, Any]) -> list[Measured]:
-    """The metrics in a result (as `evaluate_reconstruction` returns it, or read from metrics.json), in its order."""
-    scales: Mapping[str, Any] = result.get("scales") or {}
-    columns = {f"{side} px": row for side, row in scales.items()} or {"": result}
-    intervals: Mapping[str, Any] = result.get("intervals") or {}
-    sides = list(scales) or list(intervals)[-1:] or [""]
+def measured(numbers: Numbers, intervals: Mapping[str, Mapping[str, Ends]] | None = None) -> list[Measured]:
+    """The metrics that the glossary has, in their order, with their intervals."""
+    columns = {f"{side} px": row for side, row in numbers.scales.items()} or {"": numbers.finest}
+    intervals = intervals or {}
+    sides = list(numbers.scales) or list(intervals)[-1:] or [""]
     found = []
-    for key, value in result.items():
+    for key in numbers.finest:
         metric = describe(key)
-        if metric is None or not isinstance(value, int | float):
+        if metric is None:
             continue
         values = {
             title: Estimate(row[key], *intervals.get(side, {}).get(key, ()))
@@ -70,38 +147,54 @@ def manifest(protocol: str, network: FeatureNetwork | None) -> dict[str, Any]:
     return facts | DISTRIBUTION_PROTOCOL
 
 
-def compare_files(path_a: str, path_b: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """The metrics that two metrics.json have in common, {metric: {a, b, difference}}, and the same as a table.
+class Difference(NamedTuple):
+    """A metric that two results have."""
+
+    a: float
+    b: float
+    difference: float
+    """b - a."""
+
+
+def compare_files(path_a: str, path_b: str) -> tuple[dict[str, Difference], str]:
+    """The metrics that two metrics.json have in common, by name, and the same as a table.
 
     Raises:
         ValueError: a file is no result, or the manifests differ; the message lists the lines that do.
         FileNotFoundError: no file.
     """
-    results = [_read_result(path) for path in (path_a, path_b)]
-    a, b = (result["manifest"] for result in results)
+    results = [_read_comparable(path) for path in (path_a, path_b)]
+    a, b = (result.manifest for result in results)
     missing = object()
     differing = [key for key in {**a, **b} if a.get(key, missing) != b.get(key, missing)]
     if differing:
         lines = [shown(f"{key}: {a.get(key, 'absent')} | {b.get(key, 'absent')}") for key in differing]
         raise ValueError(f"{shown(path_a)} and {shown(path_b)} cannot be compared, they differ in {'; '.join(lines)}")
+    first, second = (result.numbers for result in results)
     table = {
-        key: {"a": x, "b": y, "difference": y - x}
-        for key, x in results[0].items()
-        if isinstance(x, int | float) and isinstance(y := results[1].get(key), int | float) and key != "n"
+        key: Difference(x, second[key], second[key] - x) for key, x in first.items() if key in second and key != "n"
     }
-    rows = [[_label(key), *map(digits, row.values())] for key, row in table.items()]
+    rows = [[_label(key), *map(digits, row)] for key, row in table.items()]
     return table, Table(["", "a", "b", "b - a"], rows).text()
 
 
-def _read_result(path: str) -> dict[str, Any]:
+class _Comparable(NamedTuple):
+    """Of a metrics.json of any command that writes a manifest."""
+
+    numbers: Mapping[str, float]
+    manifest: dict[str, Any]
+
+
+def _read_comparable(path: str) -> _Comparable:
     result = read_json(path)
     if not isinstance(result, dict) or not isinstance(result.get("manifest"), dict):
         raise ValueError(f"{shown(path)} is not a metrics.json with a manifest")
-    return result
+    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    return _Comparable(numbers, result["manifest"])
 
 
 def finish(
-    result: dict[str, Any],
+    result: Result,
     as_json: bool,
     out: str | None,
     metrics: ReconstructionMetrics | None = None,
@@ -114,7 +207,7 @@ def finish(
 
 
 def _write_and_print(
-    result: dict[str, Any],
+    result: Result,
     as_json: bool,
     out: str | None,
     metrics: ReconstructionMetrics | None,
@@ -126,17 +219,17 @@ def _write_and_print(
         if metrics is not None:
             with atomic_file(folder / "reconstructions.png") as temporary:
                 metrics.picture().save(temporary, format="PNG")
-        write_json(folder / "metrics.json", result)
         if write_page is not None:
             write_page(folder, result, metrics)
-    for warning in result["warnings"]:
+        write_json(folder / "metrics.json", result.to_json())  # the last: where it is, all is
+    for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(json_text(result) if as_json else format_result(result))
+    print(json_text(result.to_json()) if as_json else format_numbers(result.numbers))
 
 
-def format_result(result: Mapping[str, Any]) -> str:
-    """A result as a table: a row a metric, a column a scale."""
-    found = measured(result)
+def format_numbers(numbers: Numbers) -> str:
+    """Metrics as a table: a row a metric, a column a scale."""
+    found = measured(numbers)
     titles = list(dict.fromkeys(title for one in found for title in one.values))
     rows = [[one.metric.with_unit, *(digits(_mean(one.values.get(title))) for title in titles)] for one in found]
     return Table(["", *titles], rows).text()

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from hieratok.core.precision import Precision
+
 TimeSampling = Literal["uniform", "logit-normal"]
 STEPS = 1000
 Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
@@ -216,7 +218,7 @@ class Sample(SampleConfig):
     """Decode the finest scale, or every one, each into a folder of its own: 16px, 32px, ..."""
     preview: bool = False
     """Every scale, and of each batch the coarse ones on the disk before the finest is computed."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """bf16: the generator computes in bfloat16 (autocast), as it was trained; about twice as fast on a GPU."""
     compile: bool = False
     """torch.compile the generator: minutes to start, faster to run. Worth it for thousands of images."""

@@ -1,6 +1,5 @@
 """Sampling latents from a trained DiT: guidance, labels, and noise that belongs to an image and not to its batch."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
@@ -8,6 +7,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from hieratok.core.precision import Precision, autocast
+from hieratok.core.seeding import generator
 from hieratok.generation import diffusion, flow
 from hieratok.generation.config import SAMPLERS, SampleConfig
 from hieratok.generation.dit import DiT, DiTConfig
@@ -29,17 +30,20 @@ class Samples(NamedTuple):
 
 
 @torch.no_grad()  # and not inference mode, which spoils what FSDP2 keeps between calls
-def sample_latents(model: DiT, config: SampleConfig, indices: Sequence[int] | None = None) -> Iterator[Samples]:
+def sample_latents(
+    model: DiT, config: SampleConfig, indices: Sequence[int] | None = None, precision: Precision = "fp32"
+) -> Iterator[Samples]:
     """Latents of the images `indices`, batch by batch; decoding them is the caller's business.
 
     An image depends on its index, the seed and the settings, not on which others are asked for, in which order, in
-    batches of which size: so processes can share the indices, and a half-done job goes on with those that are missing.
+    batches of which size: so processes can share the indices, and an interrupted job needs only those that are missing.
     (Up to the last bits: matrix products round differently for other batch sizes. The noise is the same to the bit.)
 
     Args:
         model: in evaluation mode, on any device.
         config: how.
         indices: of images, from 0; None: 0 .. num - 1.
+        precision: of the generator; noise and steps are float32.
 
     Yields:
         `indices` of the batch; `labels` int64 (B,); `latents` (B, d, h, w), as the generator was trained on them.
@@ -63,11 +67,12 @@ def sample_latents(model: DiT, config: SampleConfig, indices: Sequence[int] | No
         batch = list(indices[start : start + config.batch_size])
         y = class_labels(config.labels, batch, model.config.num_classes, config.seed).to(device)
         draw = ImageNoise(config.seed, batch, model.config.latent_shape, device)
-        if config.sampler == "ddpm" or config.sampler == "ddim":
-            z = diffusion.sample(predict, draw(), y, draw, config.steps, config.sampler, config.eta)
-        else:
-            assert config.sampler is not None
-            z = flow.sample(predict, draw(), y, draw, config.steps, config.sampler, config.time_shift)
+        with autocast(device, precision):
+            if config.sampler == "ddpm" or config.sampler == "ddim":
+                z = diffusion.sample(predict, draw(), y, draw, config.steps, config.sampler, config.eta)
+            else:
+                assert config.sampler is not None
+                z = flow.sample(predict, draw(), y, draw, config.steps, config.sampler, config.time_shift)
         yield Samples(batch, y, z)
 
 
@@ -137,7 +142,7 @@ def class_labels(labels: str | tuple[int, ...], indices: Sequence[int], num_clas
         seed: of random labels.
     """
     if labels == "random":
-        chosen = [int(torch.randint(num_classes, (), generator=_generator("label", seed, i))) for i in indices]
+        chosen = [int(torch.randint(num_classes, (), generator=generator("label", seed, i))) for i in indices]
     elif labels == "balanced":
         chosen = [i % num_classes for i in indices]
     else:
@@ -157,16 +162,10 @@ class ImageNoise:
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device):
-        self.generators = [_generator("noise", seed, i) for i in indices]
+        self.generators = [generator("noise", seed, i) for i in indices]
         self.shape = shape
         self.device = device
 
     def __call__(self) -> Tensor:
         """The next normals, (B, *shape), float32."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
-
-
-def _generator(purpose: str, seed: int, index: int) -> torch.Generator:
-    """A generator for one use in one image; neighbouring seeds and indices give unrelated streams."""
-    digest = hashlib.blake2b(f"{purpose} {seed} {index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -10,20 +10,22 @@ Files are of the tokenizer's training size; the batch may have any size.
 import importlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hieratok import __version__
 from hieratok.core import checkpoint
 from hieratok.core.extras import needs_extras
 from hieratok.core.files import shown
+from hieratok.core.progress import progress
 from hieratok.core.tables import Table
+from hieratok.core.typed import as_json
 from hieratok.data.images import Source, evaluation_batches, evenly_spread, open_source, to_float, to_uint8
 from hieratok.evaluation.pixels import psnr
 from hieratok.evaluation.reconstruction import area_resize
@@ -44,6 +46,8 @@ CHECKED = 3  # photos that files are checked on, one alone and all together
 MEASURED, AT_A_TIME = 64, 8  # photos that the PSNR of int8 weights is measured on, at most
 SOURCE_LINES = ("stack_trace", "pkg.torch.onnx.stack_trace")  # of this machine's files, which nobody else has
 
+Shape = list[str | int]
+"""`batch`, then sizes."""
 Program = Callable[[Tensor], tuple[Tensor, ...]]
 """One file, run: its input, with the batch in front -> its outputs."""
 
@@ -117,13 +121,52 @@ def parts(tokenizer: HieraTok) -> list[Part]:
     ]
 
 
-def export(options: Export) -> dict[str, Any]:
-    """The command.
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file of an export, and what was found about it."""
 
-    Returns:
-        What is in the folder's `export.json`: `files` with their inputs, outputs, bytes and largest difference to the
-        original, the tokenizer's `config`, weights' `sha256` and latent statistics, versions, and with `int8` the
-        PSNR of `float32` and `int8` files in dB by image size.
+    name: str
+    input: dict[str, Shape]
+    """One shape, by the input's name."""
+    outputs: dict[str, Shape]
+    bytes: int
+    largest_difference: float
+    """To the original, of any value."""
+    int8: str | None = None
+    """Name of the file with int8 weights beside it."""
+    int8_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """By name, without what there is not."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class Int8Cost(NamedTuple):
+    """PSNR in dB of a decoder file's finest image against the photo reduced to its size."""
+
+    float32: float
+    int8: float
+    cost: float
+    """Their difference."""
+
+
+@dataclass(frozen=True)
+class Int8Costs:
+    """What int8 weights cost."""
+
+    images: int
+    """Photos that the PSNR is a mean over."""
+    files: dict[str, Int8Cost]
+    """By the decoder's name, without suffix."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The files beside the number of photos."""
+        return {"images": self.images, **{name: cost._asdict() for name, cost in self.files.items()}}
+
+
+def export(options: Export) -> list[ExportedFile]:
+    """The command: the files, and an `export.json` that says what they are of: `files`, the tokenizer's `config`,
+    weights' `sha256` and latent statistics, versions, and with `int8` the `psnr` that int8 weights cost.
 
     Raises:
         ValueError, FileNotFoundError: no such tokenizer or images, missing packages, a folder that holds something
@@ -135,43 +178,45 @@ def export(options: Export) -> dict[str, Any]:
     source = open_source(options.data)
     tokenizer = HieraTok.from_pretrained(options.run).eval()
     photos = first_photos(source, tokenizer.config.image_size)
-    files: list[dict[str, Any]] = []
-    sha256, config = describe_tokenizer(options.run)
-    result: dict[str, Any] = {
-        "format": options.format,
-        "versions": versions(options.format),
-        "tokenizer": {
-            "sha256": sha256,
-            "config": config,
-            "latent_mean": tokenizer.latent_mean.tolist(),
-            "latent_std": tokenizer.latent_std.tolist(),
-        },
-        "files": files,
-    }
+    facts = describe(options, tokenizer)
+    files: list[ExportedFile] = []
+    costs = None
     with checkpoint.atomic_folder(out) as folder:
-        for part in tqdm(parts(tokenizer), desc="export", unit=" files", leave=False):
+        for part in progress(parts(tokenizer), title="export", unit="files", leave=False):
             example = photos if part.input == "images" else latents_of(tokenizer, photos)
             path = folder / f"{part.name}{SUFFIXES[options.format]}"
             write(part, example, path)
-            files.append(
-                {
-                    "name": path.name,
-                    "input": {part.input: ["batch", *example.shape[1:]]},
-                    "outputs": shapes(part, example),
-                    "bytes": size(path),
-                    "largest_difference": check(part, example, path),
-                }
+            file = ExportedFile(
+                path.name,
+                {part.input: ["batch", *example.shape[1:]]},
+                shapes(part, example),
+                size(path),
+                check(part, example, path),
             )
             if options.int8:
                 quantized = int8_path(path)
                 quantize(path, quantized)
-                files[-1] |= {"int8": quantized.name, "int8_bytes": size(quantized)}
+                file = replace(file, int8=quantized.name, int8_bytes=size(quantized))
+            files.append(file)
         if options.int8:
-            result["psnr"] = int8_cost(tokenizer, source, folder)
-        checkpoint.write_json(folder / MANIFEST, result)
-    print(table(result).text())
+            costs = int8_cost(tokenizer, source, folder)
+        psnr_costs = {"psnr": as_json(costs)} if costs else {}
+        checkpoint.write_json(folder / MANIFEST, {**facts, "files": as_json(files), **psnr_costs})
+    print(table(files, costs).text())
     print(f"written: {shown(out)} (every file's inputs and outputs: {MANIFEST})")
-    return result
+    return files
+
+
+def describe(options: Export, tokenizer: HieraTok) -> dict[str, Any]:
+    """Of what files are, for `export.json`: format, versions, and the tokenizer's config, weights and statistics."""
+    sha256, config = describe_tokenizer(options.run)
+    whose = {
+        "sha256": sha256,
+        "config": config,
+        "latent_mean": tokenizer.latent_mean.tolist(),
+        "latent_std": tokenizer.latent_std.tolist(),
+    }
+    return {"format": options.format, "versions": versions(options.format), "tokenizer": whose}
 
 
 def output_folder(options: Export) -> Path:
@@ -214,7 +259,7 @@ def latents_of(tokenizer: HieraTok, photos: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shapes(part: Part, example: Tensor) -> dict[str, list[Any]]:
+def shapes(part: Part, example: Tensor) -> dict[str, Shape]:
     """Each output's shape, by name."""
     return {name: ["batch", *y.shape[1:]] for name, y in zip(part.outputs, part.module(example), strict=True)}
 
@@ -339,20 +384,17 @@ def quiet_root_logger() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def int8_cost(tokenizer: HieraTok, source: Source, folder: Path) -> dict[str, Any]:
+def int8_cost(tokenizer: HieraTok, source: Source, folder: Path) -> Int8Costs:
     """PSNR in dB of each decoder file's finest image against the photo reduced to its size, in float32 and in int8.
 
     In int8 the encoder is int8 too. Mean over at most 64 images.
-
-    Returns:
-        `images`, and by file: `float32`, `int8` and `cost`, their difference.
     """
     images = evenly_spread(source, MEASURED)
     names = [part.name for part in parts(tokenizer) if part.input == "z"]
-    precisions: dict[str, Callable[[Path], Path]] = {"float32": lambda path: path, "int8": int8_path}
-    found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for precision, path_of in precisions.items():
+
+    def measure(path_of: Callable[[Path], Path]) -> dict[str, float]:
         encode = open_program(path_of(folder / "encoder.onnx"))
+        found = {}
         for name in names:
             decode = open_program(path_of(folder / f"{name}.onnx"))
             values = [
@@ -360,21 +402,24 @@ def int8_cost(tokenizer: HieraTok, source: Source, folder: Path) -> dict[str, An
                 for _, _, photos in evaluation_batches(images, tokenizer.config.image_size, AT_A_TIME)
                 for restored in [to_uint8(decode(encode(to_float(photos))[0])[-1])]
             ]
-            found[name][precision] = torch.cat(values).mean().item()
-    for numbers in found.values():
-        numbers["cost"] = numbers["float32"] - numbers["int8"]
-    return {"images": len(images), **found}
+            found[name] = torch.cat(values).mean().item()
+        return found
+
+    float32, int8 = measure(lambda path: path), measure(int8_path)
+    costs = {name: Int8Cost(float32[name], int8[name], float32[name] - int8[name]) for name in names}
+    return Int8Costs(len(images), costs)
 
 
-def table(result: Mapping[str, Any]) -> Table:
+def table(files: Sequence[ExportedFile], costs: Int8Costs | None) -> Table:
     """The files, their sizes and what was measured."""
-    measured = ["int8 size", "PSNR", "int8 PSNR", "cost"] if "psnr" in result else []
+    measured = ["int8 size", "PSNR", "int8 PSNR", "cost"] if costs else []
     rows = []
-    for file in result["files"]:
-        row = [file["name"], megabytes(file["bytes"]), f"{file['largest_difference']:.1e}"]
-        if measured:
-            numbers = result["psnr"].get(Path(file["name"]).stem, {})
-            row += [megabytes(file["int8_bytes"]), *([f"{value:.2f} dB" for value in numbers.values()] or [""] * 3)]
+    for file in files:
+        row = [file.name, megabytes(file.bytes), f"{file.largest_difference:.1e}"]
+        if costs:
+            numbers = costs.files.get(Path(file.name).stem)
+            row.append(megabytes(file.int8_bytes or 0))
+            row += [f"{value:.2f} dB" for value in numbers] if numbers else [""] * 3
         rows.append(row)
     return Table(["file", "size", "largest difference", *measured], rows)
 

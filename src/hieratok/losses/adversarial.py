@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
+from hieratok.core.distributed import process, total
 from hieratok.core.layers import LayerNorm2d, init_weights
 from hieratok.losses.config import AdversarialConfig, GanLoss
 from hieratok.losses.vf import FoundationModel
@@ -391,9 +391,7 @@ class LeCam(nn.Module):
         if real_mean.ndim or fake_mean.ndim:
             raise ValueError("LeCam's update takes two scalars, the step's mean logits")
         means = torch.stack([real_mean, fake_mean]).to(self.real_mean)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+        means = total(means) / process()[1]
         decay = torch.where(self.num_updates == 0, 0.0, self.decay)
         stay = torch.zeros_like(decay, dtype=torch.bool) if skip is None else skip.bool()
         for average, mean in zip((self.real_mean, self.fake_mean), means):

@@ -30,7 +30,7 @@ class LossConfig:
     """l_kl: KL divergence, summed over latent dimensions, averaged over the batch."""
     pixel_reduction: PixelReduction = "scales"
     """Of L1 and MSE: the mean of the scales' means (scales), or the mean over the pixels of all scales (tokens)."""
-    perceptual_reduction: PerceptualReduction = "mean"
+    perceptual_reduction: PerceptualReduction = "finest"
     """Of the perceptual distance: mean or sum over scales, or the finest scale's alone (finest)."""
     scale_weights: tuple[float, ...] | None = None
     """One weight per scale, coarse to fine, of its share in the reductions above. None: all alike."""

@@ -1,13 +1,15 @@
 """The page of an analysis: tables with what each number means, the embedding, curves, pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
+from hieratok.analysis.density import DensityMetrics, Embedding
 from hieratok.analysis.meanings import lines, table
+from hieratok.analysis.report import Analysis, Channels, CommutationImages, Density, LatentReport, Maps
+from hieratok.core.estimates import Estimate
 from hieratok.core.pictures import to_pil
 from hieratok.core.tables import Table, flat
 from hieratok.evaluation.reconstruction import area_resize
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SPECTRA: dict[str, Maps] = {"latents": "latent", "images": "rgb"}
 MANY_CLASSES = 20  # above it classes get no colours of their own
 
 DENSITY_TEXT = (
@@ -47,55 +50,45 @@ NOISE_TEXT = (
     "A generator's latents are never quite the encoder's. The slower this curve falls, the more a decoder forgives."
 )
 
-IMAGES = "Mean over {} images and the 95% interval of that mean."
+TOKENIZER_SUMMARY = "How evenly, regularly and robustly a tokenizer's latents stand for images."
+DENSITY_SUMMARY = "How evenly a set of latent vectors fills its space."
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """t-SNE's points with what colours them."""
-
-    points: np.ndarray
-    """(N, 2)."""
-    density: np.ndarray
-    """(N,)."""
-    labels: np.ndarray | None = None
-    """(N,) class indices, -1: none; or None."""
-    classes: Sequence[str] = ()
-    """Names of the classes, where they have any."""
+def write(folder: Path, found: Analysis) -> None:
+    """Write `index.html` into an analysis' folder, which is there already."""
+    report.write_page(folder / "index.html", make_page(found))
 
 
-def make_page(
-    title: str,
-    summary: str,
-    result: dict[str, Any],
-    embedding: Embedding | None = None,
-    pictures: report.Html | None = None,
-) -> report.Html:
-    """`index.html` of a result; whatever it lacks is left out."""
-    sections = []
-    if embedding is not None:
-        sections.append(density_section(result, embedding))
-    if "reconstruction_rms" in result:
-        sections.append(symmetry_section(result, pictures))
-    if "rgb_power_slope" in result:
-        sections.append(spectrum_section(result))
-    if "effective_rank" in result:
-        sections.append(channel_section(result))
-    if "reconstruction_rms" in result:
-        noise = numbers(result, ["noise_psnr"], IMAGES.format(result["decoded_images"]))
-        sections.append(report.section("Noise", report.text(NOISE_TEXT), noise_plot(result), noise))
+def make_page(found: Analysis) -> report.Html:
+    """`index.html` of an analysis; whatever it lacks is left out."""
+    numbers, sections = found.report, []
+    if numbers.density is not None and found.embedding is not None:
+        sections.append(density_section(numbers, numbers.density, found.embedding))
+    if numbers.decoded:
+        sections.append(symmetry_section(numbers, found.images))
+    if "rgb" in numbers.spectra:
+        sections.append(spectrum_section(numbers))
+    if numbers.channels is not None:
+        sections.append(channel_section(numbers, numbers.channels))
+    if numbers.decoded:
+        means = number_table(numbers, ["noise_psnr"], over_images(numbers))
+        sections.append(report.section("Noise", report.text(NOISE_TEXT), noise_plot(numbers), means))
     caption = "What the numbers depend on; metrics.json beside this page has every number."
     sections.append(
-        report.section(
-            "How this was measured", report.table(Table(["what", "value"], flat(result["manifest"]), caption))
-        )
+        report.section("How this was measured", report.table(Table(["what", "value"], flat(numbers.manifest), caption)))
     )
-    return report.page(title, summary, sections)
+    summary = DENSITY_SUMMARY if numbers.channels is None else TOKENIZER_SUMMARY
+    return report.page(found.title, summary, sections)
 
 
-def numbers(result: dict[str, Any], stems: Sequence[str], caption: str) -> report.Html:
-    """A table of the numbers called `stem` or `stem/detail` with what each `stem` means."""
-    found = lines(result, stems)
+def over_images(numbers: LatentReport) -> str:
+    """What a mean is of."""
+    return f"Mean over {numbers.decoded_images} images and the 95% interval of that mean."
+
+
+def number_table(numbers: LatentReport, stems: Sequence[str], caption: str) -> report.Html:
+    """A table of the numbers called by `stems`, with what each means."""
+    found = lines(numbers, stems)
     plain = table(found, caption)
     repeated = [i > 0 and line.metric is found[i - 1].metric for i, line in enumerate(found)]
     meanings = ["" if again else line.metric.meaning for line, again in zip(found, repeated)]
@@ -103,13 +96,12 @@ def numbers(result: dict[str, Any], stems: Sequence[str], caption: str) -> repor
     return report.table(Table([*plain.header, "meaning"], rows, caption))
 
 
-def density_section(result: dict[str, Any], embedding: Embedding) -> report.Html:
+def density_section(numbers: LatentReport, density: Density, embedding: Embedding) -> report.Html:
     """CV, Gini, entropy, and the plane."""
-    n = len(embedding.points)
-    draws = result["density_draws"]
+    n, draws = len(embedding.points), density.draws
     caption = f"{n:,} points, {draws} draw{'s' * (draws > 1)}; ± is the standard deviation over draws."
-    parts = [report.text(DENSITY_TEXT), numbers(result, ["density_cv", "gini", "normalized_entropy"], caption)]
-    if "floor_density_cv" in result:
+    parts = [report.text(DENSITY_TEXT), number_table(numbers, DensityMetrics._fields, caption)]
+    if density.floor is not None:
         parts.append(report.text(FLOOR_TEXT))
     return report.section("How evenly latents fill their space", *parts, report.columns(*embedding_plots(embedding)))
 
@@ -170,31 +162,24 @@ def point_style(num: int) -> dict[str, Any]:
     return {"s": float(np.clip(20_000 / num, 1.5, 20)), "linewidths": 0, "rasterized": True}
 
 
-def symmetry_section(result: dict[str, Any], pictures: report.Html | None) -> report.Html:
+def symmetry_section(numbers: LatentReport, images: CommutationImages | None) -> report.Html:
     """Commutation and equivariance."""
     stems = ["commutation_error", "commutation_target_mse", "pyramid_error", "pyramid_target_mse"]
-    images = IMAGES.format(result["decoded_images"])
     parts = [report.text(COMMUTATION_TEXT)]
-    if lines(result, stems):
-        parts.append(numbers(result, stems, f"{images} Scales by the height of their pictures."))
-    parts += [pictures] if pictures is not None else []
+    if lines(numbers, stems):
+        parts.append(number_table(numbers, stems, f"{over_images(numbers)} Scales by the height of their pictures."))
+    parts += [commutation_pictures(images)] if images is not None else []
     stems = ["reconstruction_rms", "equivariance_decoder", "equivariance_encoder"]
-    return report.section("Scales and symmetries", *parts, numbers(result, stems, images))
+    return report.section("Scales and symmetries", *parts, number_table(numbers, stems, over_images(numbers)))
 
 
-def commutation_pictures(names: Sequence[str], images: Tensor, coarse: Sequence[Tensor], full: Tensor) -> report.Html:
-    """Decoded shrunk latents above the shrunk decoded ones.
-
-    Args:
-        names: of the B images.
-        images: uint8 (B, 3, H, W).
-        coarse: D(T_k z), uint8 (B, 3, H_k, W_k), coarse to fine.
-        full: D(z), uint8 (B, 3, H, W).
-    """
+def commutation_pictures(images: CommutationImages) -> report.Html:
+    """Decoded shrunk latents above the shrunk decoded ones."""
+    coarse, full = images.coarse, images.full
     pooled = [area_resize(full, x.shape[-2:]) for x in coarse]
     rows = []
-    for i, name in enumerate(names):
-        for title, stacks, last in (("D(T z)", coarse, full), ("T D(z)", pooled, images)):
+    for i, name in enumerate(images.names):
+        for title, stacks, last in (("D(T z)", coarse, full), ("T D(z)", pooled, images.originals)):
             rows.append(report.Row(name, [to_pil(stack[i]) for stack in (*stacks, last)], title))
     titles = [*(f"{x.shape[-2]} px" for x in coarse), "D(z); original"]
     caption = (
@@ -204,15 +189,15 @@ def commutation_pictures(names: Sequence[str], images: Tensor, coarse: Sequence[
     return report.picture_grid(titles, rows, caption)
 
 
-def spectrum_section(result: dict[str, Any]) -> report.Html:
+def spectrum_section(numbers: LatentReport) -> report.Html:
     """Cosine coefficients and power over frequency."""
     parts = [report.text(SPECTRUM_TEXT)]
     plots = []
-    if "latent_dct" in result:
-        order = list(range(1, len(result["latent_dct"])))
+    latent = numbers.spectra.get("latent")
+    if latent is not None and latent.dct:
         curves = [
-            report.Line(what, order, np.log10(np.maximum(result[f"{key}_dct"][1:], 1e-6)).tolist())
-            for what, key in (("latents", "latent"), ("images", "rgb"))
+            report.Line(what, list(range(1, len(latent.dct))), decades(numbers.spectra[maps].dct[1:]))
+            for what, maps in SPECTRA.items()
         ]
         plots.append(
             report.line_plot(
@@ -224,20 +209,25 @@ def spectrum_section(result: dict[str, Any]) -> report.Html:
         )
     else:
         parts.append(report.text("The latent map is smaller than 8 x 8: it has no blockwise cosine transform."))
-    names = [f"{what}_{name}" for name in ("high_frequency_share", "power_slope") for what in ("latent", "rgb")]
-    images = IMAGES.format(result["decoded_images"])
-    return report.section("Frequencies", *parts, *plots, numbers(result, names, images))
+    names = [f"{maps}_{name}" for name in ("high_frequency_share", "power_slope") for maps in SPECTRA.values()]
+    return report.section("Frequencies", *parts, *plots, number_table(numbers, names, over_images(numbers)))
 
 
-def channel_section(result: dict[str, Any]) -> report.Html:
+def decades(values: Sequence[Estimate]) -> list[float]:
+    """Decimal logarithms of means, of at least a millionth."""
+    return np.log10(np.maximum([value.mean for value in values], 1e-6)).tolist()
+
+
+def channel_section(numbers: LatentReport, channels: Channels) -> report.Html:
     """Rank, dead channels, nats."""
     names = ["effective_rank", "participation_ratio", "active_channels", "dead_channels", "kl"]
-    caption = f"{result['n']:,} images, {result['latent_channels']} channels."
-    plots = [channel_plot(result["channel_std"], "standard deviation of the mean", "How much each channel varies.")]
-    if "channel_kl" in result:
-        plots.append(channel_plot(result["channel_kl"], "nats per image", "KL divergence of each channel."))
+    caption = f"{numbers.n:,} images, {numbers.latent_channels} channels."
+    plots = [channel_plot(channels.channel_std, "standard deviation of the mean", "How much each channel varies.")]
+    if channels.channel_kl:
+        nats = [value.mean for value in channels.channel_kl]
+        plots.append(channel_plot(nats, "nats per image", "KL divergence of each channel."))
     return report.section(
-        "Channels", report.text(CHANNEL_TEXT), numbers(result, names, caption), report.columns(*plots)
+        "Channels", report.text(CHANNEL_TEXT), number_table(numbers, names, caption), report.columns(*plots)
     )
 
 
@@ -248,9 +238,9 @@ def channel_plot(values: Sequence[float], label: str, caption: str) -> report.Ht
     return report.line_plot([line], "channels, sorted", label, caption)
 
 
-def noise_plot(result: dict[str, Any]) -> report.Html:
+def noise_plot(numbers: LatentReport) -> report.Html:
     """PSNR over sigma."""
-    curve = {float(k.partition("/")[2]): v for k, v in result.items() if k.startswith("noise_psnr/")}
+    curve = {float(sigma): psnr.mean for sigma, psnr in numbers.of("noise_psnr").items()}
     line = report.Line("PSNR", list(curve), list(curve.values()))
-    caption = f"Mean PSNR of D(z + sigma eps) over {result['decoded_images']} images; sigma in standard deviations."
+    caption = f"Mean PSNR of D(z + sigma eps) over {numbers.decoded_images} images; sigma in standard deviations."
     return report.line_plot([line], "sigma", "PSNR (dB)", caption)

@@ -2,14 +2,12 @@
 pictures, the protocol."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hieratok.core.pictures import error_map, to_pil
 from hieratok.core.tables import Table, digits, estimated, flat
 from hieratok.evaluation.reconstruction import Pair, ReconstructionMetrics, Shown
-from hieratok.evaluation.results import Measured, measured
+from hieratok.evaluation.results import Measured, Result, measured
 from hieratok.reports import page as report
 
 TITLES = {
@@ -24,7 +22,7 @@ SUMMARIES = {
 }
 
 
-def write(folder: Path, result: Mapping[str, Any], metrics: ReconstructionMetrics | None) -> None:
+def write(folder: Path, result: Result, metrics: ReconstructionMetrics | None) -> None:
     """Write `index.html` into the folder of a result's metrics.json.
 
     Args:
@@ -32,21 +30,21 @@ def write(folder: Path, result: Mapping[str, Any], metrics: ReconstructionMetric
         result: as `hieratok.evaluation.protocols` returns it.
         metrics: what was collected of each image, if it was of pairs.
     """
-    protocol = result["manifest"]["protocol"]
-    names = {key: value for key, value in result["inputs"].items() if isinstance(value, str)}
-    warnings = [report.text(f"Warning: {warning}.") for warning in result["warnings"]]
-    found = measured(result)
+    protocol = result.manifest["protocol"]
+    names = {key: value for key, value in result.inputs.items() if isinstance(value, str)}
+    warnings = [report.text(f"Warning: {warning}.") for warning in result.warnings]
+    found = measured(result.numbers, result.intervals)
     parts = [report.table(metric_table(found)), *warnings]
     if metrics is not None:
         parts += distribution(metrics.psnr_of_images())
     sections = [report.key_figures(key_figures(found)), report.section("Metrics", *parts)]
     if metrics is not None and metrics.shown.pairs:
         sections.append(report.section("Worst and best", *pictures(metrics.shown)))
-    facts = {**result["manifest"], **{f"input: {key}": value for key, value in result["inputs"].items()}}
+    facts = {**result.manifest, **{f"input: {key}": value for key, value in result.inputs.items()}}
     caption = "What the numbers depend on. `hieratok evaluate compare` sets two results side by side if this agrees."
     table = report.table(Table(["what", "value"], flat(facts), caption))
     sections.append(report.section("How this was measured", table))
-    summary = SUMMARIES[protocol].format(n=result["n"], **names)
+    summary = SUMMARIES[protocol].format(n=result.n, **names)
     report.write_page(folder / "index.html", report.page(TITLES[protocol], summary, sections))
 
 

@@ -126,9 +126,9 @@ def overview(runs: Sequence[Run]) -> Table:
             run.name,
             str(run.settings.get("name", "–")),
             run.state,
-            f"{pace['images_seen']:,.0f}" if pace else "–",
-            f"{pace['seconds'] / 60:.1f}" if pace else "–",
-            f"{pace['images_per_second']:.1f}" if pace else "–",
+            f"{pace.images_seen:,.0f}" if pace else "–",
+            f"{pace.seconds / 60:.1f}" if pace else "–",
+            f"{pace.images_per_second:.1f}" if pace else "–",
             f"{run.parameters / 1e6:.2f}" if run.parameters else "–",
             digits(run.log[-1].get("loss")) if run.log else "–",
         ])  # fmt: skip

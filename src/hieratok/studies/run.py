@@ -4,28 +4,28 @@ Every run lies in OUT/runs under a hash of its settings and data, and every meas
 what is there is used again, by other studies too, and the same command goes on where it was stopped.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from hieratok.analysis.convergence import speed_up
 from hieratok.analysis.intervals import summarize
-from hieratok.core.checkpoint import atomic_file
-from hieratok.core.distributed import is_first
+from hieratok.analysis.report import LatentReport
+from hieratok.core.checkpoint import remove_leftovers, write_json
+from hieratok.core.distributed import is_first, process_group
 from hieratok.core.estimates import Estimate
-from hieratok.core.files import read_json_table
+from hieratok.core.files import read_json_table, shown
 from hieratok.core.lock import lock
-from hieratok.core.typed import plain
+from hieratok.core.typed import from_json
 from hieratok.data.images import open_source
 from hieratok.evaluation.pixels import psnr
 from hieratok.evaluation.protocols import EvaluateReconstruction, EvaluateSamples, evaluate_samples
 from hieratok.evaluation.reconstruction import area_resize
-from hieratok.reports import study as study_page
-from hieratok.reports.analysis import make_page as analysis_page
+from hieratok.evaluation.results import Result
 from hieratok.studies import paper as studies
 from hieratok.studies.paper import METRICS, Metric, Row
 from hieratok.studies.plan import (
@@ -41,23 +41,55 @@ from hieratok.studies.plan import (
     prepare,
     reference,
     train,
+    unless_done,
     wants_generator,
 )
+from hieratok.studies.results import (
+    EMBEDDING,
+    Agreement,
+    Cell,
+    ComparedCurves,
+    ComparedRow,
+    Comparison,
+    Curve,
+    Effect,
+    FinishedRun,
+    Interval,
+    Measured,
+    StudyResult,
+    StudyRow,
+    Trained,
+    Verdict,
+)
+from hieratok.tasks import analyze
 from hieratok.tasks.analyze import Analyze, analyze_tokenizer, load_tokenizer
-from hieratok.tasks.analyze import write as write_analysis
 from hieratok.tasks.reconstruct import evaluate_tokenizer
 from hieratok.tasks.sample import Sample, folder_name, read_image, sample, written_sides
 from hieratok.tokenizer import cost
 from hieratok.tokenizer.model import HieraTok
-from hieratok.training.run_folder import EVALUATIONS, read_lines
+from hieratok.training.run_folder import EVALUATIONS, read_log
 from hieratok.training.tokenizer import TokenizerRun
 
 CONSISTENCY_SAMPLES = 256
 """At most, for appendix D."""
 
 
-def run_study(options: RunStudy) -> dict[str, Any] | None:
+# Writes pages beside STUDY.json, whose path without its ending it gets; what they look like is its callers' business.
+WritePage = Callable[[Path, StudyResult], None]
+Cells = Mapping[tuple[int, int], Cell]
+"""By index of the row and seed."""
+SampleScales = Literal["finest", "all"]
+
+
+def run_study(
+    options: RunStudy, write_page: WritePage | None = None, write_analysis: analyze.WritePage | None = None
+) -> StudyResult | None:
     """The command.
+
+    Args:
+        options: of it.
+        write_page: adds pages to OUT/STUDY.json.
+        write_analysis: adds a page to each analysis of latents.
 
     Returns:
         What is in `OUT/STUDY.json`; None with `--plan` or `--row`.
@@ -73,69 +105,78 @@ def run_study(options: RunStudy) -> dict[str, Any] | None:
         return None
     check(setup)
     row = "" if options.row is None else f"-row-{options.row}"
-    with lock(setup.out, f"study {options.study}", f".{options.study}{row}.lock"):  # other studies may go on
-        return _run_study(setup)
+    name = f".{options.study}{row}.lock"  # other studies may run
+    with lock(setup.out, f"study {options.study}", name), process_group():
+        return _run_study(setup, write_page, write_analysis)
 
 
-def _run_study(setup: Setup) -> dict[str, Any] | None:
+def _run_study(
+    setup: Setup, write_page: WritePage | None, write_analysis: analyze.WritePage | None
+) -> StudyResult | None:
     options = setup.options
-    measured = {}
+    cells = {}
     for i, row in setup.rows:
         for seed in range(options.seeds):
             print(f"{options.study}, row {i + 1} of {len(setup.study.rows)}: {row.name}, seed {seed}", flush=True)
-            measured[i, seed] = run_row(setup, row, seed)
+            cells[i, seed] = run_row(setup, row, seed, write_analysis)
     if not is_first():
         return None
     if options.row is not None:
         print(f"done. When all rows are: hieratok study {options.study} ... without --row")
         return None
-    result = assemble(setup, measured)
-    study_page.write(setup.out / options.study, result)
-    print(f"written: {setup.out / options.study}.html, .md and .json")
+    result = assemble(setup, cells)
+    stem = setup.out / options.study
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(setup.out / f"{options.study}.*")
+    write_json(stem.with_suffix(".json"), result.to_json())
+    if write_page is not None:
+        write_page(stem, result)
+    print(f"written: {stem}" + (".html, .md and .json" if write_page else ".json"))
     return result
 
 
 # --- Measurements -----------------------------------------------------------------------------------------------------
 
 
-def run_row(setup: Setup, row: Row, seed: int) -> dict[str, Any]:
-    """Train a row's runs and measure what the study needs.
-
-    Returns:
-        {"runs": facts of each run, "measured": {need: {name: number}}, "warnings": [...]}.
-    """
+def run_row(setup: Setup, row: Row, seed: int, write_analysis: analyze.WritePage | None = None) -> Cell:
+    """Train a row's runs and measure what the study needs."""
     planned = planned_runs(setup, row, seed)
-    measured: dict[str, dict[str, Any]] = {}
-    if "cost" in setup.study.needs:
-        numbers = asdict(cost.measure(tokenizer_of(planned).run.model))  # type: ignore[arg-type]
-        measured["cost"] = numbers | {"parameters": numbers["parameters"] / 1e6}
-    if setup.study.needs == ("cost",):
-        return {"runs": [], "measured": measured, "warnings": []}
+    needs = setup.study.needs
+    tokenizer = tokenizer_of(planned)
+    found = Measured()
+    if "cost" in needs:
+        assert isinstance(tokenizer.run, TokenizerRun)
+        found = replace(found, cost=cost.measure(tokenizer.run.model))
+    if needs == ("cost",):
+        return Cell(measured=found)
+
     for one in planned:
         train(one)
-    tokenizer = tokenizer_of(planned)
-    if "reconstruction" in setup.study.needs:
-        measured["reconstruction"] = reconstruction(setup, tokenizer)
-    if "density" in setup.study.needs:
-        measured["density"] = latent_analysis(setup, tokenizer, "vavae", setup.size.draws)
-    if "commutation" in setup.study.needs:
-        measured["commutation"] = latent_analysis(setup, tokenizer, "ours", draws=0)
+
+    if "reconstruction" in needs:
+        found = replace(found, reconstruction=reconstruction(setup, tokenizer))
+    if "density" in needs:
+        density = latent_analysis(setup, tokenizer, "vavae", setup.size.draws, write_analysis)
+        found = replace(found, density=density)
+    if "commutation" in needs:
+        found = replace(found, commutation=latent_analysis(setup, tokenizer, "ours", 0, write_analysis))
     if wants_generator(setup):
-        generator = planned[-1]
-        if "generation" in setup.study.needs:
-            measured["generation"] = generation(setup, tokenizer, generator)
-        if "guided" in setup.study.needs:
-            measured["guided"] = generation(setup, tokenizer, generator, studies.GUIDANCE)
-        if "samples" in setup.study.needs:
-            measured["samples"] = consistency(setup, tokenizer, generator)
-        if "curves" in setup.study.needs:
-            points = read_lines(generator.folder / EVALUATIONS)
-            measured["curves"] = {
-                "points": points,
-                **{k: v for k, v in points[-1].items() if k not in ("step", "images")},
-            }
-    warnings = [warning for numbers in measured.values() for warning in numbers.get("warnings", [])]
-    return {"runs": [facts(one) for one in planned], "measured": measured, "warnings": warnings}
+        found = measure_generator(setup, tokenizer, planned[-1], found)
+    return Cell([finished(one) for one in planned], found, found.warnings)
+
+
+def measure_generator(setup: Setup, tokenizer: Planned, generator: Planned, found: Measured) -> Measured:
+    """What the study needs of a row's generator, added to what was found."""
+    needs = setup.study.needs
+    if "generation" in needs:
+        found = replace(found, generation=generation(setup, tokenizer, generator))
+    if "guided" in needs:
+        found = replace(found, guided=generation(setup, tokenizer, generator, studies.GUIDANCE))
+    if "samples" in needs:
+        found = replace(found, samples=consistency(setup, tokenizer, generator))
+    if "curves" in needs:
+        found = replace(found, curves=Curve(read_log(generator.folder / EVALUATIONS)))
+    return found
 
 
 def tokenizer_of(planned: Sequence[Planned]) -> Planned:
@@ -143,28 +184,26 @@ def tokenizer_of(planned: Sequence[Planned]) -> Planned:
     return [one for one in planned if isinstance(one.run, TokenizerRun)][-1]
 
 
-def facts(planned: Planned) -> dict[str, Any]:
-    """What a finished run was."""
-    done = read_json_table(planned.folder / DONE)
-    seed = planned.run.train.seed
-    return {
-        "folder": str(planned.folder),
-        "kind": planned.run.kind,
-        "seed": seed,
-        **done,
-        "settings": plain(planned.run),
-    }
+def finished(planned: Planned) -> FinishedRun:
+    """What a run was that has been trained.
+
+    Raises:
+        ValueError: its `trained.json` is damaged.
+    """
+    path = planned.folder / DONE
+    return FinishedRun(str(planned.folder), planned.run, from_json(Trained, read_json_table(path), shown(path)))
 
 
-def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[[Path], Any]) -> dict[str, Any]:
-    """What `measure` wrote as metrics.json into a folder of its own, by a hash of its settings; measured once."""
+def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[[Path], object]) -> Path:
+    """The `metrics.json` that `measure` wrote into a folder of its own, by a hash of its settings; measured once."""
     out = folder / "measured" / f"{kind}-{digest(settings)}"
-    if not (out / "metrics.json").is_file():
-        measure(out)
-    return read_json_table(out / "metrics.json")
+    with unless_done(out, "metrics.json", "*") as wanted:
+        if wanted:
+            measure(out)
+    return out / "metrics.json"
 
 
-def reconstruction(setup: Setup, tokenizer: Planned) -> dict[str, Any]:
+def reconstruction(setup: Setup, tokenizer: Planned) -> Result:
     """Of the held-out images."""
     options = setup.options
     chosen: dict[str, Any] = {"features": options.features, "weights": options.weights, "lpips": options.lpips}
@@ -172,10 +211,13 @@ def reconstruction(setup: Setup, tokenizer: Planned) -> dict[str, Any]:
     def measure(out: Path) -> None:
         evaluate_tokenizer(EvaluateReconstruction(run=str(tokenizer.folder), data=setup.val, out=str(out), **chosen))
 
-    return cached(tokenizer.folder, "reconstruction", chosen | {"images": images_sha256(setup.val)}, measure)
+    settings = chosen | {"images": images_sha256(setup.val)}
+    return Result.read(cached(tokenizer.folder, "reconstruction", settings, measure))
 
 
-def draw_samples(setup: Setup, tokenizer: Planned, generator: Planned, num: int, cfg: float, scales: Any) -> Path:
+def draw_samples(
+    setup: Setup, tokenizer: Planned, generator: Planned, num: int, cfg: float, scales: SampleScales
+) -> Path:
     """Samples' folder in the generator's; what is missing or damaged is drawn."""
     name = f"samples-{scales}" + f"-cfg{cfg:g}" * (cfg != 1)
     sampler = {"sampler": setup.size.sampler, "steps": setup.size.sampler_steps}
@@ -185,7 +227,7 @@ def draw_samples(setup: Setup, tokenizer: Planned, generator: Planned, num: int,
     return out
 
 
-def generation(setup: Setup, tokenizer: Planned, generator: Planned, cfg: float = 1.0) -> dict[str, Any]:
+def generation(setup: Setup, tokenizer: Planned, generator: Planned, cfg: float = 1.0) -> Result:
     """Samples against real images."""
     assert isinstance(tokenizer.run, TokenizerRun)
     real = reference(setup)
@@ -201,10 +243,10 @@ def generation(setup: Setup, tokenizer: Planned, generator: Planned, cfg: float 
 
     facts = {"cfg": cfg, "num": num, "steps": setup.size.sampler_steps, "reference": real}
     facts["images"] = None if real.endswith(".npz") else images_sha256(real)
-    return cached(generator.folder, "generation", chosen | facts, measure)
+    return Result.read(cached(generator.folder, "generation", chosen | facts, measure))
 
 
-def consistency(setup: Setup, tokenizer: Planned, generator: Planned) -> dict[str, Any]:
+def consistency(setup: Setup, tokenizer: Planned, generator: Planned) -> Agreement:
     """Samples at every scale: PSNR of each scale's picture against the finest one, area-resized to it (appendix D)."""
     model = HieraTok.from_pretrained(tokenizer.folder)
     num = min(setup.size.samples, CONSISTENCY_SAMPLES)
@@ -212,47 +254,40 @@ def consistency(setup: Setup, tokenizer: Planned, generator: Planned) -> dict[st
     *coarse, finest = written_sides(
         model, Sample(run=str(generator.folder), tokenizer=str(tokenizer.folder), out=str(out), scales="all")
     )
-    result: dict[str, Any] = {"n": num, "folder": str(out)}
+    agreement = {}
     full = torch.stack([read_image(out, finest, i) for i in range(num)])
     for side in coarse:
         own = torch.stack([read_image(out, side, i) for i in range(num)])
-        result |= summarize(f"psnr/{folder_name(side)}", psnr(area_resize(full, (side, side)), own))
-    return result
+        agreement[folder_name(side)] = summarize(psnr(area_resize(full, (side, side)), own))
+    return Agreement(num, str(out), agreement)
 
 
-def latent_analysis(setup: Setup, tokenizer: Planned, protocol: Literal["ours", "vavae"], draws: int) -> dict[str, Any]:
-    """`hieratok analyze` of the held-out images, and beside its page the embedding; by one process alone."""
+def latent_analysis(
+    setup: Setup,
+    tokenizer: Planned,
+    protocol: Literal["ours", "vavae"],
+    draws: int,
+    write_page: analyze.WritePage | None,
+) -> LatentReport | None:
+    """`hieratok analyze` of the held-out images, and beside its page the embedding; by one process alone, None in the
+    others."""
+    if not is_first():
+        return None
     options = Analyze(run=str(tokenizer.folder), data=setup.val, protocol=protocol, draws=draws)
 
     def measure(out: Path) -> None:
         codec, side, statistics = load_tokenizer(str(tokenizer.folder), options.device)
-        result, embedding, pictures = analyze_tokenizer(codec, open_source(setup.val), side, options, statistics)
+        found = analyze_tokenizer(codec, open_source(setup.val), side, options, statistics)
         out.mkdir(parents=True, exist_ok=True)
-        if embedding is not None:
-            labels = embedding.labels if embedding.labels is not None else np.full(len(embedding.points), -1)
-            with atomic_file(out / "embedding.npz") as temporary, temporary.open("wb") as file:
-                np.savez(file, points=embedding.points, density=embedding.density, labels=labels)
-        title = f"Latent space of {tokenizer.folder}"
-        summary = "How evenly, regularly and robustly a tokenizer's latents stand for images."
-        result["folder"] = str(out)
-        write_analysis(out, result, analysis_page(title, summary, result, embedding, pictures))
+        if found.embedding is not None:
+            found.embedding.save(out / EMBEDDING)
+        analyze.write(out, replace(found, report=replace(found.report, folder=str(out))), write_page)
 
-    if not is_first():
-        return {}
     settings = {"protocol": protocol, "draws": draws, "images": images_sha256(setup.val)}
-    return cached(tokenizer.folder, "analysis", settings, measure)
+    return LatentReport.read(cached(tokenizer.folder, "analysis", settings, measure))
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-    """A mean over seeds and its 95% interval; without one for a single seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -261,7 +296,7 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(found.mean, found.low, found.high, len(values))
 
 
-def verdict(paper: float | None, ours: Interval | None) -> str:
+def verdict(paper: float | None, ours: Interval | None) -> Verdict:
     """Whether an effect (a row minus the row it is held against) has the paper's sign.
 
     Args:
@@ -278,84 +313,87 @@ def verdict(paper: float | None, ours: Interval | None) -> str:
     return "agrees" if (ours.mean > 0) == (paper > 0) else "opposite"
 
 
-def names_of(metric: Metric, measured: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
+def names_of(metric: Metric, cells: Cells) -> tuple[list[str], list[str]]:
     """The measured numbers that stand in a metric's column, and those of other networks that stand in for it."""
-    found = list(dict.fromkeys(name for numbers in measured for name in numbers.get(metric.need, {})))
+    found = list(dict.fromkeys(name for cell in cells.values() for name in cell.measured.numbers(metric.need)))
     exact = [n for n in found if n == metric.key or (metric.key.endswith("-") and n.startswith(metric.key))]
     return exact, [n for n in found if metric.stand_in and n.startswith(metric.stand_in)]
 
 
-def assemble(setup: Setup, measured: dict[tuple[int, int], dict[str, Any]]) -> dict[str, Any]:
-    """The study's result: settings, every row's numbers, and for each metric the paper's, ours and the effects."""
+def assemble(setup: Setup, cells: Cells) -> StudyResult:
+    """The study's result from what its rows gave."""
     rows = setup.study.rows
-    everything = [numbers["measured"] for numbers in measured.values()]
     comparisons = []
     for name in setup.study.metrics:
-        exact, others = names_of(METRICS[name], everything)
+        exact, others = names_of(METRICS[name], cells)
         for key in [*exact, *others] or [None]:
-            lines = [comparison(setup, measured, name, key, i, is_exact=key in exact) for i in range(len(rows))]
-            comparisons.append({"metric": name, "measured": key, "is_metric": key in exact, "rows": lines})
-    warnings = list(dict.fromkeys(w for numbers in measured.values() for w in numbers["warnings"]))
-    return {
-        "study": setup.options.study,
-        "title": setup.study.title,
-        "columns": setup.study.columns,
-        "size": setup.size_name,
-        "notes": [setup.size.note if setup.study.needs != ("cost",) else "", setup.study.note],
-        "seeds": setup.options.seeds,
-        "options": asdict(setup.options),
-        "base": plain(setup.base),
-        "rows": [
-            {
-                "label": row.label,
-                "against": row.against,
-                "paper": row.paper,
-                "seeds": [measured[i, seed] for seed in range(setup.options.seeds) if (i, seed) in measured],
-            }
+            lines = [compared_row(setup, cells, name, key, i, is_exact=key in exact) for i in range(len(rows))]
+            comparisons.append(Comparison(name, key, key in exact, lines))
+    return StudyResult(
+        title=setup.study.title,
+        columns=setup.study.columns,
+        size=setup.size_name,
+        notes=[setup.size.note if setup.study.needs != ("cost",) else "", setup.study.note],
+        options=setup.options,
+        base=setup.base,
+        rows=[
+            StudyRow(
+                row.label,
+                row.against,
+                row.paper,
+                [cells[i, seed] for seed in range(setup.options.seeds) if (i, seed) in cells],
+            )
             for i, row in enumerate(rows)
         ],
-        "comparisons": comparisons,
-        "speed_up": curves(setup, measured),
-        "warnings": warnings,
-        "torch": torch.__version__,
-    }
+        comparisons=comparisons,
+        speed_up=compared_curves(setup, cells),
+        warnings=list(dict.fromkeys(warning for cell in cells.values() for warning in cell.warnings)),
+        torch=torch.__version__,
+    )
 
 
-def curves(setup: Setup, measured: dict[tuple[int, int], dict[str, Any]]) -> dict[str, Any] | None:
+def compared_curves(setup: Setup, cells: Cells) -> ComparedCurves | None:
     """Figure 4: the distances during training of the first row's generators and of the second's, and the speed-up."""
     if "curves" not in setup.study.needs:
         return None
-    seeds = range(setup.options.seeds)
-    points = [[measured[i, seed]["measured"]["curves"]["points"] for seed in seeds] for i in (0, 1)]
-    name = next(n for n in points[0][0][0] if n == "fid" or n.startswith("fd-"))
-    steps = [point["step"] for point in points[0][0]]
+    points = [[curve_of(cells[i, seed]).points for seed in range(setup.options.seeds)] for i in (0, 1)]
+    first = points[0][0]
+    name = next(n for n in first[0] if n == "fid" or n.startswith("fd-"))
+    steps = [int(point["step"]) for point in first]
     base, other = ([[point[name] for point in one] for one in row] for row in points)
     labels = [row.name for row in setup.study.rows[:2]]
-    levels = [level._asdict() for level in speed_up(steps, base, other)]
-    return {"measured": name, "steps": steps, "curves": dict(zip(labels, (base, other))), "levels": levels}
+    return ComparedCurves(name, steps, dict(zip(labels, (base, other))), speed_up(steps, base, other))
 
 
-def comparison(
-    setup: Setup, measured: dict[tuple[int, int], dict[str, Any]], name: str, key: str | None, i: int, is_exact: bool
-) -> dict[str, Any]:
+def curve_of(cell: Cell) -> Curve:
+    """The evaluations of a row's generator."""
+    assert cell.measured.curves is not None
+    return cell.measured.curves
+
+
+def compared_row(setup: Setup, cells: Cells, name: str, key: str | None, i: int, is_exact: bool) -> ComparedRow:
     """One row's line of one metric."""
     row, metric = setup.study.rows[i], METRICS[name]
 
     def values(index: int) -> dict[int, float]:
+        """By seed, so far as it was measured and is finite."""
         found = {}
         for seed in range(setup.options.seeds):
-            number = measured.get((index, seed), {}).get("measured", {}).get(metric.need, {}).get(key)
-            if number is not None:
+            cell = cells.get((index, seed))
+            number = cell.measured.numbers(metric.need).get(key) if cell and key else None
+            if number is not None and not math.isnan(number):
                 found[seed] = number
         return found
 
-    ours, paper = values(i), row.paper.get(name)
-    line: dict[str, Any] = {"paper": paper, "ours": interval(list(ours.values()))._asdict() if ours else None}
-    line["difference"] = line["ours"]["mean"] - paper if ours and paper is not None and is_exact else None
+    values_here, paper = values(i), row.paper.get(name)
+    ours = interval(list(values_here.values())) if values_here else None
+    difference = ours.mean - paper if ours and paper is not None and is_exact else None
     if row.against is None:
-        return line
+        return ComparedRow(paper, ours, difference, effect=None)
+
     base, paper_base = values(row.against), setup.study.rows[row.against].paper.get(name)
-    effect = interval([ours[s] - base[s] for s in ours if s in base]) if set(ours) & set(base) else None
+    pairs = [value - base[seed] for seed, value in values_here.items() if seed in base]
+    effect = interval(pairs) if pairs else None
     paper_effect = None if paper is None or paper_base is None else paper - paper_base
-    line |= {"paper_effect": paper_effect, "effect": effect._asdict() if effect else None}
-    return line | {"verdict": verdict(paper_effect, effect), "counts": name not in row.doubtful}
+    judged = Effect(paper_effect, effect, verdict(paper_effect, effect), counts=name not in row.doubtful)
+    return ComparedRow(paper, ours, difference, judged)

@@ -1,14 +1,14 @@
-"""`hieratok analyze`: the latent space of a trained tokenizer, or of a file of latents, as numbers and a page."""
+"""`hieratok analyze`: the latent space of a trained tokenizer, or of a file of latents, as numbers."""
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hieratok.analysis.channels import (
     ACTIVE_VARIANCE,
@@ -27,23 +27,26 @@ from hieratok.analysis.density import (
     MIN_POINTS,
     PERPLEXITY,
     DensityReport,
+    Embedding,
     draw_points,
     evenness,
     gaussian_points,
     kernel_density,
     measure_density,
 )
-from hieratok.analysis.intervals import summarize
+from hieratok.analysis.intervals import Quantity, summarize, summarize_columns
 from hieratok.analysis.meanings import lines, table
+from hieratok.analysis.report import Analysis, Channels, CommutationImages, Density, LatentReport, Maps, Spectrum
 from hieratok.analysis.robustness import noise_psnr, seeded_noise
 from hieratok.analysis.spectrum import BLOCK, MIN_SIDE, dct_profile, high_frequency_share, power_slope
 from hieratok.core.checkpoint import write_json
 from hieratok.core.devices import best_device
+from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_npy, shown
+from hieratok.core.progress import progress
+from hieratok.core.seeding import numpy_generator
 from hieratok.data.images import Source, open_source, to_float, to_uint8
 from hieratok.evaluation.images import batches
-from hieratok.reports import page as report
-from hieratok.reports.analysis import Embedding, commutation_pictures, make_page
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.pretrained import diffusers_class, load_diffusers
 from hieratok.tokenizer.scales import area_pool
@@ -52,50 +55,39 @@ SHOWN = 4  # images in the page's pictures
 KDE = "Gaussian kernel, Scott's bandwidth, at the points themselves"
 TSNE = f"2-D, perplexity {PERPLEXITY}, {ITERATIONS} iterations, PCA start"
 
+# Writes a page into the folder of an analysis; what pages look like is its callers' business.
+WritePage = Callable[[Path, Analysis], None]
 
-def analyze(options: Analyze) -> dict[str, Any]:
-    """The command: print the numbers, write `metrics.json` and `index.html`.
 
-    Returns:
-        What is in `metrics.json`: numbers by name (`hieratok.core.glossary` says what each is; `_low` and `_high`
-        are the ends of a mean's 95% interval, `_std` a deviation over draws, `floor_` Gaussian noise), and `manifest`.
+def analyze(options: Analyze, write_page: WritePage | None = None) -> LatentReport:
+    """The command: print the numbers, write `metrics.json`; `write_page` adds a page to its folder.
 
     Raises:
         ValueError, FileNotFoundError: no such run, images or file, or some that do not fit; in one line.
     """
-    pictures = None
     if options.embedding is not None:
-        title = f"Density of {Path(options.embedding).name}"
-        result, embedding = analyze_embedding(load_array(options.embedding, (2,)))
+        found = analyze_embedding(options.embedding)
     elif options.latents is not None:
-        title = f"Density of {Path(options.latents).name}"
-        result, embedding = analyze_latents(load_array(options.latents, (2, 4)), options)
+        found = analyze_latents(options.latents, options)
     else:
-        assert options.run is not None
-        assert options.data is not None
-        title = f"Latent space of {options.run}"
-        codec, side, statistics = load_tokenizer(options.run, options.device)
-        result, embedding, pictures = analyze_tokenizer(
-            codec, open_source(options.data), options.size or side, options, statistics
-        )
+        found = analyze_run(options)
     inputs = {name: getattr(options, name) for name in ("run", "data", "latents", "embedding")}
-    result["inputs"] = {name: value for name, value in inputs.items() if value is not None}
-    print(table(lines(result)).text())
+    given = {name: value for name, value in inputs.items() if value is not None}
+    found = replace(found, report=replace(found.report, inputs=given))
+    print(table(lines(found.report)).text())
     out = options.out or (f"{options.run}/analysis" if options.run and Path(options.run).is_dir() else None)
     if out is not None:
-        summary = "How evenly, regularly and robustly a tokenizer's latents stand for images." if options.run else (
-            "How evenly a set of latent vectors fills its space."
-        )  # fmt: skip
-        write(Path(out), result, make_page(title, summary, result, embedding, pictures))
-        print(f"written: {out}/metrics.json and {out}/index.html")
-    return result
+        write(Path(out), found, write_page)
+        print(f"written: {out}/metrics.json" + f" and {out}/index.html" * (write_page is not None))
+    return found.report
 
 
-def write(out: Path, result: dict[str, Any], document: report.Html) -> None:
-    """`metrics.json` and `index.html`, each whole or not at all."""
+def write(out: Path, found: Analysis, write_page: WritePage | None) -> None:
+    """The page and then `metrics.json`, each whole or not at all: where the second is, the first is too."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", result)
-    report.write_page(out / "index.html", document)
+    if write_page is not None:
+        write_page(out, found)
+    write_json(out / "metrics.json", found.report.to_json())
 
 
 def manifest(**facts: Any) -> dict[str, Any]:
@@ -125,45 +117,45 @@ def load_array(path: str, dimensions: tuple[int, ...]) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def analyze_embedding(points: np.ndarray) -> tuple[dict[str, Any], Embedding]:
-    """The density of points (N, 2) as they lie.
+def analyze_embedding(path: str) -> Analysis:
+    """The density of points (N, 2) of a file as they lie.
 
     Raises:
-        ValueError: another shape, or too few points.
+        ValueError, FileNotFoundError: as `load_array`, another shape, or too few points.
     """
+    points = load_array(path, (2,))
     density = kernel_density(points)
-    result: dict[str, Any] = {"n": len(points), "density_draws": 1, **evenness(density)._asdict()}
-    result["manifest"] = manifest(protocol="embedding", n=len(points), density=KDE)
-    return result, Embedding(points, density)
+    facts = manifest(protocol="embedding", n=len(points), density=KDE)
+    report = LatentReport(len(points), facts, density=Density(1, evenness(density)))
+    return Analysis(f"Density of {Path(path).name}", report, Embedding(points, density))
 
 
-def analyze_latents(latents: np.ndarray, options: Analyze) -> tuple[dict[str, Any], Embedding | None]:
-    """The density of latents (N, d), or (N, d, h, w), of which each image gives one vector; standardised per channel.
+def analyze_latents(path: str, options: Analyze) -> Analysis:
+    """The density of a file's latents (N, d), or (N, d, h, w), of which each image gives one vector; standardised per
+    channel.
 
     Raises:
-        ValueError: too few, constant or of fewer than two channels; or no draws.
+        ValueError, FileNotFoundError: as `load_array`; too few, constant or of fewer than two channels; or no draws.
     """
+    latents = load_array(path, (2, 4))
     if options.draws < 1:
         raise ValueError("a file of latents is analysed for its density alone: --draws must be at least 1")
     maps = torch.from_numpy(latents.reshape(*latents.shape[:2], *(latents.shape[2:] or (1, 1))))
     mean, covariance = channel_moments(maps)
     maps = standardize(maps, mean, covariance.diagonal().sqrt())
-    result: dict[str, Any] = {"n": len(maps), "latent_channels": maps.shape[1]}
-    numbers, measured = density_beside_floor(maps, None, options)
-    result |= numbers
-    result["manifest"] = manifest(
+    density, measured = density_beside_floor(maps, None, options)
+    facts = manifest(
         protocol="latents", n=len(maps), points=len(measured.embedding), statistics="of these latents",
         **density_facts(measured, options),
     )  # fmt: skip
-    return result, Embedding(measured.embedding, measured.density)
+    report = LatentReport(len(maps), facts, latent_channels=maps.shape[1], density=density)
+    return Analysis(f"Density of {Path(path).name}", report, Embedding(measured.embedding, measured.density))
 
 
 # --- Density ----------------------------------------------------------------------------------------------------------
 
 
-def density_beside_floor(
-    latents: Tensor, mirrored: Tensor | None, options: Analyze
-) -> tuple[dict[str, Any], DensityReport]:
+def density_beside_floor(latents: Tensor, mirrored: Tensor | None, options: Analyze) -> tuple[Density, DensityReport]:
     """Density metrics of standardised latents and of Gaussian noise of the same number and channels.
 
     Args:
@@ -172,7 +164,7 @@ def density_beside_floor(
         options: `num`, `draws`, `seed`.
 
     Returns:
-        The numbers, and the report of the latents.
+        The numbers of both, and the report of the latents.
 
     Raises:
         ValueError: too few points.
@@ -186,13 +178,7 @@ def density_beside_floor(
     maps, mirror_maps = latents.numpy(), mirrored.numpy() if mirrored is not None else None
     points = measure_density((draw_points(maps, num, seed, i, mirror_maps) for i in range(draws)), draws, "t-SNE")
     floor = measure_density((gaussian_points(num, d, seed, i) for i in range(draws)), draws, "t-SNE of the floor")
-    numbers: dict[str, Any] = {"density_draws": draws}
-    for prefix, measured in (("", points), ("floor_", floor)):
-        for name, value in measured.mean._asdict().items():
-            numbers[f"{prefix}{name}"] = value
-            if measured.std is not None:
-                numbers[f"{prefix}{name}_std"] = getattr(measured.std, name)
-    return numbers, points
+    return Density(draws, points.mean, points.std, floor.mean, floor.std), points
 
 
 def require_points(num: int) -> None:
@@ -204,7 +190,7 @@ def require_points(num: int) -> None:
         )
 
 
-def density_facts(measured: DensityReport, options: Analyze) -> dict[str, Any]:
+def density_facts(measured: DensityReport, options: Analyze) -> dict[str, str | int]:
     """What the density depends on, for the manifest."""
     return {"draws": measured.draws, "t-sne": TSNE, "density": KDE, "seed": options.seed}
 
@@ -230,93 +216,126 @@ def load_tokenizer(source: str, device: str | None) -> tuple[Codec, int | None, 
     return codec_of(model), model.config.image_size, (mean, std) if measured else None
 
 
+def analyze_run(options: Analyze) -> Analysis:
+    """A tokenizer by its name, on the images that the options give. Raises as `load_tokenizer`, `analyze_tokenizer`."""
+    assert options.run is not None
+    assert options.data is not None
+    codec, side, statistics = load_tokenizer(options.run, options.device)
+    return analyze_tokenizer(codec, open_source(options.data), options.size or side, options, statistics)
+
+
 def analyze_tokenizer(
     codec: Codec,
     source: Source,
     size: int | None,
     options: Analyze,
     statistics: tuple[Tensor, Tensor] | None = None,
-) -> tuple[dict[str, Any], Embedding | None, report.Html | None]:
+) -> Analysis:
     """Everything that a tokenizer and images give.
 
     Args:
         codec: the tokenizer.
         source: images; `options.num` of them are drawn at random.
         size: side that they are cut to.
-        options: `protocol`, `num`, `decoded`, `draws`, `batch_size`, `seed`.
+        options: `run` for the title, `protocol`, `num`, `decoded`, `draws`, `batch_size`, `seed`.
         statistics: mean and standard deviation (d,) of the training images' latents; the images' own if None, and in
             the vavae protocol.
 
     Returns:
-        The numbers with their manifest; the embedding, None without draws; the pictures, None without coarser scales.
+        With an embedding if there are draws, and with images if there are coarser scales.
 
     Raises:
         ValueError: no size, too few images, unreadable ones, latents that are not finite or of a wrong shape.
     """
     if size is None:
         raise ValueError("this tokenizer does not say which size its images have: give --size")
-    if len(source) < 2:
-        raise ValueError("an analysis needs at least 2 images, and takes thousands for a density to trust")
-    rng = np.random.default_rng(options.seed)
-    chosen = sorted(int(i) for i in rng.permutation(len(source))[: options.num])
-    if options.draws:
-        require_points(len(chosen))  # before the long part
+    chosen = choose_images(source, options)
     strict = options.protocol == "vavae"
+    own_statistics = strict or statistics is None
+
     latents = encode_source(codec, source, chosen, size, options, mirror=False)
     mirrored = encode_source(codec, source, chosen, size, options, mirror=True) if strict and options.draws else None
-    n, d, h, w = latents.mean.shape
-    result: dict[str, Any] = {"n": n, "latent_channels": d, "latent_grid": [h, w]}
     z = latents.sample(options.seed) if strict else latents.mean
-    if strict or statistics is None:
-        shift, covariance = channel_moments(z)
-        std = covariance.diagonal().sqrt()
-    else:
-        shift, std = statistics
-    mirrored_z = mirrored.sample(options.seed + 1) if mirrored is not None else None
-    standard = standardize(z, shift, std)
-    mirrored_standard = standardize(mirrored_z, shift, std) if mirrored_z is not None else None
-    embedding = None
-    facts: dict[str, Any] = {}
-    if options.draws:
-        numbers, measured = density_beside_floor(standard, mirrored_standard, options)
-        result |= numbers
-        facts = density_facts(measured, options)
-        labels = np.array([source.label(i) for i in chosen])
-        embedding = Embedding(measured.embedding, measured.density, labels, getattr(source, "classes", ()))
-    result |= channel_numbers(latents)
+    shift, std = moments(z) if own_statistics or statistics is None else statistics
 
+    density, embedding, facts = None, None, {}
+    if options.draws:
+        mirrored_z = standardize(mirrored.sample(options.seed + 1), shift, std) if mirrored else None
+        density, measured = density_beside_floor(standardize(z, shift, std), mirrored_z, options)
+        embedding, facts = embedding_of(measured, source, chosen), density_facts(measured, options)
+
+    n, d, h, w = latents.mean.shape
     subset = np.linspace(0, n - 1, min(n, options.decoded)).astype(int)
     names, originals = load_images(source, [chosen[i] for i in subset], size)
     means = latents.mean[torch.from_numpy(subset)]
     grids = coarser_grids(codec, means)
-    result["decoded_images"] = len(subset)
-    result |= decoded_numbers(codec, originals, means, std, grids, options)
-    rgb_mean, rgb_covariance = channel_moments(to_float(originals))
-    result |= spectrum_numbers(
-        {
-            "latent": standardize(means, shift, std),
-            "rgb": standardize(to_float(originals), rgb_mean, rgb_covariance.diagonal().sqrt()),
-        }
+    rgb = to_float(originals)
+    spectra = measure_spectra({"latent": standardize(means, shift, std), "rgb": standardize(rgb, *moments(rgb))})
+
+    report = LatentReport(
+        n=n,
+        latent_channels=d,
+        latent_grid=(h, w),
+        density=density,
+        channels=measure_channels(latents),
+        decoded_images=len(subset),
+        decoded=measure_decoded(codec, originals, means, std, grids, options),
+        spectra=spectra,
+        manifest=tokenizer_manifest(options, n, size, own_statistics, facts),
     )
-    pictures = pictures_of(codec, names[:SHOWN], originals[:SHOWN], means[:SHOWN], grids) if grids else None
-    result["manifest"] = manifest(
+    images = commutation_images(codec, names[:SHOWN], originals[:SHOWN], means[:SHOWN], grids) if grids else None
+    return Analysis(f"Latent space of {options.run}", report, embedding, images)
+
+
+def tokenizer_manifest(
+    options: Analyze, n: int, size: int, own_statistics: bool, facts: Mapping[str, str | int]
+) -> dict[str, Any]:
+    """What the numbers of a tokenizer depend on; `facts` are of the density."""
+    strict = options.protocol == "vavae"
+    return manifest(
         protocol=options.protocol,
         n=n,
         latents="one sample of the posterior for the density, else its mean" if strict else "posterior mean",
         images="each or its mirror image, for the density" if strict else "as they are",
         crop=f"ADM centre crop to {size}",
-        statistics="of these images" if strict or statistics is None else "of the training images, with the tokenizer",
+        statistics="of these images" if own_statistics else "of the training images, with the tokenizer",
         intervals="95% of the mean over images, Student's t",
         **facts,
     )
-    return result, embedding, pictures
+
+
+def embedding_of(measured: DensityReport, source: Source, chosen: list[int]) -> Embedding:
+    """The first draw's points, with the images' classes."""
+    labels = np.array([source.label(i) for i in chosen])
+    return Embedding(measured.embedding, measured.density, labels, getattr(source, "classes", ()))
+
+
+def choose_images(source: Source, options: Analyze) -> list[int]:
+    """Indices of `options.num` images at random, ascending.
+
+    Raises:
+        ValueError: too few, for anything or for the density.
+    """
+    if len(source) < 2:
+        raise ValueError("an analysis needs at least 2 images, and takes thousands for a density to trust")
+    rng = numpy_generator("images", options.seed)
+    chosen = sorted(int(i) for i in rng.permutation(len(source))[: options.num])
+    if options.draws:
+        require_points(len(chosen))  # before the long part
+    return chosen
+
+
+def moments(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (d,), of maps (N, d, h, w)."""
+    mean, covariance = channel_moments(maps)
+    return mean, covariance.diagonal().sqrt()
 
 
 def encode_source(
     codec: Codec, source: Source, indices: list[int], size: int, options: Analyze, mirror: bool
 ) -> Latents:
     """Latents of the images at `indices`, or of their mirror images; shows progress."""
-    with tqdm(total=len(indices), unit=" images", desc="encode mirrored" if mirror else "encode") as bar:
+    with progress(total=len(indices), unit="images", title="encode mirrored" if mirror else "encode") as bar:
 
         def images() -> Iterator[tuple[list[str], Tensor]]:
             for names, batch in batches(source, size, options.batch_size, indices):
@@ -326,22 +345,22 @@ def encode_source(
         return encode_all(codec.encode, images())
 
 
-def channel_numbers(latents: Latents) -> dict[str, Any]:
+def measure_channels(latents: Latents) -> Channels:
     """Rank and active channels of the posterior means, and nats."""
     _, covariance = channel_moments(latents.mean)
     standard = correlation(covariance)
     active = int((covariance.diagonal() > ACTIVE_VARIANCE).sum())
-    result: dict[str, Any] = {
-        "effective_rank": effective_rank(standard),
-        "participation_ratio": participation_ratio(standard),
-        "active_channels": active,
-        "dead_channels": len(covariance) - active,
-        "channel_std": covariance.diagonal().sqrt().tolist(),
-    }
-    if latents.logvar is not None:
-        kl = channel_kl(latents.mean, latents.logvar)
-        result |= summarize("kl", kl.sum(1)) | summarize("channel_kl", kl)
-    return result
+    found = Channels(
+        effective_rank(standard),
+        participation_ratio(standard),
+        active,
+        len(covariance) - active,
+        covariance.diagonal().sqrt().tolist(),
+    )
+    if latents.logvar is None:
+        return found
+    kl = channel_kl(latents.mean, latents.logvar)
+    return replace(found, kl=summarize(kl.sum(1)), channel_kl=summarize_columns(kl))
 
 
 def load_images(source: Source, indices: list[int], size: int) -> tuple[list[str], Tensor]:
@@ -350,9 +369,9 @@ def load_images(source: Source, indices: list[int], size: int) -> tuple[list[str
     return [name for names, _ in parts for name in names], torch.cat([images for _, images in parts])
 
 
-def decoded_numbers(
+def measure_decoded(
     codec: Codec, originals: Tensor, z: Tensor, std: Tensor, grids: list[tuple[int, int]], options: Analyze
-) -> dict[str, Any]:
+) -> dict[Quantity, Estimate]:
     """Means over images, with intervals, of what needs decoding; shows progress.
 
     Args:
@@ -364,8 +383,8 @@ def decoded_numbers(
         options: `batch_size`, `seed`.
     """
     noise = seeded_noise(z.shape, options.seed)
-    values: dict[str, list[Tensor]] = {}
-    with tqdm(total=len(z), unit=" images", desc="decode") as bar:
+    values: dict[Quantity, list[Tensor]] = {}
+    with progress(total=len(z), unit="images", title="decode") as bar:
         for part in torch.arange(len(z)).split(options.batch_size):
             x, z_part = to_float(originals[part]), z[part]
             numbers = commutation(codec.decode, z_part, x, grids)
@@ -373,13 +392,10 @@ def decoded_numbers(
                 numbers |= pyramid_commutation(codec.decode_pyramid, z_part, x)
             numbers |= equivariance(codec.encode, codec.decode, z_part, x, std)
             numbers |= noise_psnr(codec.decode, z_part, x, noise[part], std)
-            for name, value in numbers.items():
-                values.setdefault(name, []).append(value)
+            for quantity, value in numbers.items():
+                values.setdefault(quantity, []).append(value)
             bar.update(len(part))
-    result: dict[str, Any] = {}
-    for name, parts in values.items():
-        result |= summarize(name, torch.cat(parts))
-    return result
+    return {quantity: summarize(torch.cat(parts)) for quantity, parts in values.items()}
 
 
 def coarser_grids(codec: Codec, z: Tensor) -> list[tuple[int, int]]:
@@ -401,25 +417,28 @@ def coarser_grids(codec: Codec, z: Tensor) -> list[tuple[int, int]]:
     return halvings[::-1]
 
 
-def spectrum_numbers(maps: dict[str, Tensor]) -> dict[str, Any]:
+def measure_spectra(maps: Mapping[Maps, Tensor]) -> dict[Maps, Spectrum]:
     """Cosine profile, high-frequency share and slope of each (N, C, H, W), under its name; what a small map has not is
     left out. Maps that are flat have no spectrum and do not count."""
-    result: dict[str, Any] = {}
-    for name, x in maps.items():
-        measures = {f"{name}_power_slope": power_slope}
-        if min(x.shape[-2:]) >= BLOCK:
-            measures |= {f"{name}_dct": dct_profile, f"{name}_high_frequency_share": high_frequency_share}
-        if min(x.shape[-2:]) < MIN_SIDE:
-            continue
-        varied = x[x.flatten(2).std(2).amax(1) > 0]
-        for key, measure in measures.items():
-            result |= summarize(key, torch.cat([measure(part) for part in varied.split(32)]))
-    return result
+    return {name: measure_spectrum(x) for name, x in maps.items() if min(x.shape[-2:]) >= MIN_SIDE}
 
 
-def pictures_of(
-    codec: Codec, names: list[str], originals: Tensor, z: Tensor, grids: list[tuple[int, int]]
-) -> report.Html:
+def measure_spectrum(x: Tensor) -> Spectrum:
+    """Of (N, C, H, W), at least 6 x 6."""
+    varied = x[x.flatten(2).std(2).amax(1) > 0]
+
+    def values(measure: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([measure(part) for part in varied.split(32)])
+
+    slope = summarize(values(power_slope))
+    if min(x.shape[-2:]) < BLOCK:
+        return Spectrum(slope)
+    return Spectrum(slope, summarize_columns(values(dct_profile)), summarize(values(high_frequency_share)))
+
+
+def commutation_images(
+    codec: Codec, names: Sequence[str], originals: Tensor, z: Tensor, grids: list[tuple[int, int]]
+) -> CommutationImages:
     """What commutation looks like, for the images given: uint8 (B, 3, H, W) and their latents."""
     coarse = [to_uint8(codec.decode(area_pool(z, grid))) for grid in grids]
-    return commutation_pictures(names, originals, coarse, to_uint8(codec.decode(z)))
+    return CommutationImages(names, originals, coarse, to_uint8(codec.decode(z)))

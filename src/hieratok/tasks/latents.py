@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hieratok.core import checkpoint
 from hieratok.core.devices import best_device
 from hieratok.core.distributed import process, process_group, wait
 from hieratok.core.lock import lock
+from hieratok.core.progress import progress
 from hieratok.data.config import WriteLatents
 from hieratok.data.images import Source, Subset, evaluation_batches, names_sha256, open_source, to_float
 from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, read_shard, shard_folder, whose
@@ -134,7 +134,7 @@ def write_shards(tokenizer: Tokenizer, source: Source, manifest: Manifest, out: 
     mine = [k for k in range(len(manifest))[rank::world] if not is_whole(out, k, manifest)]
     everything = range(len(source))
     parts = {k: Subset(source, everything[k * manifest.shard_images :][: manifest.shard_images]) for k in mine}
-    with tqdm(total=sum(map(len, parts.values())), unit=" images", desc="latents", disable=rank > 0) as bar:
+    with progress(total=sum(map(len, parts.values())), unit="images", title="latents") as bar:
         for shard, part in parts.items():
             statistics = LatentStatistics(manifest.shape[0])
             means, logvars, labels, names = [], [], [], []
@@ -226,6 +226,8 @@ def store_statistics(tokenizer: Tokenizer, source: Source, run: str) -> None:
     with lock(folder.parent if folder.name == "tokenizer" else folder, "latents"):  # the run's
         measure_latents(tokenizer, source, tokenizer.config.image_size)
         if process()[0] == 0:
+            for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):
+                checkpoint.remove_leftovers(folder / name)
             tokenizer.save_pretrained(folder)
             channels = tokenizer.config.latent_channels
             print(f"mean and deviation of {channels} channels over {len(source):,} images: {folder}")

@@ -1,24 +1,23 @@
 """`hieratok reconstruct`: photos through a trained tokenizer, every scale as a picture."""
 
 import shlex
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from hieratok.core import seeding
 from hieratok.core.devices import best_device
 from hieratok.core.distributed import process, process_group
 from hieratok.core.files import shown
 from hieratok.core.pictures import MAX_CELL, fit, picture_table, save_png, to_pil
+from hieratok.core.progress import progress
 from hieratok.data.images import Source, center_crop, evaluation_batches, flat_stem, open_source, to_float, to_uint8
 from hieratok.evaluation.protocols import EvaluateReconstruction, evaluate_reconstruction
-from hieratok.evaluation.results import WritePage
+from hieratok.evaluation.results import Result, WritePage
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.tiling import fits_tiles, reconstruct_tiled
 from hieratok.training.tokenizer import reconstruct_pyramid
@@ -99,7 +98,7 @@ def reconstruct(
     files: dict[Path, None] = {}
     sizes: dict[tuple[int, int], None] = {}
     whole = 0
-    for i, stem in enumerate(tqdm(stems, unit=" images", desc="reconstruct")):
+    for i, stem in enumerate(progress(stems, unit="images", title="reconstruct")):
         image = center_crop(source.image(i), side) if crop else source.image(i)
         size = size_of(image)
         pyramid = reconstruct_any(tokenizer, image)
@@ -156,7 +155,7 @@ def reconstruct_any(tokenizer: HieraTok, image: Tensor) -> list[Tensor]:
     config = tokenizer.config
     if not fits_tiles(config, size_of(image)):
         return [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
-    with tqdm(unit=" tiles", desc="tiles", leave=False, disable=image[0].numel() < 10 * config.image_size**2) as bar:
+    with progress(unit="tiles", title="tiles", leave=False, hide=image[0].numel() < 10 * config.image_size**2) as bar:
         return reconstruct_tiled(
             lambda tiles: reconstruct_pyramid(tokenizer, tiles), image, config, progress=bar.update
         )
@@ -176,20 +175,16 @@ def reconstruction_pairs(
     for names, _, originals in evaluation_batches(source, tokenizer.config.image_size, options.batch_size, rank, world):
         posterior = tokenizer.encode(to_float(originals.to(device)))
         if options.sample:
-            noise = [torch.randn(posterior.mean.shape[1:], generator=seeded(name)) for name in names]
-            z = posterior.mean + torch.exp(0.5 * posterior.logvar) * torch.stack(noise).to(device)
+            generators = [seeding.generator("posterior", name) for name in names]
+            noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators]).to(device)
+            z = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
         else:
             z = posterior.mode()
         pyramid = tokenizer.decode_pyramid(z)
         yield names, originals, [to_uint8(x).cpu() for x in (pyramid if options.scales else pyramid[-1:])]
 
 
-def seeded(name: str) -> torch.Generator:
-    """A generator that depends on an image's name alone: not on batches, processes or order."""
-    return torch.Generator().manual_seed(zlib.crc32(name.encode(errors="surrogateescape")))
-
-
-def evaluate_tokenizer(options: EvaluateReconstruction, write_page: WritePage | None = None) -> dict[str, Any]:
+def evaluate_tokenizer(options: EvaluateReconstruction, write_page: WritePage | None = None) -> Result:
     """The command `hieratok evaluate reconstruction`; `write_page` adds a page to `options.out`.
 
     Raises:

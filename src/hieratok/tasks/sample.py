@@ -23,15 +23,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from hieratok.core import checkpoint
 from hieratok.core.devices import best_device
 from hieratok.core.distributed import process, process_group, wait
-from hieratok.core.files import read_json_table, shown
+from hieratok.core.files import read_bytes, read_json_table, shown
 from hieratok.core.lock import lock
 from hieratok.core.pictures import save_png, to_pil
+from hieratok.core.pixels import MAX_IMAGE_BYTES, open_image
 from hieratok.core.pixels import read_image as read_pixels
+from hieratok.core.progress import progress
 from hieratok.data.images import to_uint8
 from hieratok.data.latents import whose
 from hieratok.evaluation.features import tensors_sha256
@@ -39,7 +40,6 @@ from hieratok.generation.config import Sample, SampleConfig
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import Samples, class_labels, fitted, sample_latents
 from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
-from hieratok.training.loop import each_inside
 from hieratok.training.runs import read_run
 
 logger = logging.getLogger(__name__)
@@ -159,10 +159,10 @@ def is_whole(out: Path, side: int, index: int, settings: str) -> bool:
     if not path.is_file():
         return False
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_image(read_bytes(path, MAX_IMAGE_BYTES), with_texts=True) as image:
             found = image.info.get(MARK) == mark(settings, side, index) and image.size == (side, side)
             image.verify()  # every chunk's checksum, which decoding alone would not look at
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError):
         found = False
     if not found:
         logger.warning("%s is damaged, or a picture of something else: it is drawn again", path)
@@ -207,15 +207,14 @@ def draw(
     if options.compile:
         generator.compile(dynamic=False)
     device = next(generator.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    batches = sample_latents(generator, options, whole_batches(missing, options) if options.compile else missing)
+    indices = whole_batches(missing, options) if options.compile else missing
     written = None
     with (
-        tqdm(total=len(missing), unit=" images", desc="sample", disable=process()[0] > 0) as bar,
+        progress(unit="images", title="sample", total=len(missing)) as bar,
         ThreadPoolExecutor(1) as pool,
     ):
-        for batch in each_inside(lambda: autocast, batches):
+        for batch in sample_latents(generator, options, indices, options.precision):
             if written:
                 written.result()
             if stream:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hieratok.core.precision import Precision
 from hieratok.generation.config import STEPS, DiTConfig, TimeSampling
 from hieratok.losses.config import AdversarialConfig, LossConfig, VFConfig
 from hieratok.tokenizer.config import TokenizerConfig
@@ -111,7 +112,7 @@ class TrainConfig(Optimization):
     """Images per forward pass; gradients are accumulated over the rest. None: a process's whole share."""
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights, which are what is saved as the model; lower in the first steps. [ours]"""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """bf16: autocast; norms, softmax and losses stay in float32. [ours], for DiT too: the paper does not say."""
     compile: bool = False
     """torch.compile: slow to start, faster to run."""

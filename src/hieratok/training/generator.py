@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 from hieratok.core import checkpoint
-from hieratok.core.distributed import merge_processes, process
+from hieratok.core.distributed import merge_processes, process, process_group
 from hieratok.core.lock import lock
 from hieratok.core.pictures import to_pil
 from hieratok.core.typed import plain
@@ -30,19 +30,20 @@ from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.pretrained import DiffusersTokenizer, Tokenizer, load_tokenizer
 from hieratok.training import parallel
 from hieratok.training.config import GeneratorRun
-from hieratok.training.loop import Objective, fit
+from hieratok.training.loop import fit
 from hieratok.training.run_folder import RunFolder
+from hieratok.training.step import Backward, Objective
 
 PICTURE_IMAGES, PICTURE_COLUMNS, PICTURE_STEPS = 16, 8, 50
 
 
 def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = False) -> DiT:
-    """Train a generator, or go on with the run in `out`; write `out/generator` at the end.
+    """Train a generator, or resume the run in `out`; write `out/generator` at the end.
 
     Args:
         run: what to train, on what, and how.
         out: the run's folder.
-        allow_changes: go on with a run in `out` that had other settings.
+        allow_changes: resume a run in `out` that had other settings.
 
     Returns:
         The averaged (EMA) generator in evaluation mode; it knows its latents.
@@ -53,7 +54,7 @@ def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = Fa
         TrainingError: the run diverged, or every checkpoint to resume from is damaged.
         Stopped: SIGTERM came; a checkpoint was saved.
     """
-    with lock(out, "train"):
+    with lock(out, "train"), process_group():
         return _train_generator(run, RunFolder(out, plain(run), allow_changes))
 
 
@@ -182,9 +183,9 @@ class GeneratorObjective(Objective):
         self.tokenizer = tokenizer
         super().__init__({"generator": generator}, {"generator": run.train})
 
-    def losses(
-        self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def compute(
+        self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int, backward: Backward
+    ) -> dict[str, Tensor]:
         """The generator's loss alone."""
         z = self.latents(batch)
         y = batch["label"].clamp(min=0)  # -1, no classes: all images are of one
@@ -192,7 +193,8 @@ class GeneratorObjective(Objective):
             loss, terms = diffusion.loss(networks["generator"], z, y)
         else:
             loss, terms = flow.loss(networks["generator"], z, y, time_sampling=self.run.time_sampling)
-        yield loss, {"loss": loss.detach(), **terms}
+        backward(loss)
+        return {"loss": loss.detach(), **terms}
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Tensor]) -> Tensor:

@@ -6,10 +6,10 @@ A run may be unfinished, killed or damaged: whatever can be read is, and `proble
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 
@@ -49,6 +49,14 @@ class Measurement:
         return {shown(k): v for k, v in self.result.items() if is_number(v)}
 
 
+class Pace(NamedTuple):
+    """How far training got, and how fast."""
+
+    images_seen: int
+    seconds: float
+    images_per_second: float
+
+
 @dataclass(frozen=True)
 class Run:
     """One run, finished or not."""
@@ -83,9 +91,9 @@ class Run:
         return self.state == "finished"
 
     @property
-    def pace(self) -> dict[str, float]:
-        """`images_seen`, `seconds` of training, and `images_per_second`; empty where nothing was logged."""
-        return speed(self.log) if self.log else {}
+    def pace(self) -> Pace | None:
+        """Of all that was logged; None where nothing was."""
+        return speed(self.log) if self.log else None
 
     def facts(self) -> dict[str, Any]:
         """What `hieratok report --json` prints."""
@@ -94,7 +102,7 @@ class Run:
             "folder": str(self.folder),
             "kind": self.kind,
             "state": self.state,
-            **self.pace,
+            **(self.pace._asdict() if self.pace else {}),
             "parameters": self.parameters,
             "last": self.log[-1] if self.log else {},
             "last_evaluation": self.evaluations[-1] if self.evaluations else {},
@@ -258,9 +266,9 @@ def problem_of(path: Path, folder: Path, error: Exception) -> str:
     return f"{shown(path.relative_to(folder))} cannot be read: {reason[:200]}"
 
 
-def speed(log: list[dict[str, Any]]) -> dict[str, Any]:
+def speed(log: Sequence[Mapping[str, float]]) -> Pace:
     """Images seen and time spent in training, interruptions left out."""
     before = [0, *(record["images"] for record in log)]
     seconds = sum((record["images"] - last) / record["images_per_second"] for last, record in zip(before, log))
-    images = log[-1]["images"]
-    return {"images_seen": images, "seconds": seconds, "images_per_second": images / seconds}
+    images = int(log[-1]["images"])
+    return Pace(images, seconds, images / seconds)

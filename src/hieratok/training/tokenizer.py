@@ -1,6 +1,5 @@
 """Training a tokenizer: stage 1, stage 2 with GAN and vf-loss, and the decoder alone (paper, section 4)."""
 
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -8,14 +7,14 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hieratok.core import checkpoint
-from hieratok.core.distributed import merge_processes, process
+from hieratok.core.distributed import merge_processes, process, process_group
 from hieratok.core.errors import NotFinite, TrainingError
 from hieratok.core.layers import resize_positions
 from hieratok.core.lock import lock
 from hieratok.core.pictures import pyramid_sheet
+from hieratok.core.progress import progress
 from hieratok.core.typed import plain
 from hieratok.data.images import (
     ImageDataset,
@@ -46,8 +45,9 @@ from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_do
 from hieratok.tokenizer.scales import Scales
 from hieratok.training import parallel
 from hieratok.training.config import EvalConfig, Optimization, TokenizerRun
-from hieratok.training.loop import Objective, fit
+from hieratok.training.loop import fit
 from hieratok.training.run_folder import RunFolder
+from hieratok.training.step import Backward, Objective
 
 PICTURE_IMAGES = 6
 STATISTICS_IMAGES = 10_000
@@ -55,15 +55,16 @@ STATISTICS_IMAGES = 10_000
 
 
 def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = False) -> HieraTok:
-    """Train a tokenizer, or go on with the run in `out`; write `out/tokenizer` at the end.
+    """Train a tokenizer, or resume the run in `out`; write `out/tokenizer` at the end.
 
     Args:
         run: what to train, on what, and how.
         out: the run's folder.
-        allow_changes: go on with a run in `out` that had other settings.
+        allow_changes: resume a run in `out` that had other settings.
 
     Returns:
-        The averaged (EMA) tokenizer in evaluation mode, with its latent statistics.
+        The averaged (EMA) tokenizer in evaluation mode, with its latent statistics. Under FSDP2 it is divided among the
+        processes: load `out/tokenizer` then.
 
     Raises:
         ValueError, FileNotFoundError: settings, images or weights that do not fit or are missing, or another process
@@ -71,7 +72,7 @@ def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = Fa
         TrainingError: the run diverged, or every checkpoint to resume from is damaged.
         Stopped: SIGTERM came; a checkpoint was saved.
     """
-    with lock(out, "train"):
+    with lock(out, "train"), process_group():
         return _train_tokenizer(run, RunFolder(out, plain(run), allow_changes))
 
 
@@ -206,9 +207,9 @@ class TokenizerObjective(Objective):
         self.logit_means: list[Tensor] = []
         super().__init__(networks, optimizations)
 
-    def losses(
-        self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def compute(
+        self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int, backward: Backward
+    ) -> dict[str, Tensor]:
         """The tokenizer's loss, then the discriminator's on the same reconstructions."""
         images = to_float(batch["image"])
         pyramid, posterior, z = networks["tokenizer"](images)
@@ -224,9 +225,14 @@ class TokenizerObjective(Objective):
             weight = self.weight(weight, self.run.gan.adaptive, finest, adversarial, last_layer)
             loss = loss + weight * adversarial
             terms |= {"adversarial": adversarial.detach(), "adversarial_weight": weight.detach()}
-        yield loss, {"loss": loss.detach(), **terms}
+        terms = {"loss": loss.detach(), **terms}
+        fake = pyramid[-1].detach()
+        backward(loss)
         if self.critic:
-            yield self.discriminator_loss(networks["discriminator"], images, pyramid[-1].detach(), step)
+            loss, more = self.discriminator_loss(networks["discriminator"], images, fake, step)
+            backward(loss)
+            terms |= more
+        return terms
 
     def weight(
         self, weight: float, adaptive: bool, finest: Tensor, other: Tensor, last_layer: Tensor, most: float = 1e4
@@ -314,8 +320,9 @@ class Evaluation:
             scales.update(names, originals, pyramid)
         for metrics in (finest, scales):
             merge_processes(metrics)
-        *coarse, _ = scales.compute().get("scales", {None: {}}).items()
-        return finest.compute() | {f"{key}/{side}": x for side, row in coarse for key, x in row.items() if key != "n"}
+        coarse = list(scales.compute().scales.items())[:-1]
+        own = {f"{key}/{side}": x for side, row in coarse for key, x in row.items() if key != "n"}
+        return finest.compute().finest | own
 
 
 @torch.no_grad()
@@ -327,7 +334,7 @@ def measure_latents(
     dataset = ImageDataset(source, size, "center", flip=False, on_bad_image=on_bad_image)
     rank, world = process()
     indices = range(rank, len(dataset), world)
-    for start in tqdm(range(0, len(indices), 32), desc="latent statistics", unit=" batches", disable=rank > 0):
+    for start in progress(range(0, len(indices), 32), title="latent statistics", unit="batches"):
         images = torch.stack([dataset[index, 0]["image"] for index in indices[start : start + 32]])
         posterior = tokenizer.encode(to_float(images.to(tokenizer.latent_mean.device)))
         statistics.update(posterior.mean, posterior.logvar)

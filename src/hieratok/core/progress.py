@@ -1,0 +1,43 @@
+"""The one progress bar: how much is done, how fast, and how long the rest takes."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+from hieratok.core.distributed import is_first
+
+
+def progress(
+    items: Iterable[Any] | None = None,
+    *,
+    unit: str,
+    title: str,
+    total: int | None = None,
+    done: int = 0,
+    leave: bool = True,
+    hide: bool = False,
+) -> tqdm:
+    """A bar on standard error, updated often on a terminal and seldom in a file; of several processes the first has it.
+
+    Args:
+        items: gone through, if given; else call `update(count)`.
+        unit: what is counted, in the plural.
+        title: what is being done.
+        total: how many there are.
+        done: how many were done before.
+        leave: whether the full bar stays.
+        hide: show nothing.
+    """
+    return tqdm(
+        items,
+        desc=title,
+        unit=f" {unit}",
+        total=total,
+        initial=done,
+        leave=leave,
+        smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+        disable=hide or not is_first(),
+    )
