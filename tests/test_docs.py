@@ -198,7 +198,8 @@ def test_readme_python_writes_every_scale_and_keeps_no_gradients(workplace):
     names: dict = {}
     exec(compile(block.text, "README.md", "exec"), names)
     for side in (16, 32, 64, 128):
-        assert Image.open(workplace / f"{side}px.png").size == (side, side)
+        with Image.open(workplace / f"{side}px.png") as picture:
+            assert picture.size == (side, side)
     assert not names["z"].requires_grad
     assert not names["image"].requires_grad
 

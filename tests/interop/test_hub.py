@@ -138,7 +138,8 @@ def test_a_generator(tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(code.replace("TOKENIZER", "tokenizer").replace("steps=50", "steps=2"), {})
     for i in range(4):
-        assert Image.open(f"sample-{i}.png").size == (16, 16)
+        with Image.open(f"sample-{i}.png") as picture:
+            assert picture.size == (16, 16)
     assert "of 2 classes" in card
     assert "In training it was `photos`." in card
     assert "There are no pictures" in card
