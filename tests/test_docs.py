@@ -22,6 +22,7 @@ from PIL import Image
 
 from hieratok import HieraTok
 from hieratok.cli import COMMANDS, main
+from hieratok.core import plugins
 from hieratok.core.typed import plain
 from hieratok.settings import load_run
 from hieratok.studies import paper as studies
@@ -103,6 +104,10 @@ def workplace(tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)  # for modules that a page writes
     monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))  # a page adds to these
     monkeypatch.setattr(studies, "STUDIES", dict(studies.STUDIES))
+    monkeypatch.setattr(plugins, "_loaded", set())  # of a plugin that a page writes
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    for registry in (plugins.DOWNSAMPLERS, plugins.LOSSES, plugins.DISCRIMINATORS, plugins.SOURCES):
+        monkeypatch.setattr(registry, "_parts", {})
     return tmp_path
 
 
@@ -229,7 +234,7 @@ def options() -> set[str]:
     """Of all commands, without dashes in front."""
     all_of_them = [one for command in COMMANDS.values() for one in (command, *command.kinds.values()) if one.options]
     names = {field.name for command in all_of_them for field in fields(command.options)}
-    return names | {"data", "from", "out", "allow-changes", "help", "version"} | TORCHRUN
+    return names | {"data", "from", "out", "allow-changes", "help", "version", "plugin"} | TORCHRUN
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -24,6 +24,7 @@ from hieratok.commands import (
 from hieratok.core.errors import Stopped, TrainingError
 from hieratok.core.extras import needs_extras
 from hieratok.core.messages import nearest, shown
+from hieratok.core.plugins import take_plugins
 from hieratok.settings import Command, entry
 
 DESCRIPTION = "hieratok: multi-scale visual tokenizers (HieraTok, arXiv 2509.23736)"
@@ -61,7 +62,8 @@ def usage() -> str:
             "commands:",
             *(entry(name, command.summary, width + 4) for name, command in COMMANDS.items()),
             "",
-            "`hieratok COMMAND --help` shows a command's options and an example.",
+            "`hieratok COMMAND --help` shows a command's options and an example. `--plugin MODULE`, with any command,",
+            "loads a module of yours that registers down-samplers, losses, discriminators, data sources or study rows.",
         ]
     )
 
@@ -72,6 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    try:
+        argv = take_plugins(argv)
+    except ValueError as error:
+        return fail(str(error), 2)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -36,6 +36,7 @@ from hieratok.core.pixels import (
     to_float,
     to_uint8,
 )
+from hieratok.core.plugins import SOURCES
 from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
 from hieratok.data.shards import TarShards
 
@@ -292,7 +293,8 @@ def open_source(path: str | Sequence[str]) -> Source:
     - an image file, a folder of images (classes: its sub-folders), a pattern such as `photos/*.jpg`;
     - WebDataset shards: a folder of `.tar` files, one of them, a pattern such as `shards/train-*.tar`, or several in
       WebDataset's notation, `shards/train-{000000..000146}.tar`;
-    - a list of these.
+    - a list of these;
+    - `NAME:TEXT`, a plugin's data source.
 
     Raises:
         FileNotFoundError: nothing there; the message offers the nearest name.
@@ -303,6 +305,9 @@ def open_source(path: str | Sequence[str]) -> Source:
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].split(":")[0] == "bundled":
         return BundledPhotos(paths[0].partition(":")[2] or "train")
+    name, colon, text = paths[0].partition(":")
+    if len(paths) == 1 and colon and name in SOURCES:
+        return SOURCES[name](text)
     left_out = LeftOut()
     found = [_expand(os.path.expanduser(one), left_out) for one in paths]
     if len(found) == 1 and len(found[0]) == 1 and os.path.isdir(found[0][0]):

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from hieratok.core.distributed import process, total
 from hieratok.core.layers import LayerNorm2d, init_weights
+from hieratok.core.plugins import DISCRIMINATORS
 from hieratok.losses.config import AdversarialConfig, GanLoss
 from hieratok.losses.vf import FoundationModel
 
@@ -43,6 +44,7 @@ def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:
         FileNotFoundError: no weights for the backbone.
     """
     cutout_share = DIFFAUGMENT_CUTOUT
+    network: nn.Module
     match config.discriminator:
         case "patchgan":
             network = PatchGAN(image_size, config.width, config.num_layers)
@@ -51,6 +53,8 @@ def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:
         case "dino":
             network = DinoDiscriminator(config.backbone, config.backbone_weights, config.random_backbone)
             cutout_share = STYLEGAN_T_CUTOUT
+        case name:
+            network = DISCRIMINATORS[name](config, image_size)
     return nn.Sequential(DiffAugment(cutout_share), network) if config.diffaugment else network
 
 

@@ -1,7 +1,10 @@
 """Weights and settings of the losses. Imports no torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from hieratok.core.plugins import DISCRIMINATORS, LOSSES
 
 TrunkName = Literal["vgg", "alex", "squeeze", "squeeze-caffe"]
 PixelReduction = Literal["scales", "tokens"]
@@ -42,6 +45,8 @@ class LossConfig:
     """File with LPIPS's linear heads. None: those of the installed lpips package."""
     random_trunk: bool = False
     """Train on an untrained trunk: for tests only."""
+    plugins: tuple[str, ...] = ()
+    """Losses of plugins, each NAME=WEIGHT."""
 
     def __post_init__(self):
         if self.scale_weights is not None:
@@ -57,6 +62,27 @@ class LossConfig:
         for name in ("l1_weight", "mse_weight", "perceptual_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} must not be negative, it is {getattr(self, name)}")
+        object.__setattr__(self, "plugins", tuple(self.plugins))
+        for name in self.plugin_weights():
+            LOSSES.check(name)
+
+    def plugin_weights(self) -> dict[str, float]:
+        """Weights by the plugins' losses.
+
+        Raises:
+            ValueError: an entry is not NAME=WEIGHT, or a name stands twice.
+        """
+        weights: dict[str, float] = {}
+        for entry in self.plugins:
+            name, _, text = entry.partition("=")
+            try:
+                weight = float(text)
+            except ValueError:
+                weight = math.nan
+            if not (0 <= weight < math.inf) or name in weights:
+                raise ValueError(f"loss.plugins has one NAME=WEIGHT for each loss, such as edges=0.5, not {entry!r}")
+            weights[name] = weight
+        return weights
 
 
 @dataclass(frozen=True)
@@ -69,9 +95,9 @@ class AdversarialConfig:
 
     weight: float = 0.6
     """l_adv (paper, table 9), times the adaptive weight if that is on; 0: no GAN."""
-    discriminator: DiscriminatorName = "patchgan"
+    discriminator: DiscriminatorName | str = "patchgan"
     """patchgan: convolutions on patches; residual: StyleGAN2's, on the image; dino: StyleGAN-T's, heads on frozen DINO
-    features. [ours]: the paper names none."""
+    features; or a plugin's. [ours]: the paper names none."""
     loss: GanLoss = "non-saturating"
     """Of discriminator and generator. non-saturating: StyleGAN's, which the paper names; hinge: StyleGAN-T's, usual
     with dino."""
@@ -113,9 +139,9 @@ class AdversarialConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name, choices in (("discriminator", get_args(DiscriminatorName)), ("loss", get_args(GanLoss))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"gan.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        DISCRIMINATORS.check(self.discriminator)
+        if self.loss not in get_args(GanLoss):
+            raise ValueError(f"gan.loss must be one of {', '.join(get_args(GanLoss))}, not {self.loss!r}")
         for name in (
             "weight",
             "lecam_weight",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hieratok.core.plugins import LOSSES
 from hieratok.losses.config import LossConfig
 from hieratok.losses.lpips import PerceptualLoss
 from hieratok.tokenizer.posterior import DiagonalGaussian
@@ -62,8 +63,8 @@ class ReconstructionLoss(nn.Module):
         Returns:
             The scalar loss; what the finest scale's reconstruction contributes to it, which the adaptive weights of
             other losses are measured by; and detached, unweighted scalars by name: `l1`, `mse`, the perceptual
-            distance's name (reduced over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels), and
-            `kl` in nats per image.
+            distance's name (reduced over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels),
+            `kl` in nats per image, and the plugins' losses.
         """
         c = self.config
         terms: dict[str, Tensor] = {}
@@ -86,9 +87,16 @@ class ReconstructionLoss(nn.Module):
             for name, _, share, value in values:
                 terms[f"{name}/{height}"] = value.detach()
                 terms[name] = terms.get(name, 0) + share * value.detach()
+        finest = parts[-1]
+        for name, weight in c.plugin_weights().items():
+            value = LOSSES[name]([x.to(images.dtype) for x in pyramid], images)
+            if not (isinstance(value, Tensor) and value.ndim == 0):
+                raise ValueError(f"the plugin's loss {name} must give a scalar tensor")
+            parts.append(weight * value)
+            terms[name] = value.detach()
         kl = posterior.kl().mean()
         terms["kl"] = kl.detach()
-        return torch.stack(parts).sum() + self.finest_share * c.kl_weight * kl, parts[-1], terms
+        return torch.stack(parts).sum() + self.finest_share * c.kl_weight * kl, finest, terms
 
 
 def shares(weights: Sequence[float]) -> list[float]:

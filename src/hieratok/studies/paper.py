@@ -10,6 +10,7 @@ from typing import Literal
 
 from hieratok.core import glossary
 from hieratok.core.messages import nearest
+from hieratok.core.plugins import load_plugins
 from hieratok.generation.config import Sampler
 from hieratok.studies import recipes
 from hieratok.studies.config import SizeName
@@ -357,12 +358,31 @@ STUDIES: dict[str, Study] = {
 }
 
 
+def add_row(study: str, row: Row) -> None:
+    """Add a row to a study, for a plugin: at its end, so that other rows keep their numbers.
+
+    Raises:
+        ValueError: no such study, a label that does not fit its columns or is there already, or no row to compare with.
+    """
+    if study not in STUDIES:
+        raise ValueError(f"no study {study!r}{nearest(study, list(STUDIES))} (there are {', '.join(STUDIES)})")
+    before = STUDIES[study]
+    if len(row.label) != len(before.columns):
+        raise ValueError(f"a row of {study} has {len(before.columns)} labels ({', '.join(before.columns)})")
+    if row.against is not None and not 0 <= row.against < len(before.rows):
+        raise ValueError(f"{study} has rows 0 to {len(before.rows) - 1} to compare with, not {row.against}")
+    if any(other.label == row.label for other in before.rows):
+        raise ValueError(f"{study} has a row {row.name!r} already")
+    STUDIES[study] = replace(before, rows=(*before.rows, row))
+
+
 def get(name: str) -> Study:
     """The study called `name`.
 
     Raises:
         ValueError: no such study; offers the nearest name.
     """
+    load_plugins()
     if name not in STUDIES:
         raise ValueError(f"no study {name!r}{nearest(name, list(STUDIES))} (there are {', '.join(STUDIES)})")
     return STUDIES[name]

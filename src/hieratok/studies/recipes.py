@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from hieratok.core.messages import nearest
+from hieratok.core.plugins import load_plugins
 from hieratok.generation.config import DiTConfig
 from hieratok.losses.config import AdversarialConfig, LossConfig, VFConfig
 from hieratok.tokenizer.config import AttentionMode, DownsampleMode, TokenizerConfig
@@ -24,6 +25,8 @@ def get(name: str) -> Run:
     Raises:
         ValueError: no such recipe; offers the nearest name.
     """
+    if name not in RECIPES:
+        load_plugins()
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}{nearest(name, list(RECIPES))} (`hieratok recipes` lists them)")
     return replace(RECIPES[name](), name=name)

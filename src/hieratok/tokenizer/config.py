@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from hieratok.core.plugins import DOWNSAMPLERS
+
 AttentionMode = Literal["full", "independent", "causal"]
 DownsampleMode = Literal["interpolate", "conv"]
 # Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
@@ -38,8 +40,8 @@ class TokenizerConfig:
     """S: tokens per side of every scale, ascending; the last is image_size / patch_size. One entry: a plain ViT."""
     attention: AttentionMode = "causal"
     """Who sees whom in the decoder: every scale up to one's own (causal), one's own (independent), all (full)."""
-    downsample: DownsampleMode = "conv"
-    """How coarse tokens are made from z: learnable convolutions (conv) or area pooling (interpolate)."""
+    downsample: DownsampleMode | str = "conv"
+    """How coarse tokens are made from z: learnable convolutions (conv), area pooling (interpolate), or a plugin's."""
     encoder_width: int = 768
     """Channels of the encoder's tokens."""
     encoder_depth: int = 6
@@ -68,9 +70,10 @@ class TokenizerConfig:
                 raise ValueError(
                     f"model.{field.name} must be a whole number from 1 to {MOST[field.name]:,}, not {value!r}"
                 )
-        for name, choices in (("attention", get_args(AttentionMode)), ("downsample", get_args(DownsampleMode))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"model.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.attention not in get_args(AttentionMode):
+            choices = ", ".join(get_args(AttentionMode))
+            raise ValueError(f"model.attention must be one of {choices}, not {self.attention!r}")
+        DOWNSAMPLERS.check(self.downsample)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hieratok.core import checkpoint
 from hieratok.core.layers import init_weights
+from hieratok.core.plugins import DOWNSAMPLERS
 from hieratok.tokenizer.config import TokenizerConfig
 from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
 from hieratok.tokenizer.photos import Photo, postprocess, preprocess
@@ -39,7 +40,10 @@ class HieraTok(nn.Module):
         self.encoder = Encoder(
             c.grid, c.patch_size, c.latent_channels, c.encoder_width, c.encoder_depth, c.encoder_heads, c.mlp_ratio
         )
-        if c.downsample == "conv" and len(c.scales) > 1:
+        self.downsample: nn.Module
+        if c.downsample in DOWNSAMPLERS:
+            self.downsample = DOWNSAMPLERS[c.downsample](c.latent_channels, c.decoder_width, c.scales)
+        elif c.downsample == "conv" and len(c.scales) > 1:
             self.downsample = ConvDownsample(c.latent_channels, c.decoder_width, c.scales)
         else:
             self.downsample = AreaDownsample(c.latent_channels, c.decoder_width)
