@@ -412,7 +412,7 @@ def test_train_writes_a_run_and_goes_on_with_it(trained, config, photos, hierato
 def test_another_run_is_not_overwritten(trained, config, photos, refused):
     line = refused("train", config, "--data", photos, "--out", trained, "--train.seed", "1")
     assert "train.seed 0 -> 1" in line
-    assert line.endswith("choose another --out, or go on with the new ones by --allow-changes")
+    assert line.endswith("choose another --out, or resume with the new ones by --allow-changes")
 
 
 def test_a_run_that_diverges_says_so(config, photos, hieratok):
