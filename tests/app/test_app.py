@@ -26,7 +26,7 @@ from hieratok import HieraTok, cli
 from hieratok.app import page as app_page
 from hieratok.app import uploads
 from hieratok.app.handlers import BLENDS, SAMPLES, SIGMAS, Demo
-from hieratok.app.page import Picture, latent_picture
+from hieratok.app.page import Picture, latent_picture, similarity
 from hieratok.app.server import ServeApp, load, serve
 from hieratok.app.uploads import MAX_BYTES, at_most, check_image, content_of, read_upload
 from hieratok.core.pictures import error_map
