@@ -714,7 +714,8 @@ def test_a_result_is_read_back_as_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": None, "psnr": "high"}, "metrics.json: psnr must be"),
+        ({"n": None}, "metrics.json: n must be a whole number, not null"),
+        ({"psnr": "high"}, "metrics.json: psnr must be"),
         ({"scales": {"16": 3}}, "metrics.json: scales, 16 must be a table"),
         ({"scales": {"16": {"psnr": []}}}, "psnr must be"),
         ({"intervals": {"16": {"psnr": [1]}}}, "metrics.json: intervals of psnr must be a list of 2"),
