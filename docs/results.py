@@ -20,7 +20,7 @@ from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig
 from hieratok.tasks.reconstruct import reconstruct_any
 from hieratok.training.generator import decoded_samples
-from hieratok.training.run_folder import LOG, read_lines
+from hieratok.training.run_folder import LOG, read_log
 from hieratok.training.tokenizer import reconstruct_pyramid
 
 DOCS = Path(__file__).parent
@@ -79,7 +79,7 @@ def draw_curves(run: Path, path: Path) -> None:
     """Losses of a stage-2 run over its steps."""
     import matplotlib.pyplot as plt
 
-    log = read_lines(run / LOG)
+    log = read_log(run / LOG)
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), constrained_layout=True)
     perceptual = next(name for name in log[0] if name.startswith(("perceptual", "lpips")) and "/" not in name)
     panels = [

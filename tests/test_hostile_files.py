@@ -25,17 +25,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers.models import CONFIG
 from hieratok import HieraTok, cli
 from hieratok.analysis.report import LatentReport
+from hieratok.app.uploads import check_image
 from hieratok.core.checkpoint import json_text, read_tensors
 from hieratok.core.files import MAX_DEPTH, read_json, read_npy, read_npz, read_yaml, shown
 from hieratok.data.images import open_source
 from hieratok.data.latents import LatentDataset
+from hieratok.data.pixels import MAX_SCANS
 from hieratok.evaluation.features import FeatureNetwork, load_network
 from hieratok.evaluation.images import NpzImages
 from hieratok.evaluation.protocols import EvaluateCompare, compare
@@ -780,6 +782,44 @@ def test_a_small_file_of_many_pixels_is_refused_on_the_command_line(sound, capsy
         )
     assert status == 2
     assert "many.png: it has 13,000 x 13,000 pixels" in capsys.readouterr().err
+
+
+def jpeg_of_scans(count: int) -> bytes:
+    """A small file: a photo of one colour, whose last scan stands in it again and again."""
+    file = encoded(Image.new("RGB", (2_000, 2_000)), "JPEG", progressive=True)
+    scans, last = file.count(b"\xff\xda"), file[file.rindex(b"\xff\xda") : -2]
+    return file[:-2] + last * (count - scans) + file[-2:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("scans.jpg", jpeg_of_scans(20_000), "scans.jpg: it is a JPEG of more than 100 scans"),
+        ("segments.jpg", b"\xff\xd8" + b"\xff\xfe\0\2" * 1_000_000, "it is a JPEG of more than 10,000 segments"),
+    ],
+)
+def test_a_small_jpeg_that_would_take_minutes_is_refused(sound, capsys, monkeypatch, name, content, message):
+    """By every command that opens pictures, the app and the pages of runs among them, without a pixel decoded."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    monkeypatch.setattr(torch.ops.image, "decode_jpeg", lambda *_: pytest.fail("it was decoded"))
+    assert len(content) < 1 << 22
+    file, out = sound / "hostile" / name, str(sound / "out")
+    file.parent.mkdir()
+    file.write_bytes(content)
+    for command in (["reconstruct", str(sound / "tokenizer")], ["latents", str(sound / "tokenizer"), "--data"]):
+        assert cli.main([*command, str(file.parent), "--out", out]) == 2
+        assert message in capsys.readouterr().err
+    assert message in refused(lambda: check_image(content, name))
+    (sound / "run" / "pictures" / "step-00000010.png").write_bytes(content)
+    assert "step-00000010.png cannot be read" in "".join(picture_parts(find_runs(sound / "run")))
+
+
+def test_a_jpeg_of_as_many_scans_as_are_allowed_is_read(tmp_path):
+    """What no decoder looks at is not counted: a preview in its EXIF, and what stands after its end."""
+    file = jpeg_of_scans(MAX_SCANS)
+    preview = segment(0xE1, b"Exif\0\0" + b"\xff\xda\0\2" * MAX_SCANS)
+    (tmp_path / "a.jpg").write_bytes(file[:2] + preview + file[2:] + b"\xff\xda" * MAX_SCANS)
+    assert open_source(str(tmp_path)).image(0).shape == (3, 2_000, 2_000)
 
 
 def test_a_large_text_in_a_png_is_no_reason_to_refuse_it(tmp_path):

@@ -7,12 +7,14 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hieratok.core.checkpoint import json_text
+from hieratok.core.distributed import process_group
 from hieratok.data.images import to_uint8
 from hieratok.evaluation import protocols
 from hieratok.evaluation.config import (
@@ -737,6 +740,30 @@ def test_manifests_hold_what_the_numbers_depend_on(tmp_path: Path) -> None:
     assert result["manifest"] == evaluate_samples(samples_options(x, y, batch_size=7))["manifest"]
     assert result["manifest"] != evaluate_samples(samples_options(x, x))["manifest"]  # another reference
     assert result["inputs"]["sha256"] != result["manifest"]["reference sha256"]
+
+
+# --- Processes ----------------------------------------------------------------------------------------------------
+
+
+def join_alone() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture
+def joined_none() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("joined_none")
+def test_a_process_group_is_left_by_who_joined_it() -> None:
+    with process_group():  # of one process
+        assert not dist.is_initialized()
+    join_alone()
+    with process_group():
+        pass
+    assert dist.is_initialized(), "somebody else's"
 
 
 # --- Two processes -------------------------------------------------------------------------------------------------

@@ -4,9 +4,13 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,8 +70,7 @@ def base(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
-def small_generators(monkeypatch):
+def small_size() -> studies.Size:
     """Size tiny with generators, second stages and numbers of samples to match."""
     run = recipes.dit_tiny()
     model = DiTConfig(width=16, depth=1, heads=1, latent_size=4, objective="flow", learn_sigma=False)
@@ -75,7 +78,7 @@ def small_generators(monkeypatch):
     stage2 = recipes.tiny_multi_stage2()
     gan = AdversarialConfig(discriminator="patchgan", width=4, generator_start=0, ramp_steps=1)
     stage2 = replace(stage2, gan=gan, train=replace(stage2.train, steps=2, batch_size=2))
-    size = replace(
+    return replace(
         studies.SIZES["tiny"],
         generators=dict.fromkeys(studies.SIZES["tiny"].generators, lambda: replace(run, model=model, train=train)),
         stage2=lambda: stage2,
@@ -84,7 +87,11 @@ def small_generators(monkeypatch):
         curve_samples=4,
         draws=1,
     )
-    monkeypatch.setitem(studies.SIZES, "tiny", size)
+
+
+@pytest.fixture
+def small_generators(monkeypatch):
+    monkeypatch.setitem(studies.SIZES, "tiny", small_size())
 
 
 def reconstructed(numbers: dict[str, float], warnings: tuple[str, ...] = ()) -> Cell:
@@ -313,6 +320,67 @@ def test_a_study_killed_anywhere_ends_as_one_that_was_not(finished, base, tmp_pa
             assert (one["ours"] is None) == (other["ours"] is None)
             assert not one["ours"] or one["ours"]["mean"] == pytest.approx(other["ours"]["mean"], rel=1e-3)
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_write_is_mended(base, tmp_path, monkeypatch):
+    """A copy of the folder before each file operation is what `kill -9` would leave there: from each copy the same
+    command ends with the same files and numbers, trains and measures nothing twice, and leaves nothing half-written."""
+    out, states = tmp_path / "out", tmp_path / "states"
+    options = RunStudy(study="table2", base=base, out=str(out), features=FEATURES)
+    process = start_process(run_and_keep_states, options, states)
+    process.join()
+    assert process.exitcode == 0
+    whole, names = json.loads((out / "table2.json").read_text())["comparisons"], names_in(out)
+    assert len(list(states.iterdir())) > 50
+    make_small(monkeypatch.setitem)
+    for state in sorted(states.iterdir()):
+        shutil.rmtree(out)
+        state.rename(out)
+        done = [*out.rglob("trained.json"), *out.rglob("measured/*/metrics.json")]
+        before = [path.stat().st_mtime_ns for path in done]
+        assert study.run_study(options) is not None
+        assert json.loads((out / "table2.json").read_text())["comparisons"] == whole, state.name
+        assert names_in(out) == names, state.name
+        assert [path.stat().st_mtime_ns for path in done] == before, state.name
+
+
+def names_in(out: Path) -> set[str]:
+    """Of all files and folders; TensorBoard makes another file at each start."""
+    paths = (path.relative_to(out).as_posix() for path in out.rglob("*"))
+    return {path for path in paths if "/tensorboard/" not in path}
+
+
+def make_small(set_item: Callable) -> None:
+    """Of table 2 one row, which measures all that studies measure, at the least size."""
+    needs = ("reconstruction", "generation", "samples", "commutation")
+    row = replace(studies.TABLE2.rows[1], against=None)
+    set_item(studies.STUDIES, "table2", replace(studies.TABLE2, rows=(row,), needs=needs))
+    set_item(studies.SIZES, "tiny", replace(small_size(), samples=2, curve_samples=2))
+
+
+def run_and_keep_states(options: RunStudy, states: Path) -> None:
+    """Run a study; before each operation that changes its folder, keep a copy of the folder."""
+    make_small(dict.__setitem__)
+    out, copying = Path(str(options.out)), threading.Lock()
+    changing = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+
+    def keep(event: str, arguments: tuple) -> None:
+        if event not in changing or copying.locked() or not str(arguments[0]).startswith(f"{out}/"):
+            return
+        path = Path(arguments[0])
+        if event == "open":
+            changes = arguments[2] & (os.O_WRONLY | os.O_RDWR) and path.suffix != checkpoint.TEMPORARY
+        else:
+            changes = path.exists() == (event != "os.mkdir")
+        if not changes or not out.is_dir():
+            return
+        with copying:
+            shutil.copytree(out, states / f"{len(list(states.iterdir())):04d}-{event}-{path.name}")
+
+    states.mkdir()
+    sys.addaudithook(keep)
+    study.run_study(options)
 
 
 def test_a_second_study_is_refused(base, tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch.utils.data import default_collate
 
+import helpers
 from helpers.models import save_photos, save_tokenizer
 from helpers.runs import FEATURES, TORCHRUN, crash_in_step, read_log, same
 from hieratok import HieraTok, cli
@@ -275,17 +276,19 @@ def test_processes_share_the_samples_and_sample_equally_often(tokenizer, latents
 
 
 @pytest.mark.slow
-def test_a_divided_model_is_shown_and_judged(tokenizer, latents, photos, tmp_path):
+def test_a_divided_model_is_shown_and_evaluated(tokenizer, latents, photos, tmp_path):
     """FSDP2 in two processes, which sample in the middle of training: the losses of one process."""
     judged = GeneratorEval(every=2, num_images=3, reference=str(photos), features=FEATURES, steps=2)
     run = replace(small_run(tokenizer, latents, steps=4, picture_every=1, micro_batch_size=2), eval=judged)
     train_generator(run, tmp_path / "one")
+    in_file = replace(run, train=replace(run.train, parallel="fsdp2"), eval=replace(judged, features="inception"))
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(plain(replace(run, train=replace(run.train, parallel="fsdp2")))))
+    config.write_text(yaml.safe_dump(plain(in_file)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    command = [*TORCHRUN, "-m", "hieratok", "train", str(config), "--out", str(tmp_path / "two")]
-    subprocess.run(command, check=True, env=environment, timeout=500)
+    tests = str(Path(helpers.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    train = ["train", str(config), "--eval.features", FEATURES, "--out", str(tmp_path / "two")]  # code: never in a file
+    subprocess.run([*TORCHRUN, "-m", "hieratok", *train], check=True, env=environment, timeout=500)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = ((tmp_path / name / "evaluations.jsonl").read_text().splitlines() for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):  # of three 16 px images, and pixels may differ by a level

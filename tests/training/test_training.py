@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -711,6 +711,53 @@ def test_half_a_line_in_the_log_is_passed_over(photos, tmp_path):
     folder.log_file.write_text('{"step": 1}\n[]\n{"step": "2"}\n3\n{"step": 2}\n{"st')
     folder.truncate_logs(1)
     assert folder.log_file.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("killed_before", ["the first rename", "the second rename", "the removal"])
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch, killed_before):
+    """Killed anywhere, the old one or the new one is there, whole, once what is left has been cleared."""
+
+    class Killed(BaseException):
+        pass
+
+    folder, at = (
+        tmp_path / "step-00000004",
+        ["the first rename", "the second rename", "the removal"].index(killed_before),
+    )
+    folder.mkdir()
+    (folder / "content").write_text("old")
+    rename, rmtree, calls = os.rename, shutil.rmtree, []
+
+    def kill_or(call: Callable, *arguments: object, **options: object) -> None:
+        calls.append(call)
+        if len(calls) > at:
+            raise Killed
+        call(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "rename", lambda *a: kill_or(rename, *a))
+        patch.setattr(shutil, "rmtree", lambda *a, **k: kill_or(rmtree, *a, **k))
+        with checkpoint.atomic_folder(folder) as temporary:
+            (temporary / "content").write_text("new")
+    assert len(list(tmp_path.iterdir())) == 2
+    checkpoint.remove_leftovers(tmp_path / "step-*")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert (folder / "content").read_text() == ("new" if killed_before == "the removal" else "old")
+
+
+def test_a_folder_whose_successor_cannot_take_its_place_stays(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", os.rename
+    folder.mkdir()
+
+    def fail(source: Path, target: Path) -> None:
+        if source.suffix == checkpoint.TEMPORARY:
+            raise OSError(errno.EIO, "disk")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="disk"), checkpoint.atomic_folder(folder):
+        pass
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 # --- schedule, averages, optimiser ------------------------------------------------------------------------------------

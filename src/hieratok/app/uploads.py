@@ -1,13 +1,11 @@
 """Photos that visitors of the app send: kept for a while, within limits, and checked before anything is decoded."""
 
-import io
 import os
 import secrets
 import shutil
 import stat
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hieratok.core.pictures import to_pil
-from hieratok.data.pixels import FORMATS, BadImageError, decode_image
+from hieratok.data.pixels import BadImageError, TooManyPixels, TooManyScans, decode_image, open_image
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 25_000_000  # a 24-megapixel photo; decoding takes at most some 400 MB
@@ -148,15 +146,15 @@ def check_image(data: bytes, name: str) -> None:
     """Refuse a file by what its first bytes say of it; no pixel is decoded.
 
     Raises:
-        BadImageError: too many pixels, too narrow, or not an image of a known kind.
+        BadImageError: too many pixels or scans, too narrow, or not an image of a known kind.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower than Pillow's
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
-    except Image.DecompressionBombError:
+        with open_image(data) as picture:
+            width, height = picture.size
+    except TooManyPixels:
         raise BadImageError(f"{name} has more pixels than the limit, {MAX_PIXELS // 10**6} million") from None
+    except TooManyScans as error:
+        raise BadImageError(f"cannot read {name}: {error}") from None
     except Exception as error:  # damaged headers make Pillow raise errors of many types
         raise BadImageError(f"{name} is not an image that can be read: send {KINDS}") from error
     if width * height > MAX_PIXELS:

@@ -25,6 +25,8 @@ from hieratok.core.typed import from_json
 
 Config = TypeVar("Config")
 LONGEST_NAME = 240  # bytes, that leave room for what a temporary name adds
+TEMPORARY, ASIDE = ".tmp", ".old"
+"""Endings of hidden names: of what is being written, and of a folder that is being replaced."""
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 STATISTICS = {"latent_mean", "latent_std"}
@@ -91,34 +93,53 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: `path` appears whole (and on the disk, not just in its cache) or not at all."""
+    """The same for a folder: `path` appears whole (and on the disk, not just in its cache) or not at all.
+
+    A folder that was there before is set aside until the new one is in its place: a process killed in between leaves
+    it for `remove_leftovers` to put back.
+    """
     temporary = _temporary(path)
     temporary.mkdir(parents=True)
+    aside = temporary.with_suffix(ASIDE)
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")):
+        for file in [*sorted(temporary.rglob("*")), temporary]:
             sync(file)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            os.rename(path, aside)
+        os.rename(temporary, path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists():
+            _remove_or_put_back(aside, path)
 
 
 def _temporary(path: Path) -> Path:
     """A hidden name beside `path`; names may have 255 bytes at most, so of a long one the beginning."""
-    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])}.{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `atomic_file(path)` or `atomic_folder(path)`.
+    """Remove what killed processes left of `atomic_file(path)` or `atomic_folder(path)`; put back a folder whose
+    successor did not take its place.
 
     Args:
         path: its last part may be a pattern. Nobody else may be writing it: hold the folder's lock.
     """
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    for aside in path.parent.glob(f".{path.name}.*{ASIDE}"):
+        target = aside.with_name(aside.name[1:].rsplit(".", 2)[0])
+        _remove_or_put_back(aside, target)
+    for leftover in path.parent.glob(f".{path.name}.*{TEMPORARY}"):
         remove(leftover)
+
+
+def _remove_or_put_back(aside: Path, path: Path) -> None:
+    """What to do with a folder that was set aside: if no other took its place, it stays."""
+    if path.exists():
+        shutil.rmtree(aside)
+    else:
+        os.rename(aside, path)
 
 
 def remove(path: Path) -> None:

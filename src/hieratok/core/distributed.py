@@ -22,9 +22,10 @@ class Mergeable(Protocol):
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes of this job, unless that has been done, and leaves them at the end.
+    """Joins the processes of this job, unless that has been done, and leaves them when all have come to the end.
 
-    A process that ended without leaving would take the others' connections with it.
+    A process that the others left earlier may be aborted by gloo's threads. After an error nothing is done: leaving
+    would wait for operations that the others have not begun, and the process is about to end.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -33,11 +34,9 @@ def process_group() -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def process() -> tuple[int, int]:

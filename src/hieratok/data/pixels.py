@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import struct
 import sys
 import warnings
@@ -40,7 +41,16 @@ MAX_IMAGE_BYTES = 1 << 28
 HEADER_BYTES = 1 << 20  # in which an image's format and size are found
 MAX_PIXELS = 1 << 27
 """134 million, the largest cameras' images; decoding one takes some 7 bytes a pixel."""
+MAX_SCANS = 100
+"""Of a JPEG, each of which goes over the whole image: a small file of thousands would decode for minutes. Cameras and
+programs write some ten; libtiff has the same limit."""
+MAX_SEGMENTS = 10_000
+"""Of a JPEG: its parts with a marker each."""
 BAND_ROWS = 256  # of a decoded image that are converted at a time
+
+JPEG_START = b"\xff\xd8"
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # of those that stand alone, the end's only
+JPEG_END, JPEG_SCAN = b"\xd9", b"\xda"
 
 TORCHVISION_RGB = 3  # torchvision.io.ImageReadMode.RGB
 CROP_TRIES = 10
@@ -58,6 +68,14 @@ UPRIGHT: dict[int, tuple[bool, list[int]]] = {
 }
 
 Rows = Callable[[int, int], np.ndarray]  # the rows of an image from the first up to the second
+
+
+class TooManyPixels(ValueError):
+    """An image larger than is decoded."""
+
+
+class TooManyScans(ValueError):
+    """A JPEG that would take very long to decode."""
 
 
 class BadImageError(ValueError):
@@ -112,7 +130,8 @@ def decode_image(data: bytes, name: str) -> Tensor:
         uint8 (3, H, W).
 
     Raises:
-        BadImageError: not an image, truncated, floating-point pixels, or more than 134 million pixels.
+        BadImageError: not an image, truncated, floating-point pixels, more than 134 million pixels, or a JPEG of more
+            than 100 scans.
     """
     try:
         picture = open_image(data)
@@ -132,20 +151,41 @@ def decode_image(data: bytes, name: str) -> Tensor:
         raise BadImageError(f"cannot read {shown(name)}: {reason}") from error
 
 
-def open_image(data: bytes) -> ImageFile.ImageFile:
+def open_image(data: bytes, with_texts: bool = False) -> ImageFile.ImageFile:
     """An image of a known format and a size that can be decoded; its pixels are not decoded yet.
+
+    Args:
+        data: of a file, at least its beginning.
+        with_texts: keep a PNG's texts, which Pillow then limits.
 
     Raises:
         UnidentifiedImageError: no image of a known format.
-        ValueError: too many pixels; or whatever Pillow raises for a damaged header.
+        TooManyPixels, TooManyScans: says of how many.
+        ...: whatever Pillow raises for a damaged header.
     """
+    if data.startswith(JPEG_START):
+        _check_scans(data)
     try:
-        picture = Image.open(io.BytesIO(_without_text(data)), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data if with_texts else _without_text(data)), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels") from None
+        raise TooManyPixels(f"it has more than {MAX_PIXELS:,} pixels") from None
     if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"it has {picture.width:,} x {picture.height:,} pixels, and {MAX_PIXELS:,} are the limit")
+        raise TooManyPixels(f"it has {picture.width:,} x {picture.height:,} pixels, and {MAX_PIXELS:,} are the limit")
     return picture
+
+
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG that would take long however few pixels and bytes it has."""
+    scans, position = 0, len(JPEG_START)
+    for _ in range(MAX_SEGMENTS):
+        found = JPEG_MARKER.search(data, position)
+        if found is None or found[1] == JPEG_END:
+            return
+        scans += found[1] == JPEG_SCAN
+        if scans > MAX_SCANS:
+            raise TooManyScans(f"it is a JPEG of more than {MAX_SCANS} scans, which would take very long to decode")
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    raise TooManyScans(f"it is a JPEG of more than {MAX_SEGMENTS:,} segments, which no photo has")
 
 
 def _without_text(data: bytes) -> bytes:

@@ -219,9 +219,9 @@ def _write_and_print(
         if metrics is not None:
             with atomic_file(folder / "reconstructions.png") as temporary:
                 metrics.picture().save(temporary, format="PNG")
-        write_json(folder / "metrics.json", result.to_json())
         if write_page is not None:
             write_page(folder, result, metrics)
+        write_json(folder / "metrics.json", result.to_json())  # the last: where it is, all is
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(json_text(result.to_json()) if as_json else format_numbers(result.numbers))

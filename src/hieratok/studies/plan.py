@@ -1,10 +1,11 @@
 """What a study trains: its options, its rows' runs and where they lie, and what they would take."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,9 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hieratok.analysis.density import MIN_POINTS
-from hieratok.core.checkpoint import step_folders, step_of, write_json
+from hieratok.core.checkpoint import remove_leftovers, step_folders, step_of, write_json
 from hieratok.core.devices import best_device, hardware
+from hieratok.core.distributed import is_first, wait
 from hieratok.core.files import read_yaml
+from hieratok.core.lock import lock
 from hieratok.core.typed import plain
 from hieratok.data.images import names_sha256, open_source
 from hieratok.evaluation.features import load_network
@@ -36,13 +39,15 @@ from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.scales import Scales
 from hieratok.training.config import GeneratorEval
 from hieratok.training.generator import GeneratorRun, train_generator
-from hieratok.training.run_folder import HARMLESS, LOG, flatten, read_lines
+from hieratok.training.run_folder import HARMLESS, LOG, flatten, read_log
 from hieratok.training.runs import speed
 from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
 
 AnyRun = TypeVar("AnyRun", TokenizerRun, GeneratorRun)
 DONE = "trained.json"
 """In a finished run's folder: on what, how long and on how many images it was trained."""
+LOCK = ".study.lock"
+"""Of one run or one measurement, beside that of the command that writes there."""
 
 
 class Planned(NamedTuple):
@@ -253,8 +258,34 @@ def digest(settings: dict[str, Any]) -> str:
 
 def train(planned: Planned) -> None:
     """Train a run, or go on with it; nothing if it is finished. Every process must call."""
-    if planned.finished:
+    with unless_done(planned.folder, DONE, DONE) as wanted:
+        if wanted:
+            _train(planned)
+
+
+@contextlib.contextmanager
+def unless_done(folder: Path, mark: str, written: str) -> Iterator[bool]:
+    """Whether something has to be done in a folder, which the block then does, as the only study; every process must
+    call.
+
+    Args:
+        folder: where.
+        mark: the file that is written last: what has it is done.
+        written: pattern of the files that the block writes: what killed processes left of them is removed.
+
+    Raises:
+        ValueError: another study is at it.
+    """
+    if (folder / mark).is_file() and not (folder / LOCK).exists():
+        yield False
         return
+    with lock(folder, "study", LOCK):  # its file may be that of a killed process
+        if is_first():
+            remove_leftovers(folder / written)
+        yield not (folder / mark).is_file()
+
+
+def _train(planned: Planned) -> None:
     if isinstance(planned.run, GeneratorRun):
         assert planned.run.tokenizer is not None
         trained = flatten(read_yaml(Path(planned.run.tokenizer) / "config.yaml"))
@@ -262,8 +293,10 @@ def train(planned: Planned) -> None:
         train_generator(planned.run, planned.folder)
     else:
         train_tokenizer(planned.run, planned.folder)
-    pace = speed(read_lines(planned.folder / LOG))
-    write_json(planned.folder / DONE, asdict(Trained(*pace, hardware(), torch.__version__)))
+    pace = speed(read_log(planned.folder / LOG))
+    if is_first():
+        write_json(planned.folder / DONE, asdict(Trained(*pace, hardware(), torch.__version__)))
+    wait()
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------------
@@ -326,7 +359,7 @@ def throughput(runs: Sequence[Planned]) -> tuple[dict[Path, float], str]:
     rates, sources = {}, []
     for kind in dict.fromkeys(one.run.kind for one in runs):
         work = {one: gflops(one.run) for one in runs if one.run.kind == kind}
-        logs = {one: log for one in work if (log := read_lines(one.folder / LOG))}
+        logs = {one: log for one in work if (log := read_log(one.folder / LOG))}
         if logs:
             done = [speed(log).images_per_second * work[one] for one, log in logs.items()]
             rate = sum(done) / len(done)

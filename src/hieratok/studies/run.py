@@ -15,8 +15,8 @@ import torch
 from hieratok.analysis.convergence import speed_up
 from hieratok.analysis.intervals import summarize
 from hieratok.analysis.report import LatentReport
-from hieratok.core.checkpoint import write_json
-from hieratok.core.distributed import is_first
+from hieratok.core.checkpoint import remove_leftovers, write_json
+from hieratok.core.distributed import is_first, process_group
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_json_table, shown
 from hieratok.core.lock import lock
@@ -41,6 +41,7 @@ from hieratok.studies.plan import (
     prepare,
     reference,
     train,
+    unless_done,
     wants_generator,
 )
 from hieratok.studies.results import (
@@ -66,7 +67,7 @@ from hieratok.tasks.reconstruct import evaluate_tokenizer
 from hieratok.tasks.sample import Sample, folder_name, read_image, sample, written_sides
 from hieratok.tokenizer import cost
 from hieratok.tokenizer.model import HieraTok
-from hieratok.training.run_folder import EVALUATIONS, read_lines
+from hieratok.training.run_folder import EVALUATIONS, read_log
 from hieratok.training.tokenizer import TokenizerRun
 
 CONSISTENCY_SAMPLES = 256
@@ -104,7 +105,8 @@ def run_study(
         return None
     check(setup)
     row = "" if options.row is None else f"-row-{options.row}"
-    with lock(setup.out, f"study {options.study}", f".{options.study}{row}.lock"):  # other studies may go on
+    name = f".{options.study}{row}.lock"  # other studies may run
+    with lock(setup.out, f"study {options.study}", name), process_group():
         return _run_study(setup, write_page, write_analysis)
 
 
@@ -125,6 +127,7 @@ def _run_study(
     result = assemble(setup, cells)
     stem = setup.out / options.study
     stem.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(setup.out / f"{options.study}.*")
     write_json(stem.with_suffix(".json"), result.to_json())
     if write_page is not None:
         write_page(stem, result)
@@ -172,7 +175,7 @@ def measure_generator(setup: Setup, tokenizer: Planned, generator: Planned, foun
     if "samples" in needs:
         found = replace(found, samples=consistency(setup, tokenizer, generator))
     if "curves" in needs:
-        found = replace(found, curves=Curve(read_lines(generator.folder / EVALUATIONS)))
+        found = replace(found, curves=Curve(read_log(generator.folder / EVALUATIONS)))
     return found
 
 
@@ -194,8 +197,9 @@ def finished(planned: Planned) -> FinishedRun:
 def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[[Path], object]) -> Path:
     """The `metrics.json` that `measure` wrote into a folder of its own, by a hash of its settings; measured once."""
     out = folder / "measured" / f"{kind}-{digest(settings)}"
-    if not (out / "metrics.json").is_file():
-        measure(out)
+    with unless_done(out, "metrics.json", "*") as wanted:
+        if wanted:
+            measure(out)
     return out / "metrics.json"
 
 

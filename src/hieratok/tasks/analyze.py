@@ -83,11 +83,11 @@ def analyze(options: Analyze, write_page: WritePage | None = None) -> LatentRepo
 
 
 def write(out: Path, found: Analysis, write_page: WritePage | None) -> None:
-    """`metrics.json` and the page, each whole or not at all."""
+    """The page and then `metrics.json`, each whole or not at all: where the second is, the first is too."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", found.report.to_json())
     if write_page is not None:
         write_page(out, found)
+    write_json(out / "metrics.json", found.report.to_json())
 
 
 def manifest(**facts: Any) -> dict[str, Any]:

@@ -211,6 +211,8 @@ def store_statistics(tokenizer: Tokenizer, source: Source, run: str) -> None:
     with lock(folder.parent if folder.name == "tokenizer" else folder, "latents"):  # the run's
         measure_latents(tokenizer, source, tokenizer.config.image_size)
         if process()[0] == 0:
+            for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):
+                checkpoint.remove_leftovers(folder / name)
             tokenizer.save_pretrained(folder)
             channels = tokenizer.config.latent_channels
             print(f"mean and deviation of {channels} channels over {len(source):,} images: {folder}")

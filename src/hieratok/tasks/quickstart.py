@@ -23,7 +23,7 @@ from hieratok.studies import recipes
 from hieratok.tasks.reconstruct import reconstruct_any
 from hieratok.tokenizer.model import HieraTok
 from hieratok.training.generator import GeneratorRun, train_generator
-from hieratok.training.run_folder import LOG, read_lines
+from hieratok.training.run_folder import LOG, read_log
 from hieratok.training.runs import Pace, speed
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
@@ -142,7 +142,7 @@ def quickstart(
     tokenizer = train_tokenizer(run, out)
     crops, numbers = reconstruct_crops(tokenizer, held_out)
     photos = reconstruct_photos(tokenizer, open_source(WHOLE.get(run.data.val_path, run.data.val_path)))
-    log = read_lines(out / LOG)
+    log = read_log(out / LOG)
     result = QuickstartResult(numbers, Trained.of(run, tokenizer, log), None, hardware())
     page = out / ("index.html" if write_page else "metrics.json")
 
@@ -161,7 +161,7 @@ def quickstart(
         f"Training a generator of its latents for {generator_steps:,} steps of {generator_run.train.batch_size} images"
     )
     generator = train_generator(generator_run, out / "dit")
-    result = replace(result, generator=Trained.of(generator_run, generator, read_lines(out / "dit" / LOG)))
+    result = replace(result, generator=Trained.of(generator_run, generator, read_log(out / "dit" / LOG)))
     write(replace(first, result=result, samples=sample_pyramid(generator, tokenizer)))
     print(f"Pictures, samples, curves and what to do next: {page}")
     return result

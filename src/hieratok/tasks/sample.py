@@ -26,11 +26,12 @@ from torchvision.utils import make_grid
 from hieratok.core import checkpoint
 from hieratok.core.devices import best_device
 from hieratok.core.distributed import process, process_group, wait
-from hieratok.core.files import read_json_table, shown
+from hieratok.core.files import read_bytes, read_json_table, shown
 from hieratok.core.lock import lock
 from hieratok.core.pictures import save_png, to_pil
 from hieratok.core.progress import progress
 from hieratok.data.images import to_uint8
+from hieratok.data.pixels import MAX_IMAGE_BYTES, open_image
 from hieratok.data.pixels import read_image as read_pixels
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.generation.config import Sample, SampleConfig
@@ -148,10 +149,10 @@ def is_whole(out: Path, side: int, index: int, settings: str) -> bool:
     if not path.is_file():
         return False
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_image(read_bytes(path, MAX_IMAGE_BYTES), with_texts=True) as image:
             found = image.info.get(MARK) == mark(settings, side, index) and image.size == (side, side)
             image.verify()  # every chunk's checksum, which decoding alone would not look at
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError):
         found = False
     if not found:
         logger.warning("%s is damaged, or a picture of something else: it is drawn again", path)

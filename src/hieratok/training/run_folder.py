@@ -18,7 +18,7 @@ from torch import Tensor
 from hieratok.core import checkpoint
 from hieratok.core.errors import TrainingError
 from hieratok.core.extras import needs_extras
-from hieratok.core.files import read_json_table, read_yaml
+from hieratok.core.files import read_json_lines, read_json_table, read_yaml
 from hieratok.core.pictures import save_png
 from hieratok.core.typed import flatten
 
@@ -213,7 +213,7 @@ class RunFolder:
     def truncate_logs(self, step: int) -> None:
         """Forget what was logged after the checkpoint that the run resumes from."""
         for path in (self.log_file, self.evaluations_file):
-            records = [r for r in read_lines(path) if r["step"] <= step]
+            records = [r for r in read_log(path) if r["step"] <= step]
             with checkpoint.atomic_file(path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
 
@@ -223,7 +223,7 @@ class RunFolder:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation of a step was written."""
-        return any(record["step"] == step for record in read_lines(self.evaluations_file))
+        return any(record["step"] == step for record in read_log(self.evaluations_file))
 
 
 class Log:
@@ -290,11 +290,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{error}: remove it, and the same command resumes") from error
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, each of a step; a line cut off by a crash is passed over."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log, each of a step; none if there is no log. A line cut off by a crash is passed over."""
+    records = read_json_lines(path) if path.is_file() else ()
+    return [record for record in records if record and isinstance(record.get("step"), int)]
