@@ -82,7 +82,7 @@ class BadImageError(ValueError):
     """An image that cannot be read, or cannot be cropped as asked; the message is one line and names it."""
 
     def __init__(self, message: str):
-        # A DataLoader raises a worker's error anew with the worker's traceback as the message; its last line is ours.
+        # A DataLoader raises a worker's error again with the worker's traceback as the message; its last line is ours.
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__name__}: "))
 
