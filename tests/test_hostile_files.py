@@ -791,9 +791,16 @@ def jpeg_of_scans(count: int) -> bytes:
     return file[:-2] + last * (count - scans) + file[-2:]
 
 
+def jpeg_of_one_component_a_scan(count: int) -> bytes:
+    file = encoded(Image.new("RGB", (2_000, 2_000)), "JPEG")
+    scan = b"\xff\xda\0\x08\1\1\0\0\x3f\0" + bytes(100)
+    return file[: file.index(b"\xff\xda")] + scan * count + file[-2:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("parts.jpg", jpeg_of_one_component_a_scan(101), "parts.jpg: it is a JPEG of more than 100 scans"),
         ("scans.jpg", jpeg_of_scans(20_000), "scans.jpg: it is a JPEG of more than 100 scans"),
         ("segments.jpg", b"\xff\xd8" + b"\xff\xfe\0\2" * 1_000_000, "it is a JPEG of more than 10,000 segments"),
     ],

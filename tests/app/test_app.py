@@ -71,6 +71,7 @@ BAD = {
 # --- uploads ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as hieratok.data.pixels does
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_uploads_are_refused_in_one_line(kind, tmp_path, monkeypatch):
     name, content, expected = BAD[kind]
