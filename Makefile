@@ -37,6 +37,7 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/settings.py
+	$(BIN)/python docs/api.py
 	$(BIN)/python docs/recipes.py
 	$(BIN)/python docs/drawings.py
 

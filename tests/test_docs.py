@@ -193,10 +193,15 @@ def test_wrong_commands_are_noticed(run_command, workplace):
 # --- README ----------------------------------------------------------------------------------------------------------
 
 
-def test_readme_python_prints_what_it_says(workplace, capsys):
+def test_readme_python_writes_every_scale_and_keeps_no_gradients(workplace):
     (block,) = blocks(README, "python")
-    exec(compile(block.text, "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines() == [f"(1, 3, {side}, {side})" for side in (16, 32, 64, 128)]
+    names: dict = {}
+    exec(compile(block.text, "README.md", "exec"), names)
+    for side in (16, 32, 64, 128):
+        with Image.open(workplace / f"{side}px.png") as picture:
+            assert picture.size == (side, side)
+    assert not names["z"].requires_grad
+    assert not names["image"].requires_grad
 
 
 def test_readme_measured_costs_are_those_of_the_code():
@@ -232,7 +237,7 @@ def test_flags_in_the_text_exist(page):
     for code in re.findall(r"`([^`]+)`", prose(page)):
         for flag in re.findall(r"--([a-z][\w.-]*)", code):
             assert flag in settings() or flag.replace("-", "_") in {o.replace("-", "_") for o in options()}, code
-        if re.fullmatch(r"(?:model|data|loss|gan|vf|train|eval)\.(?!py$)\w+", code):
+        if re.fullmatch(r"(?:model|data|loss|gan|vf|train|eval)\.(?!(?:py|safetensors)$)\w+", code):
             assert code in settings(), code
 
 

@@ -35,9 +35,9 @@ from hieratok.analysis.report import LatentReport
 from hieratok.app.uploads import check_image
 from hieratok.core.checkpoint import json_text, read_tensors
 from hieratok.core.files import MAX_DEPTH, read_json, read_npy, read_npz, read_yaml, shown
+from hieratok.core.pixels import MAX_SCANS
 from hieratok.data.images import open_source
 from hieratok.data.latents import LatentDataset
-from hieratok.data.pixels import MAX_SCANS
 from hieratok.evaluation.features import FeatureNetwork, load_network
 from hieratok.evaluation.images import NpzImages
 from hieratok.evaluation.protocols import EvaluateCompare, compare
@@ -1006,7 +1006,7 @@ def test_every_command_works_with_any_name(odd, capsys, monkeypatch):
         photos = Path("photos")
     plain = ["--features", "none", "--lpips", "[]"]
     run_command("reconstruct", run, photos, "--out", folder / "out", "--device", "cpu")
-    assert len(list((folder / "out").glob("*-16px.png"))) == 4
+    assert len(list((folder / "out").glob("*px.png"))) == 3 * 4
     run_command("evaluate", "images", photos, photos, "--size", 16, "--out", folder / "evaluated", *plain)
     run_command("evaluate", "reconstruction", run, "--data", photos, "--device", "cpu", *plain)
     run_command("latents", run, "--data", photos, "--out", folder / "latents", "--device", "cpu")
@@ -1048,7 +1048,7 @@ def test_a_deep_folder_of_long_names(sound):
     deep.mkdir(parents=True)
     shutil.copy(sound / "photos" / "0.png", deep / "a.png")
     run_command("reconstruct", sound / "tokenizer", sound / "deep", "--out", sound / "out", "--device", "cpu")
-    assert len(list((sound / "out").glob("*-16px.png"))) == 1
+    assert len(list((sound / "out").glob("*px.png"))) == 3 * 1
 
 
 def test_two_long_names_alike_at_their_beginning_stay_two(sound):
@@ -1056,7 +1056,7 @@ def test_two_long_names_alike_at_their_beginning_stay_two(sound):
         (sound / "long").mkdir(exist_ok=True)
         shutil.copy(sound / "photos" / "0.png", sound / "long" / name)
     run_command("reconstruct", sound / "tokenizer", sound / "long", "--out", sound / "out", "--device", "cpu")
-    assert len(list((sound / "out").glob("*-16px.png"))) == 2
+    assert len(list((sound / "out").glob("*px.png"))) == 3 * 2
 
 
 def test_a_run_may_lie_under_any_name(sound, monkeypatch):

@@ -30,7 +30,7 @@ from hieratok.app.page import Picture, latent_picture, similarity
 from hieratok.app.server import ServeApp, load, serve
 from hieratok.app.uploads import MAX_BYTES, at_most, check_image, content_of, read_upload
 from hieratok.core.pictures import error_map
-from hieratok.data.pixels import BadImageError, center_crop, to_float, to_uint8
+from hieratok.core.pixels import BadImageError, center_crop, to_float, to_uint8
 from hieratok.evaluation.pixels import psnr, ssim
 from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 from hieratok.generation.dit import DiT

@@ -26,7 +26,7 @@ from hieratok.app import uploads
 from hieratok.app.handlers import Demo
 from hieratok.app.server import ServeApp
 from hieratok.app.uploads import GONE, KEPT_SECONDS, LEAST_BYTES, Uploads, content_of, read_upload
-from hieratok.data.pixels import BadImageError
+from hieratok.core.pixels import BadImageError
 
 pytest.importorskip("starlette", reason="the app needs gradio, which brings it")
 from starlette.applications import Starlette

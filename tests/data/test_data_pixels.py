@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, features
 from skimage import data as photos
 
+from hieratok.core.pixels import decode_image
 from hieratok.data.images import BadImageError, center_crop, random_resized_crop, to_float, to_uint8
-from hieratok.data.pixels import decode_image
 
 ROCKET = photos.rocket()  # (427, 640, 3)
 

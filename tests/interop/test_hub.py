@@ -17,7 +17,7 @@ from helpers.saved_runs import RESULT, tokenizer_run, write_run
 from hieratok import HieraTok, push_to_hub
 from hieratok.cli import main
 from hieratok.core import checkpoint
-from hieratok.generation.dit import DiT, DiTConfig
+from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.interop.hub import FILES, MAX_PICTURE, local
 from hieratok.training.generator import GeneratorRun
 
@@ -64,7 +64,7 @@ def hub(tmp_path, monkeypatch) -> FakeHub:
     monkeypatch.setattr(huggingface_hub, "HfApi", fake)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
 
-    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str], **others) -> str:
         fake.calls.append((hub_id, revision))
         assert set(allow_patterns) <= set(FILES)
         return str(fake.folder / hub_id)
@@ -101,16 +101,26 @@ def test_the_card(run, tmp_path, monkeypatch):
     assert '"model.latent_channels": 4' in text
     assert "| steps x batch | 40 x 4 |" in text
     assert "someone" not in text, "a path of this machine"
+    assert "pip install hieratok" in text
     (code,) = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
-    lines = code.splitlines()
-    assert len(lines) == 3
-    exec("\n".join(lines).replace("alice/photos", str(run / "hub")), {"images": torch.zeros(1, 3, 16, 16)})
+    Image.new("RGB", (30, 20)).save("photo.jpg")
+    exec(code.replace("alice/photos", str(run / "hub")), {})  # as it stands, but for where the model is
+    with Image.open("16px.png") as finest:
+        assert finest.size == (16, 16)
+    assert metadata["pipeline_tag"] == "image-to-image"
+    (entry,) = metadata["model-index"]
+    found = {metric["type"]: metric["value"] for result in entry["results"] for metric in result["metrics"]}
+    assert found["psnr"] == RESULT["psnr"]
+    assert entry["name"] == "photos"
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (citation,) = re.findall(r"```bibtex\n(.*?)```", text, re.DOTALL)
+    assert citation == re.findall(r"```bibtex\n(.*?)```", readme, re.DOTALL)[0]
     with Image.open(run / "hub" / "pictures.png") as picture:
         assert max(picture.size) <= MAX_PICTURE
     assert "![" in text
 
 
-def test_a_generator(tmp_path, hub):
+def test_a_generator(tmp_path, hub, monkeypatch):
     model = DiTConfig.of_size("tiny", latent_channels=4, latent_size=4, num_classes=2)
     settings = replace(GeneratorRun(name="dit", tokenizer="/home/someone/runs/photos"), model=model)
     settings = replace(settings, train=replace(settings.train, steps=40, batch_size=4))
@@ -121,7 +131,15 @@ def test_a_generator(tmp_path, hub):
     card = (hub.folder / "alice/dit" / "README.md").read_text()
     assert "Not measured: FID, Inception Score, KID, precision, recall." in card
     (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
-    exec(code, {})
+    HieraTok(tokenizer_run().model).save_pretrained(tmp_path / "tokenizer")
+    generator = DiT.from_pretrained(run)
+    generator.latents = LatentSpace("0" * 64, (0.0,) * 4, (1.0,) * 4)
+    generator.save_pretrained(hub.folder / "alice/dit")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("TOKENIZER", "tokenizer").replace("steps=50", "steps=2"), {})
+    for i in range(4):
+        with Image.open(f"sample-{i}.png") as picture:
+            assert picture.size == (16, 16)
     assert "of 2 classes" in card
     assert "In training it was `photos`." in card
     assert "There are no pictures" in card
@@ -141,7 +159,11 @@ def test_an_unfinished_run_and_a_bare_model_say_so(tmp_path):
     ("arguments", "told"),
     [
         (["RUN", "a/b"], "needs --license"),
-        (["RUN", "a/b", "--license", "MIT"], "'MIT' is no licence's identifier: mit, "),
+        (["RUN", "a/b", "--license", "MIT"], "'MIT' is no licence's identifier; did you mean 'mit'?: one of SPDX's"),
+        (["RUN", "a/b", "--license", "apache"], "'apache' is no licence's identifier"),
+        (["RUN", "a/b", "--license", "my-own"], "'my-own' is no licence's identifier"),
+        (["RUN", "a/b", "--license", "mit or isc"], "'mit or isc' is no licence's identifier"),
+        (["RUN", "a/b", "--license", "licenseref-x"], "'licenseref-x' is no licence's identifier"),
         (["RUN", "photos", "--license", "mit"], "'photos' is no hub id: NAME/MODEL"),
         (["RUN/none", "a/b", "--license", "mit", "--dry_run"], "none: no such folder"),
         (["RUN/pictures", "a/b", "--license", "mit", "--dry_run"], "pictures holds no model"),
@@ -206,6 +228,10 @@ def test_a_run_that_learned_nothing_is_refused(run, capsys):
         (["vgg", "alex=/home/x.pth"], ["vgg", "alex=x.pth"]),
         ("bundled:train", "bundled:train"),
         ("runs/photos", "runs/photos"),
+        ("data/of/someone/photos", "photos"),
+        ("../photos", "photos"),
+        ("./photos/", "photos"),
+        ("data/imagenette/train-*.tar", "imagenette/train-*.tar"),
         (0.5, 0.5),
         (None, None),
     ],

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,11 +179,12 @@ def test_reconstruct_takes_any_photo(tmp_path, monkeypatch, capsys):
         Image.fromarray(photo(*size).permute(1, 2, 0).numpy()).save(f"{name}.png")
     assert main(["reconstruct", "tok", *(f"{name}.png" for name in sizes), "--out", "out"]) == 0
     for name, (height, width) in sizes.items():
-        with Image.open(f"out/{name}-32px.png") as picture:
-            assert picture.size == (width, height)
-        if max(height, width) > 32:  # in tiles
-            with Image.open(f"out/{name}-4px.png") as picture:
-                assert picture.size == tuple(-(-side // 8) for side in (width, height))
+        written = {path.stem.removeprefix(f"{name}-") for path in Path("out").glob(f"{name}-*.png")}
+        scales = [(-(-height * s // 8), -(-width * s // 8)) for s in (1, 2, 4, 8)]  # in proportion to the photo
+        assert written == {f"{w}px" if w == h else f"{w}x{h}px" for h, w in scales}
+        for h, w in scales:
+            with Image.open(f"out/{name}-{w}px.png" if w == h else f"out/{name}-{w}x{h}px.png") as picture:
+                assert picture.size == (w, h)
     with Image.open("out/contact-sheet.png") as sheet:
         assert sheet.width <= 5 * (256 + 4) + 4
     assert main(["reconstruct", "tok", "large.png", "--crop", "--out", "cropped"]) == 0
@@ -201,6 +203,6 @@ def test_24_megapixels_fit_into_4_gigabytes(tmp_path):
     command = [sys.executable, "-m", "hieratok", "reconstruct", "tok", "photo.jpg", "--out", "out", "--device", "cpu"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    with Image.open(tmp_path / "out" / "photo-256px.png") as picture:
+    with Image.open(tmp_path / "out" / "photo-6000x4000px.png") as picture:
         assert picture.size == (6000, 4000)
     assert peak < 4e9, peak

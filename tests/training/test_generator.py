@@ -364,7 +364,7 @@ def test_commands(tokenizer, latents, tmp_path, capsys, monkeypatch):
     command = ["train", "small.yaml", "--tokenizer", str(tokenizer), "--data", str(latents), "--train.steps", "2"]
     assert cli.main([*command, "--train.picture_every", "2"]) == 0
     out = capsys.readouterr().out
-    assert f"hieratok sample {os.path.join('runs', 'small')} --tokenizer {tokenizer} --sampler heun" in out
+    assert f"hieratok sample {os.path.join('runs', 'small')} --tokenizer {tokenizer} --out" in out
     assert Path("runs/small/generator/model.safetensors").is_file()
     assert cli.main(["train", "dit-tiny", "--gan.weight", "1"]) == 2
     assert "unknown option --gan.weight" in capsys.readouterr().err

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hieratok.core.pixels import to_float
 from hieratok.core.seeding import generator
-from hieratok.data.pixels import to_float
 
 # images (B, 3, H, W) in [-1, 1] -> mean (B, d, h, w) and log-variance of the same shape; None if not variational
 Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]

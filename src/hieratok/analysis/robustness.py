@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hieratok.analysis.codec import Decode
 from hieratok.analysis.intervals import Quantity
+from hieratok.core.pixels import to_uint8
 from hieratok.core.seeding import generator
-from hieratok.data.pixels import to_uint8
 from hieratok.evaluation.pixels import psnr
 
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)

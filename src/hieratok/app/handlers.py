@@ -24,7 +24,7 @@ from hieratok.app.page import (
 )
 from hieratok.app.uploads import read_upload
 from hieratok.core.pictures import ERROR_CEILING, error_map
-from hieratok.data.pixels import center_crop, to_float, to_uint8
+from hieratok.core.pixels import center_crop, to_float, to_uint8
 from hieratok.generation.config import Sampler
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import SampleConfig, sample_latents

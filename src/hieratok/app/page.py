@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hieratok.core.pictures import to_pil
-from hieratok.data.pixels import to_uint8
+from hieratok.core.pixels import to_uint8
 from hieratok.evaluation.pixels import SSIM_WINDOW, psnr, ssim
 from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 from hieratok.reports.page import Inline, inline

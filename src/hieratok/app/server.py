@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hieratok.app import page as app_page
 from hieratok.app.config import ServeApp
-from hieratok.app.handlers import GUIDANCE, SAMPLERS, SAMPLES, SEEDS, STEPS, Demo, ModelFacts
+from hieratok.app.handlers import GUIDANCE, SAMPLES, SEEDS, STEPS, Demo, ModelFacts
 from hieratok.app.page import message, status
 from hieratok.app.uploads import KEPT_SECONDS, MAX_BYTES, MAX_PIXELS, Uploads
 from hieratok.app.worker import Worker, WorkerError
@@ -26,7 +26,7 @@ from hieratok.core.devices import best_device
 from hieratok.core.extras import MissingPackageError
 from hieratok.generation.dit import DiT
 from hieratok.reports.templating import Html, asset
-from hieratok.tasks.sample import Sample, check_models
+from hieratok.tasks.sample import check_models
 from hieratok.tokenizer.model import HieraTok
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def load(options: ServeApp, uploads: Path) -> Demo:
     if options.generator is None:
         return Demo(tokenizer, uploads)
     generator = DiT.from_pretrained(options.generator, device=device)
-    sampler = SAMPLERS[generator.config.objective]
-    check_models(generator, tokenizer, Sample(run=options.generator, tokenizer=options.run, out="", sampler=sampler))
+    check_models(generator, tokenizer, options.generator, options.run)
     return Demo(tokenizer, uploads, generator)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hieratok.core.pictures import to_pil
-from hieratok.data.pixels import BadImageError, TooManyPixels, TooManyScans, decode_image, open_image
+from hieratok.core.pixels import BadImageError, TooManyPixels, TooManyScans, decode_image, open_image
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 25_000_000  # a 24-megapixel photo; decoding takes at most some 400 MB

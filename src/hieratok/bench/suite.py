@@ -27,7 +27,7 @@ from hieratok.bench.timing import (
 )
 from hieratok.core.checkpoint import write_json
 from hieratok.core.devices import best_device, hardware
-from hieratok.core.precision import Precision, autocast
+from hieratok.core.precision import Precision, autocast, dtype_of
 from hieratok.core.tables import Table
 from hieratok.data.images import ImageDataset, StepBatches, available_cores, open_source, training_loader
 from hieratok.evaluation.distribution import frechet_distance
@@ -63,7 +63,7 @@ class Machine:
     @property
     def dtype(self) -> torch.dtype:
         """What matrix products compute in."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return dtype_of(self.precision)
 
     def precisely(self, call: Call) -> Call:
         """A call in that precision."""

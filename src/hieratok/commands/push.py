@@ -19,7 +19,7 @@ class Push:
     hub_id: str
     """Where to: NAME/MODEL; made if need be."""
     license: str
-    """Under which licence, by the hub's identifier: mit, apache-2.0, cc-by-nc-4.0, other, ..."""
+    """Under which licence, by SPDX's or the hub's identifier: mit, apache-2.0, cc-by-nc-4.0, other, ..."""
     private: bool = False
     """Make a new repository private. One that is there stays as it is."""
     dry_run: bool = False

@@ -31,8 +31,8 @@ def run(options: Reconstruct) -> None:
     from hieratok.tokenizer.model import HieraTok
 
     tokenizer = HieraTok.from_pretrained(options.run)
-    written = reconstruct(tokenizer, options.images, options.out, options.device or best_device(), options.crop)
-    print(f"{len(written) - 1} pictures and {written[-1]}")
+    done = reconstruct(tokenizer, options.images, options.out, options.device or best_device(), options.crop)
+    print(done.summary())
 
 
 COMMAND = command("reconstruct", Reconstruct, run, "run", "images")

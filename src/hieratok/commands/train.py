@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from shlex import quote
 
 from hieratok.settings import (
     HELP,
@@ -51,13 +52,13 @@ def main(arguments: list[str]) -> None:
         from hieratok.training.generator import train_generator
 
         train_generator(run, out, allow_changes)
-        sample = f"hieratok sample {out} --tokenizer {run.tokenizer or 'RUN'}"
-        following = f"{sample} --sampler {'ddpm' if run.model.objective == 'ddpm' else 'heun'} --out {out / 'samples'}"
+        tokenizer = quote(run.tokenizer) if run.tokenizer else "RUN"
+        following = f"hieratok sample {quote(str(out))} --tokenizer {tokenizer} --out {quote(str(out / 'samples'))}"
     else:
         from hieratok.training.tokenizer import train_tokenizer
 
         train_tokenizer(run, out, allow_changes)
-        following = f"hieratok reconstruct {out} PHOTO.jpg --out {out / 'reconstructions'}"
+        following = f"hieratok reconstruct {quote(str(out))} PHOTO.jpg --out {quote(str(out / 'reconstructions'))}"
     if os.environ.get("RANK", "0") == "0":
         print(f"{run.kind}: {out / run.kind}\nlog:       {out / 'log.jsonl'} (tensorboard --logdir {out})")
         print(f"next:      {following}")

@@ -293,15 +293,26 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def find(source: str | Path, revision: str | None = None, inside: str = "tokenizer") -> Path:
+def find(
+    source: str | Path,
+    inside: str = "tokenizer",
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The folder of a model.
 
     Args:
         source: a model's folder; a run's folder, whose finished model lies in its sub-folder `inside`, or whose
             latest checkpoint serves while it still trains; or a hub id such as "name/model" (not "runs/..."),
             downloaded if no such path exists.
-        revision: branch, tag or commit on the hub.
         inside: the model's sub-folder in a run.
+        revision: branch, tag or commit on the hub.
+        cache_dir: where downloads are kept; None: the hub's own place.
+        token: for what is private on the hub; None: the one that this machine is logged in with; False: none.
+        local_files_only: take what was downloaded before and ask no network.
 
     Raises:
         FileNotFoundError: no model there.
@@ -314,19 +325,33 @@ def find(source: str | Path, revision: str | None = None, inside: str = "tokeniz
         raise FileNotFoundError(f"{path} holds no model: neither {CONFIG} nor {inside}/{CONFIG} nor a checkpoint")
     # Runs are written to runs/NAME: a missing one is no reason to ask the hub.
     if not path.exists() and re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)):
-        return _download(str(source), revision)
+        return _download(str(source), revision, cache_dir, token, local_files_only)
     raise FileNotFoundError(f"{source}: no such folder")
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(
+    hub_id: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None, local_files_only: bool
+) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG, WEIGHTS],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if local_files_only:
+            raise FileNotFoundError(
+                f"{hub_id}: no such folder here, and it was not downloaded before (local_files_only)"
+            ) from error
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{hub_id}: no such folder here, and the hub gave none ({reason})") from error
+    return Path(folder)
 
 
 def load_config(
@@ -356,13 +381,24 @@ def tensor_names(folder: Path) -> set[str]:
         return set()
 
 
-def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "cpu") -> None:
+def load_weights(
+    folder: Path, model: nn.Module, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> None:
     """Put the weights of a model's folder into `model` (which may be on the meta device).
+
+    Args:
+        folder: with `model.safetensors`.
+        model: of its config.
+        device: where a model goes that is on the meta device.
+        dtype: of the weights in `model`; None: as they are there.
 
     Raises:
         FileNotFoundError, PermissionError: no such file, or it may not be read.
-        ValueError: a damaged file, weights that do not fit the config, or some that are not finite.
+        ValueError: a damaged file, weights that do not fit the config, some that are not finite, or a dtype that is
+            not floating-point.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, not {dtype!r}")
     path = folder / WEIGHTS
     weights = read_tensors(path)
     state = model.state_dict()
@@ -382,6 +418,7 @@ def load_weights(folder: Path, model: nn.Module, device: str | torch.device = "c
         if name == "latent_std" and (tensor < 0).any():
             raise ValueError(f"{shown(path)}: {name}, a deviation, is negative")
     # Copied and not assigned: the file's tensors are not aligned in memory, which changes the last bits of products.
+    model.to(dtype)
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=device)
     model.load_state_dict(weights)

@@ -16,6 +16,7 @@ EXTRAS = {
     "sklearn": "eval",
     "tensorboard": "train",
     "timm": "eval",
+    "wandb": "wandb",
 }
 """The package by the name that it is imported by: one extra that brings it."""
 

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 
 from hieratok.core.files import shown
-from hieratok.data.pixels import has_image_suffix, is_image
+from hieratok.core.pixels import has_image_suffix, is_image
 
 MOST_KINDS = 8
 """That are named; the rest are counted together."""

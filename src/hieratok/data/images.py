@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hieratok.core import seeding
 from hieratok.core.extras import MissingPackageError
 from hieratok.core.files import check_regular, shown
-from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
-from hieratok.data.pixels import (
+from hieratok.core.pixels import (
     SUFFIXES,
     BadImageError,
     center_crop,
@@ -37,6 +36,7 @@ from hieratok.data.pixels import (
     to_float,
     to_uint8,
 )
+from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
 from hieratok.data.shards import TarShards
 
 __all__ = [
@@ -61,6 +61,7 @@ HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 BRACES = re.compile(r"\{(?:(?P<first>\d{1,12})\.\.(?P<last>\d{1,12})|(?P<choices>[^{},]*(?:,[^{},]*)+))\}")
 MAX_SHARDS = 100_000
+MOST_STEM_BYTES = 200
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +254,16 @@ def evenly_spread(source: Source, num_images: int) -> Subset:
     """So many images of a source, evenly spread over it; all where it has no more."""
     count = min(num_images, len(source))
     return Subset(source, [i * len(source) // count for i in range(count)])
+
+
+def flat_stem(name: str) -> str:
+    """An image's name within its source as the start of a file name: folders become dashes, the suffix goes; of more
+    than 200 bytes the first, and a hash of all."""
+    stem = os.path.splitext(name)[0].replace("/", "-").replace("\\", "-")
+    data = os.fsencode(stem)
+    if len(data) <= MOST_STEM_BYTES:
+        return stem
+    return f"{os.fsdecode(data[: MOST_STEM_BYTES - 9])}-{hashlib.sha256(data).hexdigest()[:8]}"
 
 
 def names_sha256(source: Source) -> str:

@@ -99,6 +99,19 @@ class Manifest:
         return ""
 
 
+def whose(before: str | None, now: str) -> str:
+    """Of which tokenizer latents are that are not those of `now`, in words.
+
+    Args:
+        before: what the tokenizer was called whose latents they are; None: not known.
+        now: what the other one is called.
+    """
+    if before is not None and os.path.abspath(before) == os.path.abspath(now):
+        return f"{shown(now)} as it was before: its weights have changed since"
+    named = f", {shown(before)}," if before else ""
+    return f"another tokenizer{named} than {shown(now)}"
+
+
 def shard_folder(folder: str | Path, shard: int) -> Path:
     """Where a shard lies."""
     return Path(folder) / f"shard-{shard:05d}"

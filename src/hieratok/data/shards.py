@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from hieratok.core.files import open_regular, shown
+from hieratok.core.pixels import MAX_IMAGE_BYTES, SUFFIXES, BadImageError, decode_image
 from hieratok.data.folders import LeftOut, kind_of_suffix
-from hieratok.data.pixels import MAX_IMAGE_BYTES, SUFFIXES, BadImageError, decode_image
 
 BLOCK = 512  # bytes: a tar archive is a sequence of blocks
 READ_BYTES = 4096  # one page of the file cache: often holds the next small member and the header after it

@@ -1,6 +1,7 @@
 """Images for an evaluation: every image once, at its own size or under one crop, and two sets paired by name."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hieratok.core.files import map_npz, shown
-from hieratok.data.images import Source, center_crop, open_source
+from hieratok.data.images import Source, center_crop, flat_stem, open_source
 
 
 class NpzImages:
@@ -102,27 +103,51 @@ def batches(
             yield [source.name(i) for i in part], torch.stack(images)
 
 
-def pair(a: Source, b: Source, name_a: str, name_b: str) -> tuple[list[str], list[int], list[int]]:
-    """Indices into two sources of the images with the same id: the name without its suffix.
+def pair(a: Source, b: Source, name_a: str, name_b: str, suffix: str = "") -> tuple[list[str], list[int], list[int]]:
+    """Indices into two sources of the images with the same id: the name without .png and the like.
 
-    Returns ids in order, indices into a, indices into b.
-    Raises ValueError for an id that one side lacks or has twice.
+    Args:
+        a, b: images.
+        name_a, name_b: what the sources are called, for messages.
+        suffix: what names in `b` have more: its images without it are left out, and the ids of both are flat stems, as
+            `hieratok reconstruct` writes them.
+
+    Returns:
+        Ids in order, indices into a, indices into b.
+
+    Raises:
+        ValueError: an id that one side lacks or has twice.
     """
-    index_a, index_b = _by_id(a, name_a), _by_id(b, name_b)
-    for one, other, where in ((index_a, index_b, name_b), (index_b, index_a, name_a)):
+    stems_a = {i: flat_stem(name) if suffix else os.path.splitext(name)[0] for i, name in _names(a)}
+    stems_b = {i: os.path.splitext(name)[0] for i, name in _names(b)}
+    if suffix:
+        flat = {
+            i: re.sub(r"[/\\]", "-", stem) for i, stem in stems_b.items()
+        }  # and not shortened, which has cut it off
+        stems_b = {i: stem.removesuffix(suffix) for i, stem in flat.items() if stem.endswith(suffix)}
+    if not stems_b:
+        raise ValueError(f"{shown(name_b)} has no image whose name ends in {shown(suffix)}")
+    index_a, index_b = _by_id(stems_a, name_a), _by_id(stems_b, name_b)
+    for one, other, where, end in ((index_a, index_b, name_b, suffix), (index_b, index_a, name_a, "")):
         lacking = sorted(one.keys() - other.keys())
         if lacking:
             count = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-            raise ValueError(f"{shown(where)} has no image named {shown(lacking[0])}{count}: images are paired by name")
+            hint = "" if suffix else "; --suffix=TEXT says what reconstructions' names have more"
+            raise ValueError(
+                f"{shown(where)} has no image named {shown(lacking[0] + end)}{count}: images are paired by name{hint}"
+            )
     ids = sorted(index_a)
     return ids, [index_a[key] for key in ids], [index_b[key] for key in ids]
 
 
-def _by_id(source: Source, name: str) -> dict[str, int]:
-    ids = [os.path.splitext(source.name(i))[0] for i in range(len(source))]
-    twice = [key for key, count in Counter(ids).items() if count > 1]
+def _names(source: Source) -> list[tuple[int, str]]:
+    return [(i, source.name(i)) for i in range(len(source))]
+
+
+def _by_id(stems: dict[int, str], name: str) -> dict[str, int]:
+    twice = [key for key, count in Counter(stems.values()).items() if count > 1]
     if twice:
         raise ValueError(
-            f"{shown(name)} has two images named {shown(twice[0])}: images are paired by name without suffix"
+            f"{shown(name)} has two images named {shown(twice[0])}: images are paired by name without .png and the like"
         )
-    return {key: i for i, key in enumerate(ids)}
+    return {key: i for i, key in stems.items()}

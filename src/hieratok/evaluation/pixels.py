@@ -56,8 +56,14 @@ def _check_pair(images: Tensor, references: Tensor) -> None:
 def psnr(images: Tensor, references: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB: 10 log10(255^2 / mean squared error).
 
-    Args: uint8 tensors (B, 3, H, W). Returns float64 (B,); infinite where an image equals its reference.
-    Raises ValueError for another dtype or shape.
+    Args:
+        images, references: uint8 (B, 3, H, W).
+
+    Returns:
+        float64 (B,); infinite where an image equals its reference.
+
+    Raises:
+        ValueError: another dtype or shape.
     """
     _check_pair(images, references)
     squared = (images.to(torch.int32) - references.to(torch.int32)).square().flatten(1).sum(1)  # exact, in int64
@@ -85,8 +91,14 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     Equals `skimage.metrics.structural_similarity(..., gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
     data_range=255)`. Computed in float64: the variances are differences of large numbers.
 
-    Args: uint8 tensors (B, 3, H, W), at least 11 pixels a side. Returns float64 (B,).
-    Raises ValueError for another dtype or shape.
+    Args:
+        images, references: uint8 (B, 3, H, W), at least 11 pixels a side.
+
+    Returns:
+        float64 (B,).
+
+    Raises:
+        ValueError: another dtype or shape.
     """
     _check_pair(images, references)
     height, width = images.shape[-2:]

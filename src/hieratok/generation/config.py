@@ -9,8 +9,9 @@ from hieratok.core.precision import Precision
 TimeSampling = Literal["uniform", "logit-normal"]
 STEPS = 1000
 Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
-SAMPLERS = {"ddpm": ("ddpm", "ddim"), "flow": ("euler", "heun", "sde")}  # by the objective of the generator
 Objective = Literal["ddpm", "flow"]
+SAMPLERS: dict[Objective, tuple[Sampler, ...]] = {"ddpm": ("ddpm", "ddim"), "flow": ("heun", "euler", "sde")}
+"""By the objective of the generator; the first is the default."""
 NormName = Literal["layer", "rms"]
 MlpName = Literal["gelu", "swiglu"]
 Positions = Literal["sincos", "rotary"]
@@ -131,14 +132,15 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How latents are sampled. Defaults: DiT's protocol for gFID, 250 DDPM steps, without guidance as in the paper.
+    """How latents are sampled. Defaults: DiT's protocol for gFID, 250 steps, without guidance as in the paper.
 
     Raises:
         ValueError: settings out of range, or that the sampler does not have.
     """
 
-    sampler: Sampler = "ddpm"
-    """ddpm or ddim for a generator trained with objective ddpm; euler, heun (ODE) or sde for flow. [ours]"""
+    sampler: Sampler | None = None
+    """ddpm or ddim for a generator trained with objective ddpm; euler, heun (ODE) or sde for flow. [ours] Default: ddpm
+    or heun, as fits the generator."""
     steps: int = 250
     """Steps from noise to latent, at most 1000 with ddpm and ddim; heun evaluates the generator twice in each. [ours]:
     the paper does not say."""
@@ -165,7 +167,7 @@ class SampleConfig:
         for name in ("cfg_interval", "labels"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.sampler not in get_args(Sampler):
+        if self.sampler not in (None, *get_args(Sampler)):
             raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, not {self.sampler!r}")
         for name in ("steps", "num", "batch_size"):
             if getattr(self, name) < 1:
@@ -180,11 +182,11 @@ class SampleConfig:
             raise ValueError(f"cfg_interval must be two times, the lower first, not {list(self.cfg_interval)}")
         if self.time_shift <= 0:
             raise ValueError(f"time_shift must be positive, not {self.time_shift}")
-        if self.time_shift != 1 and self.objective != "flow":
+        if self.time_shift != 1 and self.objective not in (None, "flow"):
             raise ValueError(f"time_shift is for the samplers {', '.join(SAMPLERS['flow'])}, not {self.sampler}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], not {self.eta}")
-        if self.eta and self.sampler != "ddim":
+        if self.eta and self.sampler not in (None, "ddim"):
             raise ValueError(f"eta is for the sampler ddim, not {self.sampler}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, it is {self.seed}")
@@ -194,9 +196,9 @@ class SampleConfig:
             raise ValueError("labels must not be an empty list")
 
     @property
-    def objective(self) -> str:
-        """What a generator must have been trained for."""
-        return "ddpm" if self.sampler in SAMPLERS["ddpm"] else "flow"
+    def objective(self) -> Objective | None:
+        """What a generator must have been trained for; None where the sampler is still to be chosen."""
+        return next((objective for objective, samplers in SAMPLERS.items() if self.sampler in samplers), None)
 
 
 @dataclass(frozen=True, kw_only=True)

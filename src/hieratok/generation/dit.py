@@ -138,17 +138,42 @@ class DiT(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, revision: str | None = None, device: str | torch.device = "cpu"
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> "DiT":
         """A generator from a run's folder, a folder written by `save_pretrained`, or a hub id ("name/model").
 
         Returns it in evaluation mode. A hub id is downloaded only if no such folder exists here.
 
+        Args:
+            source: where it is.
+            dtype: of the weights, such as torch.bfloat16; None: float32.
+            device: where to put it, such as "cuda".
+            revision: branch, tag or commit on the hub.
+            cache_dir: where downloads are kept; None: the hub's own place.
+            token: for what is private on the hub; None: the one that this machine is logged in with; False: none.
+            local_files_only: take what was downloaded before and ask no network.
+
         Raises:
             FileNotFoundError: nothing there, or a file is missing.
-            ValueError: the files do not fit this class or each other; the message says where.
+            ValueError: the files do not fit this class or each other, or `dtype` is not floating-point; the message
+                says where.
         """
-        folder = checkpoint.find(source, revision, inside="generator")
+        folder = checkpoint.find(
+            source,
+            inside="generator",
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
         config, others = checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))
         latents = None
         if others.get("latents") is not None:
@@ -162,7 +187,7 @@ class DiT(nn.Module):
                 )
         with torch.device("meta"):
             model = cls(config)
-        checkpoint.load_weights(folder, model, device)
+        checkpoint.load_weights(folder, model, device, dtype)
         model.latents = latents
         return model.eval()
 

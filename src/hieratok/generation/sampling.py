@@ -1,7 +1,8 @@
 """Sampling latents from a trained DiT: guidance, labels, and noise that belongs to an image and not to its batch."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hieratok.generation.config import SAMPLERS, SampleConfig
 from hieratok.generation.dit import DiT, DiTConfig
 from hieratok.generation.process import Predict
 
+Settings = TypeVar("Settings", bound=SampleConfig)
 LEGACY_CHANNELS = 3  # what DiT, SiT and LightningDiT guide
 
 
@@ -43,10 +45,13 @@ def sample_latents(
         indices: of images, from 0; None: 0 .. num - 1.
         precision: of the generator; noise and steps are float32.
 
+    Yields:
+        `indices` of the batch; `labels` int64 (B,); `latents` (B, d, h, w), as the generator was trained on them.
+
     Raises:
-        ValueError: what `check_fits` refuses, or a model in training mode.
+        ValueError: what `fitted` refuses, or a model in training mode.
     """
-    check_fits(config, model.config)
+    config = fitted(config, model.config)
     if model.training:
         raise ValueError("the generator is in training mode, where it drops labels: call .eval() first")
     predict = guided(
@@ -66,16 +71,19 @@ def sample_latents(
             if config.sampler == "ddpm" or config.sampler == "ddim":
                 z = diffusion.sample(predict, draw(), y, draw, config.steps, config.sampler, config.eta)
             else:
+                assert config.sampler is not None
                 z = flow.sample(predict, draw(), y, draw, config.steps, config.sampler, config.time_shift)
         yield Samples(batch, y, z)
 
 
-def check_fits(config: SampleConfig, model: DiTConfig) -> None:
-    """Whether a generator can be sampled like this.
+def fitted(config: Settings, model: DiTConfig) -> Settings:
+    """The settings for a generator, with a sampler that fits it if they name none.
 
     Raises:
-        ValueError: says in one line why not.
+        ValueError: it cannot be sampled like this; says in one line why not.
     """
+    if config.sampler is None:
+        config = replace(config, sampler=SAMPLERS[model.objective][0])
     if config.objective != model.objective:
         raise ValueError(
             f"sampler {config.sampler} does not fit a generator trained with objective {model.objective}:"
@@ -87,6 +95,7 @@ def check_fits(config: SampleConfig, model: DiTConfig) -> None:
                 raise ValueError(f"label {label} is out of range: the generator knows 0 .. {model.num_classes - 1}")
     if config.cfg != 1 and model.label_dropout == 0:
         raise ValueError("cfg must be 1: the generator was trained without label dropout, which guidance needs")
+    return config
 
 
 def guided(

@@ -16,19 +16,23 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hieratok import __version__
 from hieratok.core import checkpoint
 from hieratok.core.files import check_regular, read_json_table, shown
 from hieratok.core.glossary import describe
+from hieratok.core.messages import nearest
 from hieratok.core.pictures import to_pil
+from hieratok.core.pixels import BadImageError, read_image
 from hieratok.core.tables import Table, digits, flat
-from hieratok.data.pixels import BadImageError, read_image
 from hieratok.generation.dit import DiTConfig
 from hieratok.reports.templating import render
 from hieratok.tokenizer.model import TokenizerConfig
 from hieratok.training.runs import Measurement, Run, read_run
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 PAPER = "arXiv 2509.23736"
 PICTURE = "pictures.png"
@@ -41,18 +45,43 @@ EXPECTED = {
     "generator": {"FID": "fid", "Inception Score": "is", "KID": "kid", "precision": "precision", "recall": "recall"},
 }
 """Metrics that a reader looks for, by how their names in metrics.json begin: the card says which are missing."""
-LOADING = {
+PIPELINES = {"tokenizer": "image-to-image", "generator": "unconditional-image-generation"}
+"""The nearest of the hub's tasks, under which it lists models."""
+CODE = {
     "tokenizer": """
+import torch
 from hieratok import HieraTok
-tok = HieraTok.from_pretrained("{hub_id}")
-pyramid = tok.decode_pyramid(tok.encode(images).mode())  # images (B, 3, H, W) in [-1, 1]; every scale, coarse to fine
+
+tok = HieraTok.from_pretrained("HUB_ID")
+images = tok.preprocess("photo.jpg")  # (B, 3, H, W) in [-1, 1]
+with torch.inference_mode():
+    z = tok.encode(images).mode()
+    for image in tok.decode_progressive(z):  # every scale, coarse to fine
+        tok.postprocess(image)[0].save(f"{image.shape[-1]}px.png")
 """,
     "generator": """
+import torch
+from hieratok import HieraTok
+from hieratok.generation.config import SampleConfig
 from hieratok.generation.dit import DiT
-dit = DiT.from_pretrained("{hub_id}")
-# hieratok sample {hub_id} --tokenizer TOKENIZER --out samples
+from hieratok.generation.sampling import sample_latents
+
+dit = DiT.from_pretrained("HUB_ID")
+tok = HieraTok.from_pretrained("TOKENIZER")  # the one whose latents it learned
+for batch in sample_latents(dit, SampleConfig(num=4, steps=50)):
+    with torch.inference_mode():
+        images = tok.decode(dit.latents.denormalize(batch.latents))
+    for index, photo in zip(batch.indices, tok.postprocess(images)):
+        photo.save(f"sample-{index}.png")
 """,
 }
+HUB_LICENSES = {
+    "apple-amlr", "apple-ascl", "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "cc",
+    "creativeml-openrail-m", "deepfloyd-if-license", "gemma", "gfdl", "gpl", "intel-research", "lgpl", "llama2",
+    "llama3", "llama3.1", "llama3.2", "llama3.3", "openmdw", "openrail", "openrail++", "other", "unknown",
+}  # fmt: skip
+"""Identifiers that the hub has besides SPDX's."""
+COMMON_LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc0-1.0", "other")
 
 
 def push(run: str, hub_id: str, license: str, private: bool, dry_run: bool) -> None:
@@ -135,11 +164,26 @@ def check(hub_id: str, license: str) -> None:
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise ValueError(f"{hub_id!r} is no hub id: NAME/MODEL, such as alice/photos-f16d32")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+    if not is_license(license):
         raise ValueError(
-            f"{license!r} is no licence's identifier: mit, apache-2.0, cc-by-4.0, ..., or other"
+            f"{license!r} is no licence's identifier{nearest(license.lower(), COMMON_LICENSES)}: one of SPDX's in lower"
+            f" case, such as {', '.join(COMMON_LICENSES[:4])}, or one of the hub's own, such as other"
             " (https://huggingface.co/docs/hub/repositories-licenses)"
         )
+
+
+def is_license(identifier: str) -> bool:
+    """Whether the hub knows a licence by this name: SPDX's identifiers in lower case, and some of its own."""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    if identifier in HUB_LICENSES:
+        return True
+    if not re.fullmatch(r"(?!licenseref-)[a-z0-9][a-z0-9.+-]*", identifier):  # one, and not an expression of several
+        return False
+    try:
+        return bool(canonicalize_license_expression(identifier))
+    except InvalidLicenseExpression:
+        return False
 
 
 def find_model(run: Path, facts: Run) -> tuple[str, Path]:
@@ -208,18 +252,23 @@ def make_card(facts: Run, kind: str, config: Mapping[str, Any], hub_id: str, lic
     """README.md: metadata for the hub, then what the model is, its training and evaluation, and what is unknown."""
     from huggingface_hub import ModelCardData
 
+    title = hub_id.partition("/")[2]
     data = ModelCardData(
         license=license,
         library_name="hieratok",
+        pipeline_tag=PIPELINES[kind],
+        model_name=title,
+        eval_results=model_index(facts, kind) or None,
         tags=["image-tokenizer" if kind == "tokenizer" else "image-generation", "hieratok", "arxiv:2509.23736"],
     )
     settings = {name: local(value) for name, value in facts.settings.items()}
     card = render(
         "card.md",
         metadata=data.to_yaml(),
-        title=hub_id.partition("/")[2],
+        title=title,
+        version=__version__,
         introduction=introduction(kind, config),
-        loading=LOADING[kind].strip().format(hub_id=hub_id),
+        code=CODE[kind].strip().replace("HUB_ID", hub_id),
         use_note=use_note(kind, facts, hub_id),
         picture=PICTURE if has_picture else "",
         caption=picture_caption(kind),
@@ -329,6 +378,30 @@ def measurement_part(measurement: Measurement) -> Measured:
     return Measured(title, metric_table(measurement.numbers), warnings, protocol)
 
 
+def model_index(facts: Run, kind: str) -> "list[EvalResult]":
+    """What was measured after training, for the hub's tables."""
+    from huggingface_hub import EvalResult
+
+    results = []
+    for measurement in facts.measurements:
+        inputs = measurement.result.get("inputs")
+        given = inputs if isinstance(inputs, dict) else {}
+        data = str(local(given.get("data") or given.get("reference") or "not named"))
+        for key, value in measurement.numbers.items():
+            if metric := describe(key):
+                results.append(
+                    EvalResult(
+                        task_type=PIPELINES[kind],
+                        dataset_type="image-folder",
+                        dataset_name=data,
+                        metric_type=key,
+                        metric_name=metric.label,
+                        metric_value=value,
+                    )
+                )
+    return results
+
+
 def metric_table(numbers: Mapping[str, float]) -> str:
     """Metrics with their units and directions, as Markdown."""
     found = [(metric, value) for key, value in numbers.items() if (metric := describe(key))]
@@ -362,14 +435,14 @@ def limits(facts: Run, kind: str, config: Mapping[str, Any], has_picture: bool) 
 
 
 def local(value: Any) -> Any:
-    """A setting without where this machine keeps its files: of an absolute path (also in NAME=PATH) the last part, and
-    of a pattern the folder too."""
+    """A setting without where this machine keeps its files: of a path (also in NAME=PATH) the last part, and of a
+    pattern the folder too. Two parts without a root stay: a hub id looks so, as does runs/NAME."""
     if isinstance(value, list):
         return [local(item) for item in value]
     if not isinstance(value, str):
         return value
     name, equals, path = value.rpartition("=")
-    if not re.match(r"[/~\\]|[A-Za-z]:[\\/]", path):
-        return value
     parts = re.split(r"[\\/]", path.rstrip("\\/"))
+    if len(parts) < 3 and not re.match(r"[/~\\.]|[A-Za-z]:[\\/]", path):
+        return value
     return name + equals + "/".join(parts[-2:] if "*" in parts[-1] else parts[-1:])

@@ -184,7 +184,7 @@ hieratok reconstruct {folder} PHOTO.jpg --out DIR
 # train on a folder of photos
 hieratok train tiny-multi --data PHOTOS --out runs/photos
 # samples of the generator at every scale, as PNG
-hieratok sample {folder}/dit --tokenizer {folder} --sampler euler --steps 50 --scales all --out samples
+hieratok sample {folder}/dit --tokenizer {folder} --steps 50 --scales all --out samples
 # all recipes, the paper's among them; parameters and FLOPs of the paper's tokenizer
 hieratok recipes
 hieratok cost f16d16-multi
@@ -192,13 +192,13 @@ hieratok cost f16d16-multi
 tensorboard --logdir {folder}
 """
     lines = f"""
+import torch
 from hieratok import HieraTok
-from hieratok.data.images import center_crop, open_source, to_float
 
 tok = HieraTok.from_pretrained({str(out)!r})
-photo = center_crop(open_source("PHOTO.jpg").image(0), tok.config.image_size)
-z = tok.encode(to_float(photo[None])).mode()  # the latent map, which is all that a generator sees
-for image in tok.decode_progressive(z):  # coarse to fine, each as soon as it is known
-    print(tuple(image.shape))
+with torch.inference_mode():
+    z = tok.encode(tok.preprocess("PHOTO.jpg")).mode()  # the latent map, which is all that a generator sees
+    for image in tok.decode_progressive(z):  # coarse to fine, each as soon as it is known
+        tok.postprocess(image)[0].save(f"{{image.shape[-1]}}px.png")
 """
     return [report.code(commands, "On the command line."), report.code(lines, "In Python.")]

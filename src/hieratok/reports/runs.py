@@ -7,8 +7,8 @@ from typing import Any
 from hieratok.core.checkpoint import json_text
 from hieratok.core.glossary import ANALYSIS, ARROWS_MEAN, TRAINING, describe
 from hieratok.core.pictures import to_pil
+from hieratok.core.pixels import BadImageError, read_image
 from hieratok.core.tables import Table, digits, setting
-from hieratok.data.pixels import BadImageError, read_image
 from hieratok.reports import page as report
 from hieratok.reports.config import Report
 from hieratok.training.runs import Measurement, Run, find_runs, is_run, problem_of

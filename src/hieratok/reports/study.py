@@ -11,8 +11,8 @@ from hieratok.analysis.report import LatentReport
 from hieratok.core.checkpoint import atomic_file
 from hieratok.core.glossary import ANALYSIS
 from hieratok.core.pictures import to_pil
+from hieratok.core.pixels import read_image
 from hieratok.core.tables import Table, digits, estimated, signed
-from hieratok.data.pixels import read_image
 from hieratok.reports import page as report
 from hieratok.reports.analysis import embedding_plots
 from hieratok.studies.config import RunStudy

@@ -20,6 +20,7 @@ from hieratok.core.devices import best_device, hardware
 from hieratok.core.distributed import is_first, wait
 from hieratok.core.files import read_yaml
 from hieratok.core.lock import lock
+from hieratok.core.precision import autocast
 from hieratok.core.typed import plain
 from hieratok.data.images import names_sha256, open_source
 from hieratok.evaluation.features import load_network
@@ -391,7 +392,7 @@ def measure_throughput(run: TokenizerRun | GeneratorRun) -> float:
     one_pass = training_pass(run, size, device)
     for timed in (False, True):
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
+        with autocast(device, run.train.precision):
             loss = one_pass()
         loss.backward()
         float(loss.detach())  # waits for the device

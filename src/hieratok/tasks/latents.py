@@ -5,6 +5,7 @@ resumes where it was stopped; under `torchrun` the shards are divided among the 
 """
 
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from hieratok.core.lock import lock
 from hieratok.core.progress import progress
 from hieratok.data.config import WriteLatents
 from hieratok.data.images import Source, Subset, evaluation_batches, names_sha256, open_source, to_float
-from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, read_shard, shard_folder
+from hieratok.data.latents import MANIFEST, LatentStatistics, Manifest, read_shard, shard_folder, whose
 from hieratok.evaluation.features import tensors_sha256
+from hieratok.studies import recipes
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
+from hieratok.training.config import GeneratorRun
+from hieratok.training.generator import fitting
 from hieratok.training.tokenizer import measure_latents
 
 logger = logging.getLogger(__name__)
@@ -56,8 +60,20 @@ def write_latents(options: WriteLatents) -> None:
                 write_manifest(out, with_statistics(manifest, out))
                 d, h, w = manifest.shape
                 print(f"{manifest.images:,} latents, {d} x {h} x {w}, and those of the mirror images: {out}")
-                print(f"next: hieratok train dit-tiny --tokenizer {options.run} --data {out}")
+                print(next_command(source, options.run, out, manifest.shape))
             wait()
+
+
+def next_command(source: Source, run: str, out: Path, shape: tuple[int, int, int]) -> str:
+    """How a generator of these latents is trained; or why none can be."""
+    recipe = recipes.get("dit-tiny")
+    assert isinstance(recipe, GeneratorRun)
+    try:
+        changes = fitting(recipe.model, str(out), shape, [source.label(i) for i in range(len(source))])
+    except ValueError as error:
+        return f"no generator can be trained on them: {error}"
+    words = ["hieratok", "train", recipe.name, "--tokenizer", run, "--data", str(out), *changes]
+    return f"next: {shlex.join(words)}"
 
 
 def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Manifest:
@@ -92,9 +108,8 @@ def start(out: Path, manifest: Manifest) -> Manifest:
                 f"{error}: remove {MANIFEST}, and the same command makes it and what else is missing"
             ) from error
         if before.tokenizer["encoder_sha256"] != manifest.tokenizer["encoder_sha256"]:
-            raise ValueError(
-                f"{out} holds latents of another tokenizer, {before.tokenizer['source']}: choose another --out"
-            )
+            others = whose(before.tokenizer["source"], manifest.tokenizer["source"])
+            raise ValueError(f"{out} holds latents of {others}: choose another --out, or remove the folder")
         if (before.data["names_sha256"], before.data["crop"]) != (manifest.data["names_sha256"], manifest.data["crop"]):
             raise ValueError(f"{out} holds latents of other images, {before.data['path']}: choose another --out")
         manifest = replace(manifest, shard_images=before.shard_images)  # all else is as it was, or was changed since

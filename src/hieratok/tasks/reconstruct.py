@@ -1,8 +1,9 @@
 """`hieratok reconstruct`: photos through a trained tokenizer, every scale as a picture."""
 
-import hashlib
-import os
+import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -14,15 +15,53 @@ from hieratok.core.distributed import process, process_group
 from hieratok.core.files import shown
 from hieratok.core.pictures import MAX_CELL, fit, picture_table, save_png, to_pil
 from hieratok.core.progress import progress
-from hieratok.data.images import Source, center_crop, evaluation_batches, open_source, to_float, to_uint8
+from hieratok.data.images import Source, center_crop, evaluation_batches, flat_stem, open_source, to_float, to_uint8
 from hieratok.evaluation.protocols import EvaluateReconstruction, evaluate_reconstruction
 from hieratok.evaluation.results import Result, WritePage
 from hieratok.tokenizer.model import HieraTok
-from hieratok.tokenizer.tiling import reconstruct_tiled
+from hieratok.tokenizer.tiling import fits_tiles, reconstruct_tiled
 from hieratok.training.tokenizer import reconstruct_pyramid
 
-MOST_STEM_BYTES = 200
 SHEET_ROWS = 50  # a contact sheet of more would be too tall to look at
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What `reconstruct` wrote, and how."""
+
+    files: list[Path]
+    """A PNG for each scale of each photo."""
+    sheet: Path
+    """The contact sheet."""
+    photos: int
+    whole: int
+    """Photos, of these, that were not reconstructed in tiles."""
+    sizes: list[tuple[int, int]]
+    """(H, W) of the photos, each once."""
+    tile: int
+    """Side of a tile in pixels."""
+    images: list[str]
+    """As they were given."""
+    cropped: bool
+    """Whether photos were cut first."""
+
+    def summary(self) -> str:
+        """What became of the photos, a line each fact."""
+        lines = [f"{len(self.files)} pictures and {self.sheet}"]
+        if self.photos > SHEET_ROWS:
+            lines.append(f"the sheet stops after {SHEET_ROWS} of {self.photos:,} photos")
+        if self.sizes != [(self.tile, self.tile)] and self.whole < self.photos:
+            lines.append(
+                f"every scale in tiles of {self.tile} px, the training size: overlapping for larger photos, padded for"
+                " smaller ones"
+            )
+        if self.whole:
+            lines.append(f"whole: {self.whole:,} of {self.photos:,} photos, as these scales cannot be tiled")
+        if len(self.images) == 1 and len(self.sizes) == 1:  # so that one suffix is the finest scale's of all
+            words = ["hieratok", "evaluate", "images", self.images[0], str(self.sheet.parent)]
+            words += [f"--suffix=-{size_name(self.sizes[0])}", *(["--size", str(self.tile)] if self.cropped else [])]
+            lines.append(f"next: {shlex.join(words)} --features none --lpips '[]'")
+        return "\n".join(lines)
 
 
 @torch.inference_mode()
@@ -32,8 +71,11 @@ def reconstruct(
     out: str | Path,
     device: str | torch.device = "cpu",
     crop: bool = False,
-) -> list[Path]:
-    """Write `NAME-16px.png`, ... (every scale, from the posterior mean) for each image, and `contact-sheet.png`.
+) -> Reconstructions:
+    """Write a PNG for every scale of each photo, from the posterior mean, and `contact-sheet.png` of the first 50.
+
+    A file is called by its picture's size, NAME-16px.png or NAME-64x48px.png. Of scales that come to the same size,
+    which those of a tiny photo may, the finest is kept.
 
     Args:
         tokenizer: on any device.
@@ -41,9 +83,6 @@ def reconstruct(
         out: made if need be.
         device: where to compute.
         crop: cut each image to the tokenizer's size first, as evaluation does (ADM's crop).
-
-    Returns:
-        The files written, the contact sheet last (its first 50 images).
 
     Raises:
         FileNotFoundError, ValueError: no images, an unreadable one, or two whose files would have one name.
@@ -53,35 +92,68 @@ def reconstruct(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer.to(device).eval()
-    side = tokenizer.config.image_size
-    finest, patch = tokenizer.config.scales[-1], tokenizer.config.patch_size
-    titles = [f"{patch * s} px" if s < finest else "finest" for s in tokenizer.config.scales]
-    columns: dict[str, list[Tensor]] = {title: [] for title in [*titles, "original"]}
-    written = []
+    config, side = tokenizer.config, tokenizer.config.image_size
+    rows: list[list[Tensor]] = []  # of the sheet: a photo's pictures and itself, as large as its cells
+    names: list[list[str]] = []  # their sizes
+    files: dict[Path, None] = {}
+    sizes: dict[tuple[int, int], None] = {}
+    whole = 0
     for i, stem in enumerate(progress(stems, unit="images", title="reconstruct")):
         image = center_crop(source.image(i), side) if crop else source.image(i)
+        size = size_of(image)
         pyramid = reconstruct_any(tokenizer, image)
-        for s, scale in zip(tokenizer.config.scales, pyramid, strict=True):
-            written.append(save_png(to_pil(scale), out / f"{stem}-{patch * s}px.png"))
+        for scale in pyramid:
+            files[save_png(to_pil(scale), out / f"{stem}-{size_name(size_of(scale))}.png")] = None
+        sizes[size] = None
+        whole += not fits_tiles(config, size)
         if i < SHEET_ROWS:
-            for column, picture in zip(columns.values(), [*pyramid, image]):
-                column.append(fit(picture, min(MAX_CELL, picture.shape[-2]), min(MAX_CELL, picture.shape[-1])))
-    written.append(save_png(picture_table(columns), out / "contact-sheet.png"))
-    return written
+            pictures = [*pyramid, image]
+            rows.append([fit(x, min(MAX_CELL, x.shape[-2]), min(MAX_CELL, x.shape[-1])) for x in pictures])
+            names.append([size_name(size_of(picture)) for picture in pyramid])
+    titles = [*column_titles(names, config.scales), "original"]
+    sheet = save_png(picture_table(dict(zip(titles, zip(*rows), strict=True))), out / "contact-sheet.png")
+    return Reconstructions(list(files), sheet, len(stems), whole, list(sizes), side, images, crop)
+
+
+def size_of(image: Tensor) -> tuple[int, int]:
+    """(H, W)."""
+    return image.shape[-2], image.shape[-1]
+
+
+def size_name(size: tuple[int, int]) -> str:
+    """(H, W) in a file's name or a title: 16px, or width by height where they differ, 64x48px."""
+    height, width = size
+    return f"{width}px" if width == height else f"{width}x{height}px"
+
+
+def column_titles(names: list[list[str]], scales: tuple[int, ...]) -> list[str]:
+    """Of a contact sheet's scales: their pictures' size if it is the same in all rows, else its share of the photo's.
+
+    Args:
+        names: of each row, the sizes coarse to fine.
+        scales: the tokenizer's, of which no two become one title.
+    """
+    columns = [set(column) for column in zip(*names)]
+    if all(len(column) == 1 for column in columns) and len(set.union(*columns)) == len(columns):
+        return names[0]
+    return [f"{Fraction(s, scales[-1])} size" if s < scales[-1] else "full size" for s in scales]
 
 
 def reconstruct_any(tokenizer: HieraTok, image: Tensor) -> list[Tensor]:
-    """Every scale's reconstruction of an image of any size: whole up to the training size, else in tiles.
+    """Every scale's reconstruction of an image of any size, in tiles of the training size.
+
+    A smaller image is padded to one tile. Where several are needed and the scales cannot be tiled, the image is
+    reconstructed whole, with interpolated positions; attention's cost then grows with the square of its tokens.
 
     Args:
-        tokenizer: positions are interpolated for sizes below that of its training.
+        tokenizer: on any device.
         image: uint8 (3, H, W).
 
     Returns:
         uint8 (3, H_k, W_k), coarse to fine; the finest has the image's size.
     """
     config = tokenizer.config
-    if max(image.shape[-2:]) <= config.image_size:
+    if not fits_tiles(config, size_of(image)):
         return [x[0] for x in reconstruct_pyramid(tokenizer, image[None])]
     with progress(unit="tiles", title="tiles", leave=False, hide=image[0].numel() < 10 * config.image_size**2) as bar:
         return reconstruct_tiled(
@@ -137,25 +209,17 @@ def evaluate_tokenizer(options: EvaluateReconstruction, write_page: WritePage | 
 
 
 def file_stems(source: Source) -> list[str]:
-    """Each image's name within its source as the start of a file name: folders become dashes, the suffix goes.
+    """Each image's name within its source as the start of a file name (`flat_stem`).
 
     Raises:
         ValueError: two images would have the same.
     """
     names: dict[str, str] = {}
     for name in (source.name(i) for i in range(len(source))):
-        stem = shortened(os.path.splitext(name)[0].replace("/", "-").replace("\\", "-"))
+        stem = flat_stem(name)
         if stem in names:
             raise ValueError(
                 f"{shown(names[stem])} and {shown(name)} would both be written as {shown(stem)}-...px.png: rename one"
             )
         names[stem] = name
     return list(names)
-
-
-def shortened(stem: str) -> str:
-    """A name that leaves room for an ending: of more than 200 bytes the first, and a hash of all."""
-    data = os.fsencode(stem)
-    if len(data) <= MOST_STEM_BYTES:
-        return stem
-    return f"{os.fsdecode(data[: MOST_STEM_BYTES - 9])}-{hashlib.sha256(data).hexdigest()[:8]}"

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,17 @@ from hieratok.core.distributed import process, process_group, wait
 from hieratok.core.files import read_bytes, read_json_table, shown
 from hieratok.core.lock import lock
 from hieratok.core.pictures import save_png, to_pil
+from hieratok.core.pixels import MAX_IMAGE_BYTES, open_image
+from hieratok.core.pixels import read_image as read_pixels
 from hieratok.core.progress import progress
 from hieratok.data.images import to_uint8
-from hieratok.data.pixels import MAX_IMAGE_BYTES, open_image
-from hieratok.data.pixels import read_image as read_pixels
+from hieratok.data.latents import whose
 from hieratok.evaluation.features import tensors_sha256
 from hieratok.generation.config import Sample, SampleConfig
 from hieratok.generation.dit import DiT
-from hieratok.generation.sampling import Samples, check_fits, class_labels, sample_latents
+from hieratok.generation.sampling import Samples, class_labels, fitted, sample_latents
 from hieratok.tokenizer.pretrained import Tokenizer, describe_tokenizer, load_tokenizer
+from hieratok.training.runs import read_run
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,8 @@ def sample(options: Sample) -> None:
         device = options.device or best_device()
         generator = DiT.from_pretrained(options.run, device=device)
         tokenizer = load_tokenizer(options.tokenizer, device, latent_size=generator.config.latent_size)
-        check_models(generator, tokenizer, options)
+        options = fitted(options, generator.config)
+        check_models(generator, tokenizer, options.run, options.tokenizer)
         out = Path(options.out)
         sides = written_sides(tokenizer, options)
         with lock(out, "sample"):
@@ -73,12 +77,18 @@ def sample(options: Sample) -> None:
                 write_npz(out / ARCHIVE, out, sides[-1], labels)
                 save_png(contact_sheet(out, sides, options.num), out / SHEET)
                 print(f"{options.num:,} images: {out / folder_name(sides[-1])}\npictures: {out / SHEET}")
-                print(f"next:     hieratok evaluate samples {out / ARCHIVE} --reference PATH")
+                print(f"next:     hieratok evaluate samples {quote(str(out / ARCHIVE))} --reference PATH")
             wait()
 
 
-def check_models(generator: DiT, tokenizer: Tokenizer, options: Sample) -> None:
-    """Whether the generator's latents are the tokenizer's, and can be drawn as asked.
+def check_models(generator: DiT, tokenizer: Tokenizer, run: str, source: str) -> None:
+    """Whether a generator's latents are a tokenizer's.
+
+    Args:
+        generator: loaded from `run`.
+        tokenizer: loaded from `source`.
+        run: for messages, and to see which tokenizer it was trained with.
+        source: for messages.
 
     Raises:
         ValueError: says in one line why not.
@@ -86,12 +96,12 @@ def check_models(generator: DiT, tokenizer: Tokenizer, options: Sample) -> None:
     shape = (tokenizer.config.latent_channels, *tokenizer.config.grid)
     if generator.config.latent_shape != shape:
         made, taken = (" x ".join(map(str, s)) for s in (generator.config.latent_shape, shape))
-        raise ValueError(f"{options.run} makes latents {made}, but {options.tokenizer} takes {taken}")
+        raise ValueError(f"{run} makes latents {made}, but {source} takes {taken}")
     if generator.latents is None:
-        raise ValueError(f"{options.run} does not say whose latents it makes: its config.json has no `latents`")
+        raise ValueError(f"{run} does not say whose latents it makes: its config.json has no `latents`")
     if generator.latents.encoder_sha256 != tensors_sha256(tokenizer.encoder):
-        raise ValueError(f"{options.run} was trained on latents of another tokenizer than {options.tokenizer}")
-    check_fits(options, generator.config)
+        settings = read_run(Path(run)).settings if Path(run).is_dir() else {}
+        raise ValueError(f"{run} was trained on latents of {whose(settings.get('tokenizer'), source)}")
 
 
 def written_sides(tokenizer: Tokenizer, options: Sample) -> list[int]:

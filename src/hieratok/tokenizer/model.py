@@ -5,18 +5,21 @@ K scales (coarse to fine), h_k w_k token grid of scale k, N tokens of all scales
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from hieratok.core import checkpoint
 from hieratok.core.layers import init_weights
 from hieratok.tokenizer.config import TokenizerConfig
 from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
+from hieratok.tokenizer.photos import Photo, postprocess, preprocess
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
 from hieratok.tokenizer.vit import Decoder, Encoder
@@ -58,22 +61,60 @@ class HieraTok(nn.Module):
         self.register_buffer("latent_mean", torch.full((c.latent_channels,), math.nan))
         self.register_buffer("latent_std", torch.full((c.latent_channels,), math.nan))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.positions.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.encoder.positions.dtype
+
+    def preprocess(self, photos: Photo | Sequence[Photo], crop: bool = True) -> Tensor:
+        """Photos -> what `encode` takes, on the tokenizer's device and in its dtype.
+
+        Args:
+            photos: one, or a list: file names, Pillow images, uint8 arrays (H, W, 3) or (B, H, W, 3), uint8 tensors
+                (3, H, W) or (B, 3, H, W). Files and Pillow images are turned upright and become RGB.
+            crop: cut the middle square and resize it to the training size, as evaluation does. Otherwise photos keep
+                their size, which has to be the same for all of a batch.
+
+        Returns:
+            (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            BadImageError: a file that cannot be read; a ValueError.
+            ValueError: no photos, of another type or shape, or of different sizes.
+        """
+        images = preprocess(photos, self.config.image_size if crop else None)
+        return images.to(self.device, self.dtype)
+
+    def postprocess(self, images: Tensor) -> list[Image.Image]:
+        """What `decode` gives, (B, 3, H, W) about [-1, 1] -> Pillow images, B of them; values outside are clamped.
+
+        Raises:
+            ValueError: another type or shape, NaN or infinite values.
+        """
+        return postprocess(images)
+
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """The latent's distribution.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1], of any size. Sides that are no multiples of the patch size are padded on
-                the right and at the bottom by repeating the last column and row; positions are interpolated. [ours]
+            images: (B, 3, H, W) in [-1, 1], of any size, as `preprocess` makes them. Sides that are no multiples of the
+                patch size are padded on the right and at the bottom by repeating the last column and row; positions
+                are interpolated. [ours]
 
         Returns:
             Mean and log-variance over (B, d, ceil(H/f), ceil(W/f)); `.mode()` or `.sample()` gives z, `.image_size` is
             (H, W).
 
         Raises:
-            ValueError: another shape.
+            ValueError: anything else; `preprocess` makes such images of photos.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-            raise ValueError(f"encode takes images of shape (B, 3, H, W), not {tuple(images.shape)}")
+        check_images(images)
+        images = images.to(self.dtype)
         f, (H, W) = self.config.patch_size, images.shape[2:]
         if H % f or W % f:
             images = F.pad(images, (0, -W % f, 0, -H % f), mode="replicate")
@@ -97,7 +138,7 @@ class HieraTok(nn.Module):
             raise ValueError(f"this tokenizer has scales 0 to {len(scales) - 1}, not {scale}")
         k = scale % len(scales)
         last = len(scales) - 1 if self.config.attention == "full" else k
-        image = self.decoder(self.downsample(z, scales), scales, last)[k]
+        image = self.decoder(self.downsample(z.to(self.dtype), scales), scales, last)[k]
         return self._crop(image, scales.grids[-1], image_size)
 
     def decode_pyramid(self, z: Tensor, image_size: tuple[int, int] | None = None) -> list[Tensor]:
@@ -109,7 +150,7 @@ class HieraTok(nn.Module):
             ValueError: z has another number of dimensions or channels.
         """
         scales = self.scales_of(z)
-        pyramid = self.decoder(self.downsample(z, scales), scales)
+        pyramid = self.decoder(self.downsample(z.to(self.dtype), scales), scales)
         return [self._crop(image, scales.grids[-1], image_size) for image in pyramid]
 
     def decode_progressive(self, z: Tensor, image_size: tuple[int, int] | None = None) -> Iterator[Tensor]:
@@ -122,7 +163,7 @@ class HieraTok(nn.Module):
         if self.config.attention == "full":
             yield from self.decode_pyramid(z, image_size)
         else:
-            for image in self.decoder.progressive(self.downsample(z, scales), scales):
+            for image in self.decoder.progressive(self.downsample(z.to(self.dtype), scales), scales):
                 yield self._crop(image, scales.grids[-1], image_size)
 
     def _crop(self, image: Tensor, grid: tuple[int, int], image_size: tuple[int, int] | None) -> Tensor:
@@ -134,6 +175,10 @@ class HieraTok(nn.Module):
         if not (0 < H <= f * h and 0 < W <= f * w):
             raise ValueError(f"image_size {image_size} does not fit latents of {h} x {w} patches of {f} px")
         return image[..., : math.ceil(image.shape[-2] * H / (f * h)), : math.ceil(image.shape[-1] * W / (f * w))]
+
+    if TYPE_CHECKING:  # what calling a module returns is not declared in torch
+
+        def __call__(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian, Tensor]: ...
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian, Tensor]:
         """Training's pass: images (B, 3, H, W) -> pyramid of reconstructions of a sampled z, its posterior, and z."""
@@ -184,23 +229,63 @@ class HieraTok(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, revision: str | None = None, device: str | torch.device = "cpu"
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> "HieraTok":
         """A tokenizer from a run's folder, a folder written by `save_pretrained`, or a hub id ("name/model").
 
         Returns it in evaluation mode. A hub id is downloaded only if no such folder exists here.
 
+        Args:
+            source: where it is.
+            dtype: of the weights, such as torch.bfloat16; None: float32.
+            device: where to put it, such as "cuda".
+            revision: branch, tag or commit on the hub.
+            cache_dir: where downloads are kept; None: the hub's own place.
+            token: for what is private on the hub; None: the one that this machine is logged in with; False: none.
+            local_files_only: take what was downloaded before and ask no network.
+
         Raises:
             FileNotFoundError: nothing there, or a file is missing.
-            ValueError: the files do not fit this class or each other; the message says where.
+            ValueError: the files do not fit this class or each other, or `dtype` is not floating-point; the message
+                says where.
         """
-        folder = checkpoint.find(source, revision, inside="tokenizer")
+        folder = checkpoint.find(
+            source,
+            inside="tokenizer",
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
         config, _ = checkpoint.load_config(folder, "hieratok", TokenizerConfig)
         refuse_former_downsampling(folder)
         with torch.device("meta"):
             model = cls(config)
-        checkpoint.load_weights(folder, model, device)
+        checkpoint.load_weights(folder, model, device, dtype)
         return model.eval()
+
+
+def check_images(images: object) -> None:
+    """Raise ValueError for what `encode` does not take. Values are not looked at: that would make a GPU wait."""
+    if not isinstance(images, Tensor):
+        found = type(images).__name__
+    elif not images.is_floating_point():
+        found = f"a {images.dtype} tensor"
+    elif images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        found = f"shape {tuple(images.shape)}"
+    else:
+        return
+    raise ValueError(
+        f"encode takes floating-point images (B, 3, H, W) in [-1, 1], not {found}: make them by preprocess(photos)"
+    )
 
 
 def refuse_former_downsampling(folder: Path) -> None:

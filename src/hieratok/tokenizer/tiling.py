@@ -1,4 +1,8 @@
-"""Images larger than the training size, tile by tile: memory does not grow with the tiles, and no seam shows. [ours]"""
+"""Images of other sizes than the training size, in tiles of that size: no seam shows. [ours]
+
+Tiles are what the tokenizer was trained on. Whole images with interpolated positions are as good at the finest scale
+and worse at coarse ones, whose few tokens then stand for areas that they never stood for (measured: docs/results.md).
+"""
 
 from collections.abc import Callable
 from itertools import product
@@ -26,6 +30,14 @@ def overlap_of(config: TokenizerConfig) -> int:
     raise ValueError(f"images cannot be tiled with scales {list(config.scales)} and patches of {f} px: crop them")
 
 
+def fits_tiles(config: TokenizerConfig, image_size: tuple[int, int]) -> bool:
+    """Whether an image (H, W) can be reconstructed in tiles: it fits into one, or the scales have an overlap."""
+    try:
+        return max(image_size) <= config.image_size or overlap_of(config) > 0
+    except ValueError:
+        return False
+
+
 def reconstruct_tiled(
     reconstruct: Reconstruct,
     image: Tensor,
@@ -33,14 +45,14 @@ def reconstruct_tiled(
     batch_size: int = 8,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Tensor]:
-    """Every scale's reconstruction of a large image.
+    """Every scale's reconstruction of an image, in one tile or several.
 
     Tiles of the training size overlap by a quarter; where they do, each counts in proportion to the distance from its
     own edge. At scale s of S, an H x W image becomes ceil(H s/S) x ceil(W s/S).
 
     Args:
         reconstruct: the tokenizer's way with tiles.
-        image: uint8 (3, H, W), any size; padded to whole tiles by repeating its last column and row.
+        image: uint8 (3, H, W), any size; padded to whole tiles, at least one, by repeating its last column and row.
         config: of the tokenizer.
         batch_size: tiles at a time.
         progress: called with the number of tiles done.
@@ -49,10 +61,10 @@ def reconstruct_tiled(
         uint8 (3, H_k, W_k), coarse to fine.
 
     Raises:
-        ValueError: no overlap fits the scales.
+        ValueError: several tiles are needed, and no overlap fits the scales.
     """
-    tile, stride = config.image_size, config.image_size - overlap_of(config)
-    H, W = image.shape[-2:]
+    tile, (H, W) = config.image_size, image.shape[-2:]
+    stride = tile - (overlap_of(config) if max(H, W) > tile else 0)
     starts = [range(0, max(side - tile, 0) + stride, stride) if side > tile else range(1) for side in (H, W)]
     places = list(product(*starts))
     height, width = (max(start) + tile for start in starts)

@@ -13,6 +13,7 @@ from hieratok.losses.config import AdversarialConfig, LossConfig, VFConfig
 from hieratok.tokenizer.config import TokenizerConfig
 
 Strategy = Literal["ddp", "fsdp2"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 def check_name(name: str) -> None:
@@ -113,7 +114,8 @@ class TrainConfig(Optimization):
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights, which are what is saved as the model; lower in the first steps. [ours]"""
     precision: Precision = "bf16"
-    """bf16: autocast; norms, softmax and losses stay in float32. [ours], for DiT too: the paper does not say."""
+    """bf16: autocast; norms, softmax and losses stay in float32. fp16: the same for GPUs without bf16, with scaled
+    gradients. [ours], for DiT too: the paper does not say."""
     compile: bool = False
     """torch.compile: slow to start, faster to run."""
     activation_checkpointing: bool = False
@@ -128,7 +130,10 @@ class TrainConfig(Optimization):
     max_rollbacks: int = 3
     """How often a run may return to its last good checkpoint, at most; then it ends with an error."""
     log_every: int = 50
-    """Steps between lines in log.jsonl and TensorBoard."""
+    """Steps between lines in log.jsonl and in the tracker."""
+    tracker: TrackerName = "tensorboard"
+    """Where else numbers and pictures go: TensorBoard's files in the run's folder, or Weights & Biases (wandb), which
+    sends them to your account, or with WANDB_MODE=offline keeps them in the run's folder."""
     save_every: int = 5_000
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
@@ -146,6 +151,8 @@ class TrainConfig(Optimization):
                 f"train.batch_size {self.batch_size} is not a multiple of train.micro_batch_size"
                 f" {self.micro_batch_size}"
             )
+        if self.precision == "fp16" and self.parallel == "fsdp2":
+            raise ValueError("train.precision fp16 does not go with train.parallel fsdp2: use bf16, or ddp")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must be in [0, 1), not {self.ema_decay}")
         if self.picture_every < 0 or self.max_rollbacks < 0 or self.seed < 0:
@@ -161,7 +168,7 @@ class EvalConfig:
     """
 
     every: int = 0
-    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
+    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and to the tracker."""
     num_images: int = 1_000
     """Of the held-out images, evenly spread."""
     features: str = "none"
@@ -236,7 +243,7 @@ class GeneratorEval:
     """
 
     every: int = 0
-    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and TensorBoard."""
+    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and to the tracker."""
     num_images: int = 5_000
     """Samples."""
     reference: str | None = None

@@ -17,7 +17,7 @@ from hieratok.core.lock import lock
 from hieratok.core.pictures import to_pil
 from hieratok.core.typed import plain
 from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
-from hieratok.data.latents import MANIFEST, LatentDataset
+from hieratok.data.latents import MANIFEST, LatentDataset, whose
 from hieratok.evaluation.distribution import distances
 from hieratok.evaluation.features import load_network, tensors_sha256
 from hieratok.evaluation.images import open_images
@@ -103,9 +103,8 @@ def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Datase
         assert manifest.std is not None
         latents = LatentSpace(manifest.tokenizer["encoder_sha256"], manifest.mean, manifest.std)
         if tokenizer and tensors_sha256(tokenizer.encoder) != latents.encoder_sha256:
-            raise ValueError(
-                f"{path} holds latents of another tokenizer, {manifest.tokenizer['source']}, and not of {run.tokenizer}"
-            )
+            assert run.tokenizer is not None
+            raise ValueError(f"{path} holds latents of {whose(manifest.tokenizer['source'], run.tokenizer)}")
         check_model(run.model, path, manifest.shape, dataset.labels.tolist())
         return dataset, latents
     source = open_source(path)
@@ -130,21 +129,42 @@ def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Datase
 
 
 def check_model(model: DiTConfig, path: str, shape: tuple[int, ...], labels: Sequence[int]) -> None:
-    """Whether the model takes such latents and knows just their classes; images all without a class are one.
+    """Whether the model takes such latents and knows just their classes.
 
     Raises:
         ValueError: says what the model must be.
     """
-    if min(labels) < 0 <= max(labels):
-        raise ValueError(f"{path}: some images have a class and others none; sub-folders are classes")
-    wanted = {"latent_channels": shape[0], "latent_size": shape[1], "num_classes": max(1, max(labels) + 1)}
-    flags = [f"--model.{name} {value}" for name, value in wanted.items() if getattr(model, name) != value]
+    flags = fitting(model, path, shape, labels)
     if flags:
         d, h, w = shape
         raise ValueError(
-            f"{path} gives latents {d} x {h} x {w} of {wanted['num_classes']} classes, which the model is not made for:"
+            f"{path} gives latents {d} x {h} x {w} of {num_classes(labels)} classes, which the model is not made for:"
             f" add {' '.join(flags)}"
         )
+
+
+def fitting(model: DiTConfig, path: str, shape: tuple[int, ...], labels: Sequence[int]) -> list[str]:
+    """The words of a command line that make a model fit its data; none if it does.
+
+    Args:
+        model: of the recipe.
+        path: of the data, for messages.
+        shape: (d, h, w) of a latent.
+        labels: of the images; all without a class are one.
+
+    Raises:
+        ValueError: images with and without a class, which no model can learn.
+    """
+    if min(labels) < 0 <= max(labels):
+        raise ValueError(f"{path}: some images have a class and others none; sub-folders are classes")
+    wanted = {"latent_channels": shape[0], "latent_size": shape[1], "num_classes": num_classes(labels)}
+    changes = [(f"--model.{name}", str(value)) for name, value in wanted.items() if getattr(model, name) != value]
+    return [word for change in changes for word in change]
+
+
+def num_classes(labels: Sequence[int]) -> int:
+    """Of labels 0, 1, ... or -1 for none: at least one."""
+    return max(1, max(labels) + 1)
 
 
 class GeneratorObjective(Objective):

@@ -82,16 +82,22 @@ class Meter:
             new = torch.stack((torch.where(finite, value, 0).float(), finite.float()))
             self.sums[name] = self.sums[name] + new if name in self.sums else new
 
-    def watch(self, norms: dict[str, Tensor], step: int) -> Tensor:
+    def watch(self, norms: dict[str, Tensor], step: int, tolerated: Tensor) -> Tensor:
         """Note a step's gradient norms by network; 1 where one is not finite (as it is where the loss is not), else 0.
 
         The same on every process without asking: a bad value is bad everywhere after the gradients' all-reduce.
+
+        Args:
+            norms: scalars.
+            step: its number, from 1.
+            tolerated: a boolean scalar: whether a bad step says nothing of the run. It is left out all the same.
         """
         bad = ~torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
         first, *others = norms
         self.add({"gradient_norm": norms[first], **{f"{name}/gradient_norm": norms[name] for name in others}})
-        self.first_bad = torch.where(bad & (self.in_a_row == 0), step, self.first_bad)
-        self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
+        telling = bad & ~tolerated
+        self.first_bad = torch.where(telling & (self.in_a_row == 0), step, self.first_bad)
+        self.in_a_row = torch.where(telling, self.in_a_row + 1, 0)
         self.skipped_steps += bad
         self.steps += 1
         return bad.float()

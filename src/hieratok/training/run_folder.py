@@ -1,6 +1,5 @@
 """A run on disk: its settings, its logs, and checkpoints that are whole or not there."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from hieratok.core import checkpoint
 from hieratok.core.errors import TrainingError
-from hieratok.core.extras import needs_extras
 from hieratok.core.files import read_json_lines, read_json_table, read_yaml
 from hieratok.core.pictures import save_png
 from hieratok.core.typed import flatten
+from hieratok.training.trackers import open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +29,7 @@ SHAPELESS = {"drop_path", "init_std"}
 HARMLESS = {
     "name",
     "train.log_every",
+    "train.tracker",
     "train.save_every",
     "train.keep_checkpoints",
     "train.picture_every",
@@ -227,43 +227,39 @@ class RunFolder:
 
 
 class Log:
-    """log.jsonl, TensorBoard and pictures/ of a run; written by the main process."""
+    """log.jsonl, evaluations.jsonl and pictures/ of a run, and its tracker; written by the main process.
+
+    Raises:
+        MissingPackageError, ValueError: the tracker is not installed, or does not start.
+    """
 
     def __init__(self, run: RunFolder, step: int):
-        with needs_extras():
-            from torch.utils.tensorboard import SummaryWriter
-
+        name = run.settings.get("train", {}).get("tracker", "tensorboard")
+        self.tracker = open_tracker(name, run.path, run.settings, run.id, step)
         self.run = run
         self.file = run.log_file.open("a", buffering=1)
         self.evaluations = run.evaluations_file.open("a", buffering=1)
-        events = run.path / "tensorboard"
-        events.mkdir(exist_ok=True)
-        self.links = contextlib.ExitStack()  # TensorBoard too refuses names that are no UTF-8
-        folder = self.links.enter_context(checkpoint.utf8_path(events))
-        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: dict[str, float]) -> None:
         """One interval's numbers."""
         self.file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "images"):
-                self.tensorboard.add_scalar(name, value, int(record["step"]))
+        self._track(record)
 
     def evaluation(self, record: dict[str, float]) -> None:
         """One evaluation's numbers."""
         self.evaluations.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "images"):
-                self.tensorboard.add_scalar(f"evaluation/{name}", value, int(record["step"]))
+        self._track(record, "evaluation/")
+
+    def _track(self, record: dict[str, float], prefix: str = "") -> None:
+        values = {f"{prefix}{name}": value for name, value in record.items() if name not in ("step", "images")}
+        self.tracker.numbers(values, int(record["step"]))
 
     def picture(self, picture: Image.Image, step: int) -> None:
         """A contact sheet of what the averaged model does."""
-        import numpy as np
-
         path = self.run.picture(step)
         path.parent.mkdir(exist_ok=True)
         save_png(picture, path)
-        self.tensorboard.add_image("pictures", np.asarray(picture), step, dataformats="HWC")
+        self.tracker.picture(picture, step)
 
     def sync(self) -> None:
         """Flush the records to the disk: a checkpoint does not outlive what was logged before it."""
@@ -274,8 +270,7 @@ class Log:
         """Flush everything."""
         self.file.close()
         self.evaluations.close()
-        self.tensorboard.close()
-        self.links.close()
+        self.tracker.close()
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hieratok.core.files import check_regular, read_json_lines, read_json_table,
 from hieratok.training.run_folder import EVALUATIONS, LOG, flatten
 
 CONFIG = "config.yaml"
-PARTS = {"checkpoints", "tensorboard", "pictures", "tokenizer", "generator"}
+PARTS = {"checkpoints", "tensorboard", "wandb", "pictures", "tokenizer", "generator"}
 """Folders of a run that hold no other run."""
 LEAST, MOST = 1e-9, 1e30
 """Of numbers in a log: a run that diverged has some beyond, and no plot shows them beside others."""

@@ -123,6 +123,8 @@ class State:
             name: make_optimizer(network, objective.optimizations[name], device)
             for name, network in self.networks.items()
         }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")  # type: ignore[attr-defined]
+        """Keeps the gradients of fp16 within its range; does nothing in other precisions."""
         self.step = 0
         """Optimiser steps done, skipped ones included."""
         self.counts = {"bad_images": 0, "skipped_steps": 0, "rollbacks": 0}
@@ -144,7 +146,13 @@ class State:
             keep: how many checkpoints stay; None: all.
         """
         averaged = parallel.whole_weights(self.ema)
-        counters = {"step": self.step, **self.counts, "threads": torch.get_num_threads(), "interval": interval}
+        counters = {
+            "step": self.step,
+            **self.counts,
+            "threads": torch.get_num_threads(),
+            "interval": interval,
+            "scaler": self.scaler.state_dict(),
+        }
         snapshot = Snapshot(
             counters,
             {name: parallel.whole_weights(network) for name, network in self.networks.items()},
@@ -161,6 +169,8 @@ class State:
         for name, network in self.networks.items():
             parallel.load_weights(network, snapshot.weights[name])
             parallel.load_optimizer(network, self.optimizers[name], snapshot.optimizers[name])
+        if scaler := snapshot.counters.pop("scaler", None):  # empty: not of fp16
+            self.scaler.load_state_dict(scaler)
         self.step = snapshot.counters.pop("step")
         self.counts = {name: snapshot.counters.pop(name) for name in self.counts}
         return snapshot.counters
@@ -195,7 +205,7 @@ def train_step(
 
     def backward(loss: Tensor) -> None:
         with torch.autocast(state.device.type, enabled=False):
-            (loss / len(micro_batches)).backward()
+            state.scaler.scale(loss / len(micro_batches)).backward()
 
     for i in micro_batches:
         with meter.waiting():
@@ -207,14 +217,19 @@ def train_step(
         with parallel.synchronized(state.called.values(), is_last), autocast(state.device, config.precision):
             meter.add(objective.compute(state.called, batch, state.step, backward))
 
+    for optimizer in state.optimizers.values():
+        state.scaler.unscale_(optimizer)
     norms = {
         name: parallel.clip_gradients(network, objective.optimizations[name].clip_norm)
         for name, network in state.networks.items()
     }
-    bad = meter.watch(norms, state.step + 1)
+    # An overflow of scaled gradients says that the scale is too large, unless there is none any more.
+    is_scaled = state.scaler.scale(torch.ones((), device=state.device)) > 1
+    bad = meter.watch(norms, state.step + 1, tolerated=is_scaled)
     for optimizer in state.optimizers.values():
         parallel.step_unless(optimizer, bad)
         optimizer.zero_grad()
+    state.scaler.update()
     objective.finish_step(bad)
     update_ema(state.ema, state.networks[state.name], state.step, config.ema_decay)
     state.step += 1

@@ -1,4 +1,6 @@
-"""One image: from the bytes of a file to uint8 RGB, and the two crops. Any trouble with a file is a `BadImageError`.
+"""One image: from a file or a Pillow image to uint8 RGB, the two crops, and between uint8 and [-1, 1].
+
+Any trouble with an image is a `BadImageError`.
 
 This is the one place where pictures are opened, wherever they come from: of known formats alone, whatever the file is
 called, and with a limit on their pixels.
@@ -152,6 +154,24 @@ def decode_image(data: bytes, name: str) -> Tensor:
         raise BadImageError(f"cannot read {shown(name)}: {reason}") from error
 
 
+def from_picture(picture: Image.Image) -> Tensor:
+    """A Pillow image as `decode_image` has its file: RGB, turned upright, transparent parts on white.
+
+    Colours of 16 bits are cut to 8, as Pillow itself does it; give the file's path to have them rounded.
+
+    Returns:
+        uint8 (3, H, W).
+
+    Raises:
+        BadImageError: it cannot be decoded, or has floating-point pixels.
+    """
+    try:
+        return _upright(_rgb(picture), _orientation(picture))
+    except Exception as error:  # an image that was opened and not read yet may be damaged in every way
+        reason = shown(" ".join(str(error).split())) or type(error).__name__
+        raise BadImageError(f"cannot read a Pillow image of mode {picture.mode}: {reason}") from error
+
+
 def open_image(data: bytes, with_texts: bool = False) -> ImageFile.ImageFile:
     """An image of a known format and a size that can be decoded; its pixels are not decoded yet.
 
@@ -238,12 +258,15 @@ def _upright(image: Tensor, orientation: int) -> Tensor:
     return (image.flip(flipped) if flipped else image).contiguous() if is_turned or flipped else image
 
 
-def _rgb(opened: ImageFile.ImageFile, data: bytes) -> Tensor:
-    """Any mode of Pillow's -> uint8 (3, H, W), not turned."""
-    picture: Image.Image = opened
+def _rgb(picture: Image.Image, data: bytes | None = None) -> Tensor:
+    """Any mode of Pillow's -> uint8 (3, H, W), not turned; `data` is its file, for all bits of 16-bit colour."""
     if picture.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
-    wide = _grey_rows(picture) if picture.mode.startswith("I") else _wide_rows(opened, data)
+    wide = None
+    if picture.mode.startswith("I"):
+        wide = _grey_rows(picture)
+    elif data is not None and isinstance(picture, ImageFile.ImageFile):
+        wide = _wide_rows(picture, data)
     if wide is not None:
         transparent = picture.info.get("transparency")
         return _in_bands(picture, lambda top, bottom: _from_16_bits(wide(top, bottom).astype(np.int64), transparent))
