@@ -31,6 +31,7 @@ from hieratok.app.server import ServeApp, load, serve
 from hieratok.app.uploads import MAX_BYTES, at_most, check_image, content_of, read_upload
 from hieratok.core.pictures import error_map
 from hieratok.core.pixels import BadImageError, center_crop, to_float, to_uint8
+from hieratok.core.seeding import generator
 from hieratok.evaluation.pixels import psnr, ssim
 from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 from hieratok.generation.dit import DiT
@@ -234,7 +235,7 @@ def test_noise_is_in_units_of_the_latents_deviation(demo, tokenizer, tmp_path):
     with torch.inference_mode():
         shown = pictures(demo.noise(image))
         z = tokenizer.encode(to_float(center_crop(image, 16)[None])).mode()
-        noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(1, 4, 4, 4, generator=generator("noise", 0))
         for sigma, picture in zip(SIGMAS, shown, strict=True):
             expected = to_uint8(tokenizer.decode(z + sigma * std.view(4, 1, 1) * noise))[0]
             assert torch.equal(picture, expected)
