@@ -80,7 +80,7 @@ def entry(module: str, name: str) -> str:
         return "\n\n".join([f"### {name}", code(*lines, definition(thing, name)), text(thing)])
     if is_dataclass(thing):
         rows = [row(option, option.name) for option in options_of(thing, with_texts=True)]
-        fields = table(["field", "type", "default", "meaning"], rows)
+        fields = table("field", rows)
         return "\n\n".join([f"### {name}", code(*lines), text(thing), fields])
     if "__init__" in vars(thing) and not getattr(thing, "_is_protocol", False):
         lines.append(definition(thing.__init__, name, returns=False))

@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from settings import table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from hieratok.bench.timing import count_flops
 from hieratok.core.precision import autocast
+from hieratok.core.tables import Table
 from hieratok.generation.dit import DiT, LatentSpace
 from hieratok.losses.vf import VFConfig
 from hieratok.studies import recipes
@@ -254,7 +254,7 @@ def group(names: list[str], base: str | None) -> str:
         heads += [f"fits {' / '.join(map(str, SIZES))} GB", "time, one GPU"]
     else:
         heads += ["time, one CPU thread", "measured"]
-    return table(heads, [row(name, base) for name in names])
+    return Table(heads, [row(name, base) for name in names]).markdown()
 
 
 def names_of(starts: tuple[str, ...]) -> list[str]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from helpers.models import CONFIG
 from hieratok import HieraTok, cli
+from hieratok.analysis.report import LatentReport
 from hieratok.app.uploads import check_image
 from hieratok.core.checkpoint import json_text, read_tensors
 from hieratok.core.files import MAX_DEPTH, read_json, read_npy, read_npz, read_yaml, shown
@@ -40,6 +41,7 @@ from hieratok.data.latents import LatentDataset
 from hieratok.evaluation.features import FeatureNetwork, load_network
 from hieratok.evaluation.images import NpzImages
 from hieratok.evaluation.protocols import EvaluateCompare, compare
+from hieratok.evaluation.results import Result
 from hieratok.evaluation.statistics import SetStatistics
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.reports.runs import Report, picture_parts, write_report
@@ -151,6 +153,11 @@ def templates(tmp_path_factory) -> Path:
     Image.new("RGB", (30, 20)).save(run / "pictures" / "step-00000010.png")
     (root / "recipe.yaml").write_text("name: a\nmodel: {image_size: 128, patch_size: 16, scales: [1, 8]}\n")
     (root / "metrics.json").write_text(json.dumps({"psnr": 20.0, "manifest": {"a": 1}}))
+    intervals = {"64": {"psnr": [19.0, 21.0]}}
+    result = {"n": 3, "psnr": 20.0, "intervals": intervals, "warnings": [], "manifest": {"a": 1}, "inputs": {}}
+    (root / "evaluated.json").write_text(json.dumps(result))
+    noise = {"noise_psnr/0.1": 20.0, "noise_psnr_low/0.1": 19.0, "noise_psnr_high/0.1": None}
+    (root / "analysed.json").write_text(json.dumps({"n": 3, "decoded_images": 3, **noise, "manifest": {"a": 1}}))
     (root / "metadata.json").write_text(json.dumps({"settings": {"num": 1}}))
     write_statistics(root / "statistics.npz")
     np.savez(root / "images.npz", arr_0=rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
@@ -212,6 +219,8 @@ READERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "latents/shard-00000/mean.npy": (lambda root: LatentDataset(root / "latents")[0, 0], True),
     "recipe.yaml": (lambda root: load_run(str(root / "recipe.yaml")), True),
     "metrics.json": (lambda root: compare(EvaluateCompare(a=f"{root}/metrics.json", b=f"{root}/metrics.json")), True),
+    "evaluated.json": (lambda root: Result.read(root / "evaluated.json"), True),
+    "analysed.json": (lambda root: LatentReport.read(root / "analysed.json"), True),
     "metadata.json": (read_settings, True),
     "statistics.npz": (lambda root: SetStatistics.load(root / "statistics.npz", NETWORK), True),
     "images.npz": (lambda root: read_all(NpzImages(root / "images.npz")), True),
@@ -782,9 +791,16 @@ def jpeg_of_scans(count: int) -> bytes:
     return file[:-2] + last * (count - scans) + file[-2:]
 
 
+def jpeg_of_one_component_a_scan(count: int) -> bytes:
+    file = encoded(Image.new("RGB", (2_000, 2_000)), "JPEG")
+    scan = b"\xff\xda\0\x08\1\1\0\0\x3f\0" + bytes(100)
+    return file[: file.index(b"\xff\xda")] + scan * count + file[-2:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("parts.jpg", jpeg_of_one_component_a_scan(101), "parts.jpg: it is a JPEG of more than 100 scans"),
         ("scans.jpg", jpeg_of_scans(20_000), "scans.jpg: it is a JPEG of more than 100 scans"),
         ("segments.jpg", b"\xff\xd8" + b"\xff\xfe\0\2" * 1_000_000, "it is a JPEG of more than 10,000 segments"),
     ],
@@ -802,7 +818,8 @@ def test_a_small_jpeg_that_would_take_minutes_is_refused(sound, capsys, monkeypa
         assert message in capsys.readouterr().err
     assert message in refused(lambda: check_image(content, name))
     (sound / "run" / "pictures" / "step-00000010.png").write_bytes(content)
-    assert "step-00000010.png cannot be read" in "".join(picture_parts(find_runs(sound / "run")))
+    page = "".join(picture_parts(find_runs(sound / "run"))).replace("<wbr>", "")
+    assert "step-00000010.png cannot be read" in page
 
 
 def test_a_jpeg_of_as_many_scans_as_are_allowed_is_read(tmp_path):

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         resumes = name in ("train", "quickstart", "study")
         if name in ("latents", "sample"):
             return fail("interrupted: the same command does the rest", 130)
-        return fail("interrupted" + ": the same command goes on from the last checkpoint" * resumes, 130)
+        return fail("interrupted" + ": the same command resumes from the last checkpoint" * resumes, 130)
     except Stopped as error:
         return fail(str(error), 143)  # as a process ended by SIGTERM, so that no script takes the run for finished
     except (ValueError, FileNotFoundError) as error:

@@ -334,7 +334,7 @@ def run_options(run: Run, with_texts: bool = False) -> list[Option]:
     return [
         *settings,
         Option("out", str | None, "Folder of the run. Default: runs/NAME.", None, value="DIR"),
-        Option("allow_changes", bool, "Go on with a run in --out that had other settings.", False),
+        Option("allow_changes", bool, "Resume a run in --out that had other settings.", False),
     ]
 
 

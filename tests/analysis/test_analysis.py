@@ -23,6 +23,7 @@ from hieratok.analysis.codec import Codec, codec_of, encode_all
 from hieratok.analysis.commutation import commutation, commutation_error, equivariance, pyramid_commutation, target_mse
 from hieratok.analysis.density import (
     MIN_POINTS,
+    Embedding,
     draw_points,
     embed,
     evenness,
@@ -189,6 +190,22 @@ def test_points_are_one_position_of_each_image_drawn_without_replacement():
     flipped = both[:, 0] < 0
     assert 0.4 < flipped.mean() < 0.6
     assert np.array_equal(np.where(flipped[:, None], -both - 1, both), points)
+
+
+def test_an_embedding_is_read_back(tmp_path):
+    points, density = random(7, 2).numpy(), random(7).abs().numpy()
+    Embedding(points, density, np.arange(7)).save(tmp_path / "labelled.npz")
+    Embedding(points, density).save(tmp_path / "plain.npz")
+    labelled, plain = (Embedding.load(tmp_path / f"{name}.npz") for name in ("labelled", "plain"))
+    assert np.array_equal(labelled.points, points)
+    assert np.array_equal(plain.density, density)
+    assert labelled.labels is not None
+    assert labelled.labels.tolist() == list(range(7))
+    assert plain.labels is not None
+    assert set(plain.labels.tolist()) == {-1}
+    np.savez(tmp_path / "other.npz", points=points)
+    with pytest.raises(ValueError, match=r"other\.npz holds no embedding"):
+        Embedding.load(tmp_path / "other.npz")
 
 
 # --- commutation and equivariance -------------------------------------------------------------------------------------

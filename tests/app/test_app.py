@@ -26,11 +26,12 @@ from hieratok import HieraTok, cli
 from hieratok.app import page as app_page
 from hieratok.app import uploads
 from hieratok.app.handlers import BLENDS, SAMPLES, SIGMAS, Demo
-from hieratok.app.page import Picture, judge, latent_picture
+from hieratok.app.page import Picture, latent_picture, similarity
 from hieratok.app.server import ServeApp, load, serve
 from hieratok.app.uploads import MAX_BYTES, at_most, check_image, content_of, read_upload
 from hieratok.core.pictures import error_map
 from hieratok.core.pixels import BadImageError, center_crop, to_float, to_uint8
+from hieratok.core.seeding import generator
 from hieratok.evaluation.pixels import psnr, ssim
 from hieratok.evaluation.reconstruction import area_resize, one_colour_per_token
 from hieratok.generation.dit import DiT
@@ -71,6 +72,7 @@ BAD = {
 # --- uploads ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as hieratok.data.pixels does
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_uploads_are_refused_in_one_line(kind, tmp_path, monkeypatch):
     name, content, expected = BAD[kind]
@@ -157,13 +159,13 @@ def test_judge_compares_with_the_photo_at_the_scales_size():
     scale = torch.full((3, 24, 16), 128, dtype=torch.uint8)
     reference = area_resize(original[None], (24, 16))
     expected = f"PSNR {float(psnr(scale[None], reference)):.2f} dB, SSIM {float(ssim(scale[None], reference)):.3f}"
-    assert judge(scale, original) == expected
-    assert judge(scale[:, :10], original[:, :20]).endswith("SSIM –"), "smaller than SSIM's window"
-    assert judge(original, original) == "identical"
+    assert similarity(scale, original) == expected
+    assert similarity(scale[:, :10], original[:, :20]).endswith("SSIM –"), "smaller than SSIM's window"
+    assert similarity(original, original) == "identical"
     noise = original[:, :24, :16]
     colours = float(psnr(one_colour_per_token(noise[None], 8), noise[None]))
-    assert judge(noise, noise, 8) == f"identical; one colour per token {colours:.2f} dB"
-    assert judge(scale, scale, 8) == "identical; one colour per token identical"
+    assert similarity(noise, noise, 8) == f"identical; one colour per token {colours:.2f} dB"
+    assert similarity(scale, scale, 8) == "identical; one colour per token identical"
 
 
 def test_what_is_written_is_escaped():
@@ -218,7 +220,7 @@ def test_photo_at_every_scale_as_it_is_decoded(demo, tokenizer, tmp_path, size):
         assert len(shown) == k + 1, "coarse scales are shown before finer ones are decoded"
         assert pages[1 + k].count("pending") == 2 - k
         assert all(torch.equal(a, b) for a, b in zip(shown, scales))
-        assert judge(scales[k], image, tokenizer.config.patch_size) in pages[1 + k]
+        assert similarity(scales[k], image, tokenizer.config.patch_size) in pages[1 + k]
     *_, last = pages
     expected = [*scales, image, scales[-1], error_map(scales[-1], image), latent_picture(posterior.mode()[0])]
     shown = pictures(last)
@@ -233,7 +235,7 @@ def test_noise_is_in_units_of_the_latents_deviation(demo, tokenizer, tmp_path):
     with torch.inference_mode():
         shown = pictures(demo.noise(image))
         z = tokenizer.encode(to_float(center_crop(image, 16)[None])).mode()
-        noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(1, 4, 4, 4, generator=generator("noise", 0))
         for sigma, picture in zip(SIGMAS, shown, strict=True):
             expected = to_uint8(tokenizer.decode(z + sigma * std.view(4, 1, 1) * noise))[0]
             assert torch.equal(picture, expected)

@@ -251,7 +251,7 @@ def test_cost(hieratok, config, refused):
         (["--train.steps=0"], "train.steps must be at least 1, not 0"),
         (["--train.micro_batch_size", "many"], "--train.micro_batch_size must be a whole number or null, not 'many'"),
         (["--train.learning_rate=fast"], "--train.learning_rate must be a finite number, not 'fast'"),
-        (["--train.precision", "fp16"], "--train.precision must be one of bf16, fp32, not 'fp16'"),
+        (["--train.precision", "fp16"], "--train.precision must be one of fp32, bf16, not 'fp16'"),
         (["--model.attention", "casual"], "--model.attention must be one of full, independent, causal, not 'casual'"),
         (["--model.scales", "16"], "--model.scales must be a list of whole numbers, not '16'"),
         (["--model.scales", "[1, two]"], "--model.scales must be a list of whole numbers, not '[1, two]'"),
@@ -412,7 +412,7 @@ def test_train_writes_a_run_and_goes_on_with_it(trained, config, photos, hierato
 def test_another_run_is_not_overwritten(trained, config, photos, refused):
     line = refused("train", config, "--data", photos, "--out", trained, "--train.seed", "1")
     assert "train.seed 0 -> 1" in line
-    assert line.endswith("choose another --out, or go on with the new ones by --allow-changes")
+    assert line.endswith("choose another --out, or resume with the new ones by --allow-changes")
 
 
 def test_a_run_that_diverges_says_so(config, photos, hieratok):

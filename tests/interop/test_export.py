@@ -266,7 +266,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path, photos, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "tflite"], "format: expected"),
+        (["--format", "tflite"], "--format must be one of onnx, torch, not 'tflite'"),
         (["--format", "torch", "--int8"], "--int8 is for ONNX files: leave --format torch out"),
         (["--format", "torch", "--data", "nowhere"], "nowhere"),
         (["--fromat", "torch"], "unknown option --fromat; did you mean 'format'?"),

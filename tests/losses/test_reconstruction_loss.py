@@ -108,8 +108,9 @@ def test_single_scale_is_the_plain_loss():
 def test_perceptual_term_by_name_and_scale():
     pyramid, images, posterior = example()
     config = LossConfig(
-        trunk="squeeze", random_trunk=True, perceptual_weight=2.0, l1_weight=0, mse_weight=0, kl_weight=0
-    )
+        trunk="squeeze", random_trunk=True, perceptual_weight=2.0, l1_weight=0, mse_weight=0, kl_weight=0,
+        perceptual_reduction="mean",
+    )  # fmt: skip
     criterion = ReconstructionLoss(config, THREE)
     pyramid = [x.float().requires_grad_() for x in pyramid]
     loss, _, terms = criterion(pyramid, images.float(), posterior)

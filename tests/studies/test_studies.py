@@ -323,6 +323,7 @@ def test_a_study_killed_anywhere_ends_as_one_that_was_not(finished, base, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_kill_before_any_write_is_mended(base, tmp_path, monkeypatch):
     """A copy of the folder before each file operation is what `kill -9` would leave there: from each copy the same
     command ends with the same files and numbers, trains and measures nothing twice, and leaves nothing half-written."""

@@ -336,7 +336,7 @@ def test_some_images_without_a_class(tokenizer, photos, tmp_path):
     ("settings", "message"),
     [
         (dict(time_sampling="logit-normal"), "time_sampling logit-normal is for model.objective flow"),
-        (dict(eval=GeneratorEval(every=5, reference="x")), "say by which tokenizer"),
+        (dict(eval=GeneratorEval(every=5, reference="x")), "name their tokenizer"),
         (dict(eval=GeneratorEval(every=5), tokenizer="x"), "set --eval.reference PATH"),
     ],
 )

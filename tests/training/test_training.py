@@ -377,7 +377,7 @@ def test_bad_steps_in_a_row_go_back_to_the_last_checkpoint(photos, tmp_path, mon
 def test_after_too_many_rollbacks_a_run_stops_with_a_message(photos, tmp_path, monkeypatch):
     run = small_run(photos, max_bad_steps=2, max_rollbacks=2)
     poison(monkeypatch, lambda call: call >= 7)
-    message = r"not finite from step 5 on \(after going back 2 times\); the last checkpoint .* is .*step-00000004"
+    message = r"not finite from step 5 on \(after 2 rollbacks\); the last checkpoint .* is .*step-00000004"
     with pytest.raises(TrainingError, match=message):
         train_tokenizer(run, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
@@ -397,7 +397,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(photos, tmp_path, m
         (dict(save_every=4, picture_every=0), r"from step 2 on; no checkpoint was written before it"),
         (
             dict(save_every=1, picture_every=0, max_bad_steps=2),
-            r"from step 2 on \(after going back 3 times\); the last checkpoint before that is .*step-00000001",
+            r"from step 2 on \(after 3 rollbacks\); the last checkpoint before that is .*step-00000001",
         ),
         (dict(save_every=1, picture_every=1), r"from step \d on; no checkpoint was written before it"),
         (dict(save_every=1, learning_rate=1e39, min_learning_rate=1e39), r"from step 1 on; no checkpoint was written"),
@@ -439,7 +439,7 @@ def test_checkpoints_from_before_a_bad_streak_stay(photos, tmp_path, monkeypatch
     """However often is saved meanwhile."""
     run = small_run(photos, save_every=1, keep_checkpoints=1, max_bad_steps=4, max_rollbacks=1, log_every=1)
     poison(monkeypatch, lambda call: call >= 6)
-    with pytest.raises(TrainingError, match=r"from step 6 on \(after going back 1 time\); .* is .*step-00000005"):
+    with pytest.raises(TrainingError, match=r"from step 6 on \(after 1 rollback\); .* is .*step-00000005"):
         train_tokenizer(run, tmp_path)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hieratok.core.estimates import Estimate
+from hieratok.core.messages import shown
 from hieratok.core.typed import typed
 
 
@@ -112,8 +113,8 @@ def read_number(table: Mapping[str, Any], key: str, where: str) -> float:
         ValueError: it is missing, or no number.
     """
     if key not in table:
-        raise ValueError(f"{where} lacks {key}")
-    value = typed(table[key], int | float | None, f"{where}: {key}")
+        raise ValueError(f"{where} lacks {shown(key)}")
+    value = typed(table[key], int | float | None, f"{where}: {shown(key)}")
     return math.nan if value is None else value
 
 

@@ -161,7 +161,7 @@ class Gate:
     Args:
         page: gradio's server.
         uploads: where photos are kept.
-        visits: is told who comes and goes.
+        visits: counts who comes and goes.
         functions: gradio's numbers of handlers, and their names.
     """
 
@@ -392,7 +392,7 @@ def gated(
     Args:
         page: gradio's server.
         uploads: where photos are kept.
-        visits: is told who comes and goes.
+        visits: counts who comes and goes.
         functions: gradio's numbers of handlers, and their names.
         allowed_hosts: names under which the app may be asked for, besides localhost.
         lifespan: gradio's.

@@ -15,11 +15,11 @@ from hieratok.app.page import (
     Picture,
     before_after,
     frames,
-    judge,
     latent_picture,
     message,
     row,
     section,
+    similarity,
     status,
 )
 from hieratok.app.uploads import read_upload
@@ -108,7 +108,7 @@ class Demo:
         scales: list[Picture] = []
         for decoded in self.tokenizer.decode_progressive(z, posterior.image_size):
             scale = to_uint8(decoded)[0].cpu()
-            scales.append(Picture(scale, size(scale), judge(scale, image, f)))
+            scales.append(Picture(scale, size(scale), similarity(scale, image, f)))
             yield status(f"Scale {len(scales)} of {len(grids)}") + pyramid(scales, pending[len(scales) :])
 
         page = pyramid(scales, []) + comparison(image, scales[-1].image) + inside(image, scales[-1].image, z[0])
@@ -129,7 +129,7 @@ class Demo:
         steps = []
         for sigma in SIGMAS:
             decoded = to_uint8(self.tokenizer.decode(z + sigma * noise))[0].cpu()
-            steps.append(Picture(decoded, f"σ = {sigma:g}", judge(decoded, crop)))
+            steps.append(Picture(decoded, f"σ = {sigma:g}", similarity(decoded, crop)))
         note = (
             f"z + σ ε, decoded at {side} × {side} px: how wrong a generator's latents may be. σ counts standard"
             f" deviations of each latent channel {whose}."

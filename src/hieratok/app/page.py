@@ -37,7 +37,7 @@ class Picture:
         return inline(to_pil(self.image), effort=0)
 
 
-def judge(image: Tensor, original: Tensor, patch_size: int | None = None) -> str:
+def similarity(image: Tensor, original: Tensor, patch_size: int | None = None) -> str:
     """PSNR and SSIM of one scale, uint8 (3, h, w), against the original, (3, H, W), area-resized to its size; with the
     patch size also the PSNR of one colour per token."""
     reference = area_resize(original[None], image.shape[-2:])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from hieratok.app.gate import Visits
 
-WAITING = 100  # people in the queue; whoever comes then is told to try again
+WAITING = 100  # people in the queue; whoever comes then is asked to try again
 SESSIONS = 4  # whose last page gradio remembers, though nothing asks for it; a page has some megabytes
 CONNECTIONS = 500  # a browser needs three
 END_SECONDS = 4.0  # from SIGTERM to the end, at most

@@ -1,5 +1,5 @@
 """The process that computes for the app. It can be killed whatever it does, as a thread cannot: by a request that takes
-too long, by a file that makes a decoder hang or crash, and when the server ends. The next request starts it anew.
+too long, by a file that makes a decoder hang or crash, and when the server ends. The next request starts it again.
 
 The two talk in JSON over a pipe. The server asks: ["start", JOB, METHOD, ARGUMENTS...] or ["next"]. The worker answers
 with any number of ["progress", DONE, TOTAL] and then with one of ["page", HTML], ["done"] and ["failed"]. ["drop", JOB]

@@ -137,7 +137,7 @@ def remove_leftovers(path: Path) -> None:
 def _remove_or_put_back(aside: Path, path: Path) -> None:
     """What to do with a folder that was set aside: if no other took its place, it stays."""
     if path.exists():
-        shutil.rmtree(aside)
+        remove(aside)
     else:
         os.rename(aside, path)
 

@@ -2,11 +2,11 @@
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says where it stands and what to do."""
+    """A run that cannot continue; the message says where it stands and what to do."""
 
 
 class Stopped(Exception):
-    """A run that was asked to stop (SIGTERM) and has saved; the same command goes on."""
+    """A run that was asked to stop (SIGTERM) and has saved; the same command resumes."""
 
 
 class NotFinite(ValueError):

@@ -1,4 +1,4 @@
-"""One writer at a time for each output folder: a second one is refused and told who the first is.
+"""One writer at a time for each output folder: a second one is refused, and the message names the first.
 
 The operating system's lock decides. It ends with its process, however that ends, so nothing stale remains on one
 machine, and NFS carries it to others. Some network file systems do not, or keep it to one machine. So who holds a lock
@@ -56,7 +56,7 @@ def lock(folder: str | Path, command: str, name: str = ".lock") -> Iterator[None
 
     Args:
         folder: made if need be, and removed again if nothing was written.
-        command: what the others are told is running.
+        command: what the message to the others says is running.
         name: the lock's file in the folder. Locks of different names do not exclude each other.
 
     Raises:

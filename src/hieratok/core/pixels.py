@@ -53,6 +53,7 @@ BAND_ROWS = 256  # of a decoded image that are converted at a time
 JPEG_START = b"\xff\xd8"
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # of those that stand alone, the end's only
 JPEG_END, JPEG_SCAN = b"\xd9", b"\xda"
+JPEG_SEQUENTIAL = (b"\xc0", b"\xc1", b"\xc9")  # frames whose scans each hold whole components
 
 TORCHVISION_RGB = 3  # torchvision.io.ImageReadMode.RGB
 CROP_TRIES = 10
@@ -84,7 +85,7 @@ class BadImageError(ValueError):
     """An image that cannot be read, or cannot be cropped as asked; the message is one line and names it."""
 
     def __init__(self, message: str):
-        # A DataLoader raises a worker's error anew with the worker's traceback as the message; its last line is ours.
+        # A DataLoader raises a worker's error again with the worker's traceback as the message; its last line is ours.
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__name__}: "))
 
@@ -196,15 +197,21 @@ def open_image(data: bytes, with_texts: bool = False) -> ImageFile.ImageFile:
 
 def _check_scans(data: bytes) -> None:
     """Refuse a JPEG that would take long however few pixels and bytes it has."""
-    scans, position = 0, len(JPEG_START)
+    scans, position, components = 0, len(JPEG_START), None
     for _ in range(MAX_SEGMENTS):
         found = JPEG_MARKER.search(data, position)
         if found is None or found[1] == JPEG_END:
             return
-        scans += found[1] == JPEG_SCAN
-        if scans > MAX_SCANS:
-            raise TooManyScans(f"it is a JPEG of more than {MAX_SCANS} scans, which would take very long to decode")
-        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        content = found.end() + 2  # after its length
+        if found[1] in JPEG_SEQUENTIAL:
+            components = data[content + 5 : content + 6]
+        if found[1] == JPEG_SCAN:
+            if scans == 0 and data[content : content + 1] == components:
+                return  # most photos: one scan holds all, and decoders read no other
+            scans += 1
+            if scans > MAX_SCANS:
+                raise TooManyScans(f"it is a JPEG of more than {MAX_SCANS} scans, which would take very long to decode")
+        position = found.end() + int.from_bytes(data[found.end() : content], "big")
     raise TooManyScans(f"it is a JPEG of more than {MAX_SEGMENTS:,} segments, which no photo has")
 
 

@@ -16,7 +16,7 @@ class WriteLatents:
     data: str
     """Images, as `hieratok train` takes them; each is cut to the tokenizer's size as ADM does."""
     out: str | None = None
-    """Folder to write to; the same command again goes on."""
+    """Folder to write to; the same command again resumes."""
     stats_only: bool = False
     """Write no latents: measure every channel's mean and deviation over all images and put them into RUN."""
     size: int | None = None

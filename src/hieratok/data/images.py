@@ -618,7 +618,7 @@ def training_loader(dataset: Dataset, batches: StepBatches, num_workers: int) ->
     Args:
         dataset: what to load from.
         batches: in what order.
-        num_workers: processes, at most one for each CPU core at hand; 0: load in this process, when asked for.
+        num_workers: processes, at most one for each available CPU core; 0: load in this process, when asked for.
 
     Returns:
         Batches of `image` uint8 (B, 3, size, size), `label` int64 (B,), `skipped` int64 (B,).

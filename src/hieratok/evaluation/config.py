@@ -33,7 +33,7 @@ class PairedOptions(EvaluationOptions):
 
 @dataclass(kw_only=True)
 class EvaluateReconstruction(PairedOptions):
-    """Judge a tokenizer by its reconstructions of images: rFID, PSNR, SSIM, LPIPS.
+    """Evaluate a tokenizer's reconstructions of images: rFID, PSNR, SSIM, LPIPS.
 
     Example: hieratok evaluate reconstruction runs/photos --data val
     """
@@ -43,7 +43,7 @@ class EvaluateReconstruction(PairedOptions):
     data: str
     """Images to reconstruct: a folder, a pattern, or WebDataset shards."""
     scales: bool = False
-    """Judge every scale, each against the original resized to it by area, and not only the finest."""
+    """Evaluate every scale, each against the original resized to it by area, and not only the finest."""
     sample: bool = False
     """Decode a sample of the posterior instead of its mean."""
     out: str | None = None
@@ -70,7 +70,7 @@ class EvaluateImages(PairedOptions):
 
 @dataclass(kw_only=True)
 class EvaluateSamples(EvaluationOptions):
-    """Judge generated images by a reference: FID, sFID, IS, KID, precision, recall.
+    """Compare generated images with a reference: FID, sFID, IS, KID, precision, recall.
 
     Example: hieratok evaluate samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     """

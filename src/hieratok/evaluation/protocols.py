@@ -144,7 +144,7 @@ def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = No
     with process_group():
         network = _network(options)
         if network is None:
-            raise ValueError("samples are judged by distances alone: --features none leaves nothing to compute")
+            raise ValueError("samples are evaluated by distances alone: --features none leaves nothing to compute")
         source = open_images(options.path)
         size = _size(options, source)
         reference = _reference(options, network, size)  # first: a wrong one is then refused before the long part

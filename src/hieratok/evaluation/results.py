@@ -76,10 +76,10 @@ class Result:
         }
         return cls(
             Numbers(
-                _numbers({"n": table.get("n")} | finest, where),
+                _numbers(finest | {"n": typed(table.get("n"), int, f"{where}: n")}, where),
                 {side: _numbers(row, where) for side, row in _rows(part("scales"), f"{where}: scales").items()},
             ),
-            part("manifest"),
+            typed(table.get("manifest"), dict, f"{where}: manifest"),
             typed(table.get("warnings", []), list[str], f"{where}: warnings"),
             part("inputs"),
             intervals,

@@ -72,7 +72,7 @@ class Moments:
 
     Features wait until there are more of them than dimensions D and are then folded into the sums in one matrix
     product: so memory is bounded by two D x D matrices, batches of 1 cost no more than others, and for n <= D the
-    features themselves are at hand. Sums are of deviations from the running mean, which keeps their digits where the
+    features themselves are kept. Sums are of deviations from the running mean, which keeps their digits where the
     mean is large.
     """
 

@@ -203,7 +203,7 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SampleConfig):
-    """Draw images from a generator; the same command again draws what is missing.
+    """Sample images from a generator; the same command again makes what is missing.
 
     Example: hieratok sample runs/dit-b --tokenizer runs/f16d16-multi --out samples --num 64 --cfg 4.2 --scales all
     """

@@ -14,7 +14,7 @@ __all__ = ["AutoencoderHieraTok", "HieraTokDiT", "HieraTokPipeline"]
 
 def __getattr__(name: str) -> Any:
     """The classes for diffusers."""
-    if name in __all__:
+    if name in __all__ or name == "ModelMixin":  # diffusers looks for a class's base class in the class's own module
         from hieratok.interop import diffusers
 
         return getattr(diffusers, name)

@@ -249,7 +249,7 @@ def write_picture(source: Path | None, path: Path) -> bool:
 
 
 def make_card(facts: Run, kind: str, config: Mapping[str, Any], hub_id: str, license: str, has_picture: bool) -> str:
-    """README.md: metadata for the hub, then what the model is, how it was trained and judged, and what is not known."""
+    """README.md: metadata for the hub, then what the model is, its training and evaluation, and what is unknown."""
     from huggingface_hub import ModelCardData
 
     title = hub_id.partition("/")[2]

@@ -62,7 +62,7 @@ def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:
 
 
 class PatchGAN(nn.Module):
-    """Judges overlapping patches, with 3 layers of 70 px each (pix2pix, arXiv 1611.07004).
+    """Looks at overlapping patches, with 3 layers of 70 px each (pix2pix, arXiv 1611.07004).
 
     Norms are over the channels of one position [ours]. Batch norm, the usual choice, makes a logit depend on other
     images; norms over positions make it depend on all of its own image, and then it is no patch's.
@@ -99,7 +99,7 @@ class PatchGAN(nn.Module):
 
 
 class ResidualDiscriminator(nn.Module):
-    """Judges the image as a whole: StyleGAN2's residual discriminator (arXiv 1912.04958), down to 4 x 4.
+    """Looks at the image as a whole: StyleGAN2's residual discriminator (arXiv 1912.04958), down to 4 x 4.
 
     Two parts of the original are left out [ours]. Equalised learning rates multiply the step of every layer, which fits
     its learning rate of 2e-3 and not this one: plain He initialisation instead. The batch's standard deviation as a
@@ -171,7 +171,7 @@ class Blur(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Judges a frozen DINO's tokens at five depths: StyleGAN-T's discriminator without its text (arXiv 2301.09515).
+    """Looks at a frozen DINO's tokens at five depths: StyleGAN-T's discriminator without its text (arXiv 2301.09515).
 
     As published: a head on what enters the first block and on what leaves the last block of each quarter, without the
     final norm; the class token is added to every patch's token; images are resized by area, and where they are larger
@@ -449,7 +449,7 @@ def adaptive_weight(
 
 
 class DiffAugment(nn.Module):
-    """Colour, translation and cutout, drawn anew for each image and call (DiffAugment, arXiv 2006.10738).
+    """Colour, translation and cutout, new for each image and call (DiffAugment, arXiv 2006.10738).
 
     Differentiable. Draws from torch's global generator; in evaluation mode it returns the images as they are.
 

@@ -105,7 +105,7 @@ def pictures(shown: Shown) -> list[report.Html]:
     ]
     caption = (
         "The worst and the best by PSNR of the finest scale. The error is the mean over red, green and blue."
-        " Select a picture to enlarge it; arrow keys go on to the next."
+        " Select a picture to enlarge it; arrow keys show the next."
     )
     return [report.picture_grid([*titles, "original", "error"], rows, caption), report.error_scale()]
 

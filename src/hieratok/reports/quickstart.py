@@ -16,7 +16,7 @@ from hieratok.reports.evaluation import metric_table
 from hieratok.tasks.quickstart import SAMPLING, WHOLE, FirstLook, QuickstartResult, Reconstructed, Trained
 from hieratok.training.tokenizer import TokenizerRun
 
-NO_SAMPLES = "They come when the generator is trained. If that was interrupted, the same command goes on with it."
+NO_SAMPLES = "They come when the generator is trained. If that was interrupted, the same command resumes it."
 
 
 def write(out: Path, found: FirstLook) -> None:
@@ -120,7 +120,7 @@ def crop_pictures(run: TokenizerRun, crops: list[Reconstructed]) -> report.Html:
         rows,
         f"Held-out crops of {run.data.val_path}{origin}, decoded at every scale from the posterior mean, beside the"
         f" original and the original with each {f} x {f} patch in its mean colour. Below each scale its PSNR in dB, and"
-        " in brackets that of one colour per token at its size. Select a picture to enlarge it; arrow keys go on to the"
+        " in brackets that of one colour per token at its size. Select a picture to enlarge it; arrow keys show the"
         " next.",
     )
 

@@ -336,7 +336,7 @@ def meaning(term: str) -> str:
 
 
 def picture_parts(runs: Sequence[Run]) -> list[report.Html]:
-    """The latest picture of each run; a damaged one is told."""
+    """The latest picture of each run; a damaged one is named."""
     pictures, broken = [], []
     for run in runs:
         if run.picture is None:
@@ -353,5 +353,5 @@ def picture_parts(runs: Sequence[Run]) -> list[report.Html]:
         pictures.append(report.picture(picture, what, f"{what} ({size})"))
     if not pictures:
         return broken
-    text = "What the averaged model makes of images, or draws. Select one to enlarge it; arrow keys go on to the next."
+    text = "What the averaged model makes of images, or draws. Select one to enlarge it; arrow keys show the next."
     return [report.text(text), report.columns(*pictures), *broken]

@@ -21,7 +21,7 @@ class RunStudy:
     data: str | None = None
     """Images to train on; tiny has ten photos of its own."""
     val: str | None = None
-    """Images to judge by, never trained on."""
+    """Images for evaluation, never trained on."""
     out: str | None = None
     """Folder of pages, tables and runs. Default: studies/SIZE."""
     base: str | None = None

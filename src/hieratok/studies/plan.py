@@ -190,7 +190,7 @@ def settings_of(run: TokenizerRun | GeneratorRun) -> dict[str, Any]:
 
 
 def wants_generator(setup: Setup) -> bool:
-    """Whether rows need a generator, and its samples can be judged if they must be."""
+    """Whether rows need a generator, and its samples can be evaluated if they must be."""
     return "samples" in setup.study.needs or compares_samples(setup)
 
 
@@ -200,15 +200,15 @@ def compares_samples(setup: Setup) -> bool:
 
 
 def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Planned:
-    """A row's generator, on the tokenizer's latents of its training images; judged ten times while it trains."""
+    """A row's generator, on the tokenizer's latents of its training images; evaluated ten times while it trains."""
     assert isinstance(tokenizer.run, TokenizerRun)
     shape, images = tokenizer.run.model, tokenizer.run.data.path
     run = with_steps(setup.size.generators[row.generator](), setup.options.steps_of_generators)
     classes = num_classes(images) if images else run.model.num_classes
     model = replace(run.model, latent_channels=shape.latent_channels, latent_size=shape.scales[-1], num_classes=classes)
-    judged = GeneratorEval()
+    evaluation = GeneratorEval()
     if setup.options.features != "none" and reference(setup):  # a plan may do without images
-        judged = GeneratorEval(
+        evaluation = GeneratorEval(
             every=max(1, run.train.steps // 10),
             num_images=setup.size.curve_samples,
             reference=reference(setup),
@@ -222,10 +222,12 @@ def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Plan
         model=model,
         data=replace(run.data, path=str(tokenizer.folder / "latents"), num_workers=tokenizer.run.data.num_workers),
         train=replace(run.train, seed=run.train.seed + seed),
-        eval=judged,
+        eval=evaluation,
     )
     settings = settings_of(run) | {"tokenizer": tokenizer.folder.name, "data.path": "latents"}
-    return Planned(run, setup.out / "runs" / digest(settings | {"judged": plain(judged)}))  # figure 4 needs its curve
+    return Planned(
+        run, setup.out / "runs" / digest(settings | {"judged": plain(evaluation)})
+    )  # figure 4 needs its curve
 
 
 def planned_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
@@ -258,7 +260,7 @@ def digest(settings: dict[str, Any]) -> str:
 
 
 def train(planned: Planned) -> None:
-    """Train a run, or go on with it; nothing if it is finished. Every process must call."""
+    """Train a run, or resume it; nothing if it is finished. Every process must call."""
     with unless_done(planned.folder, DONE, DONE) as wanted:
         if wanted:
             _train(planned)
@@ -355,7 +357,7 @@ def throughput(runs: Sequence[Planned]) -> tuple[dict[Path, float], str]:
     """Images per second of each run, and where that is known from.
 
     From the logs of the study's runs of the same kind, so far as they have trained; else from a short measurement of
-    one. Either way runs of one kind are told apart by the GFLOPs of their models.
+    one. Either way runs of one kind differ in the GFLOPs of their models.
     """
     rates, sources = {}, []
     for kind in dict.fromkeys(one.run.kind for one in runs):

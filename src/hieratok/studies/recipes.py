@@ -477,7 +477,7 @@ def dit_tiny() -> GeneratorRun:
     """A CPU, hours: a DiT of 2M by flow matching on tiny-multi's 32 x 8 x 8 latents of ten classes.
 
     hieratok train dit-tiny --tokenizer runs/tiny-multi --data latents/tiny-multi
-    Measured: 43 images/s on one thread of a busy AMD EPYC, so two hours. Its samples were not judged.
+    Measured: 43 images/s on one thread of a busy AMD EPYC, so two hours. Its samples were not evaluated.
     """
     model = DiTConfig.of_size(
         "tiny", latent_channels=32, latent_size=8, num_classes=10, objective="flow", learn_sigma=False

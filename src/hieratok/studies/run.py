@@ -1,7 +1,7 @@
 """`hieratok study`: one of the paper's tables or figures at a size that fits the machine, beside the paper's numbers.
 
 Every run lies in OUT/runs under a hash of its settings and data, and every measurement under a hash of its options, so
-what is there is used again, by other studies too, and the same command goes on where it was stopped.
+what is there is used again, by other studies too, and the same command resumes where it was stopped.
 """
 
 import math
@@ -395,5 +395,5 @@ def compared_row(setup: Setup, cells: Cells, name: str, key: str | None, i: int,
     pairs = [value - base[seed] for seed, value in values_here.items() if seed in base]
     effect = interval(pairs) if pairs else None
     paper_effect = None if paper is None or paper_base is None else paper - paper_base
-    judged = Effect(paper_effect, effect, verdict(paper_effect, effect), counts=name not in row.doubtful)
-    return ComparedRow(paper, ours, difference, judged)
+    compared = Effect(paper_effect, effect, verdict(paper_effect, effect), counts=name not in row.doubtful)
+    return ComparedRow(paper, ours, difference, compared)

@@ -1,7 +1,7 @@
 """`hieratok latents`: the latents of a set of images, written once, so that training generators need not encode.
 
 Every shard is written whole or not at all, and checked by its checksums before it counts as done, so the same command
-goes on where it was stopped; under `torchrun` the shards are divided among the processes.
+resumes where it was stopped; under `torchrun` the shards are divided among the processes.
 """
 
 import logging
@@ -95,7 +95,7 @@ def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Man
 
 
 def start(out: Path, manifest: Manifest) -> Manifest:
-    """Begin a folder, or go on with it if it is of the same tokenizer and images; every process must call.
+    """Begin a folder, or resume it if it is of the same tokenizer and images; every process must call.
 
     Raises:
         ValueError: it holds latents of something else, or a damaged manifest.

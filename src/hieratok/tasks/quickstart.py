@@ -118,10 +118,10 @@ def quickstart(
     generator_steps: int = 600,
     write_page: WritePage | None = None,
 ) -> QuickstartResult:
-    """Train both models, reconstruct photos and draw samples at every scale, write `out/metrics.json`: once the
+    """Train both models, reconstruct photos and sample at every scale, write `out/metrics.json`: once the
     tokenizer is trained, and again with the generator's samples.
 
-    Finished runs in `out` are not trained again, unfinished ones go on.
+    Finished runs in `out` are not trained again, unfinished ones are resumed.
 
     Args:
         out: the tokenizer's run; the generator's is `out/dit`.
@@ -132,7 +132,7 @@ def quickstart(
 
     Raises:
         ValueError, FileNotFoundError: settings or images that do not fit or are missing.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot continue.
     """
     run = run or replace(recipes.tiny_multi(), name="tiny-multi")
     if run.data.val_path is None:

@@ -165,7 +165,7 @@ def reconstruct_any(tokenizer: HieraTok, image: Tensor) -> list[Tensor]:
 def reconstruction_pairs(
     tokenizer: HieraTok, source: Source, options: EvaluateReconstruction
 ) -> Iterator[tuple[list[str], Tensor, list[Tensor]]]:
-    """What `evaluate reconstruction` judges: (names, uint8 originals, uint8 reconstructions), this process's share.
+    """What `evaluate reconstruction` compares: (names, uint8 originals, uint8 reconstructions), this process's share.
 
     Originals are ADM-cropped to the tokenizer's size; reconstructions are of the finest scale, or of all if
     `options.scales`, from the posterior's mean, or a sample if `options.sample` (seeded by the image's name).

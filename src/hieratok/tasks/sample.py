@@ -121,7 +121,7 @@ def image_path(out: Path, side: int, index: int) -> Path:
 
 
 def start(out: Path, metadata: dict[str, Any], settings: str) -> list[int]:
-    """Begin a folder, or go on with it; every process must call.
+    """Begin a folder, or resume it; every process must call.
 
     Returns:
         Which of this process's share of the images are missing or damaged, at any scale.

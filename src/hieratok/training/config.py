@@ -46,7 +46,7 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the images. [ours]: the paper does not say; DiT does."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Stop at an unreadable image and name it, or go on without it and count."""
+    """Stop at an unreadable image and name it, or skip it and count."""
     num_workers: int = 8
     """Processes that decode images, for each training process; 0: none but the training process itself."""
 
@@ -128,7 +128,7 @@ class TrainConfig(Optimization):
     """A step whose loss or gradient is not finite is left out; so many in a row, and the run goes back to its last
     checkpoint and takes the data in another order."""
     max_rollbacks: int = 3
-    """Having gone back so often, the run gives up at the next time."""
+    """How often a run may return to its last good checkpoint, at most; then it ends with an error."""
     log_every: int = 50
     """Steps between lines in log.jsonl and in the tracker."""
     tracker: TrackerName = "tensorboard"
@@ -219,7 +219,7 @@ class TokenizerRun:
     train: TrainConfig = field(default_factory=TrainConfig)
     """How."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """How it is judged meanwhile."""
+    """How it is evaluated meanwhile."""
 
     def __post_init__(self):
         check_name(self.name)
@@ -284,7 +284,7 @@ class GeneratorRun:
     model: DiTConfig = field(default_factory=DiTConfig)
     """The generator."""
     data: DataConfig = field(default_factory=lambda: DataConfig(crop="center"))
-    """Latents: `path` is a folder of `hieratok latents`. Or images, which are then encoded anew at every step."""
+    """Latents: `path` is a folder of `hieratok latents`. Or images, which are then encoded again at every step."""
     time_sampling: TimeSampling = "uniform"
     """Times that objective flow trains at: uniform, or more often in the middle (logit-normal)."""
     train: TrainConfig = field(
@@ -300,13 +300,13 @@ class GeneratorRun:
     """How. Steps, batch and optimiser are the paper's (appendix F), the averaging of weights is DiT's; bf16 and the
     clipping of gradients are [ours]."""
     eval: GeneratorEval = field(default_factory=GeneratorEval)
-    """How it is judged meanwhile."""
+    """How it is evaluated meanwhile."""
 
     def __post_init__(self):
         check_name(self.name)
         if self.time_sampling != "uniform" and self.model.objective != "flow":
             raise ValueError(f"time_sampling {self.time_sampling} is for model.objective flow")
         if self.eval.every and self.tokenizer is None:
-            raise ValueError("eval.every judges decoded samples: say by which tokenizer, --tokenizer RUN")
+            raise ValueError("eval.every evaluates decoded samples: name their tokenizer, --tokenizer RUN")
         if self.eval.every and self.eval.reference is None:
             raise ValueError("eval.every compares samples with real images: set --eval.reference PATH")

@@ -344,7 +344,7 @@ def split_batch(config: TrainConfig) -> tuple[int, range]:
 def divergence(step: int, rollbacks: int, folder: Path | None) -> str:
     """The message of a diverged run."""
     good = f"the last checkpoint before that is {folder}" if folder else "no checkpoint was written before it"
-    times = f" (after going back {rollbacks} time{'s' * (rollbacks > 1)})" * (rollbacks > 0)
+    times = f" (after {rollbacks} rollback{'s' * (rollbacks > 1)})" * (rollbacks > 0)
     return (
         f"the run diverged: loss, gradient or weights are not finite from step {step} on{times}; {good}. Try a lower"
         f" learning rate, or fp32"

@@ -71,7 +71,7 @@ class RunFolder:
     Args:
         path: made by `prepare`.
         settings: the resolved config as plain values.
-        allow_changes: go on with a run that has other settings.
+        allow_changes: resume a run that has other settings.
 
     Raises:
         ValueError: the folder holds a run with other settings; the message names them. Or a damaged config.yaml.
@@ -92,14 +92,14 @@ class RunFolder:
                 differences = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in changed)
                 if not allow_changes:
                     raise ValueError(
-                        f"{path} holds a run with other settings ({differences}): choose another --out, or go on with"
+                        f"{path} holds a run with other settings ({differences}): choose another --out, or resume with"
                         f" the new ones by --allow-changes"
                     )
                 self._check_changes(changed, differences)
-                logger.warning("%s goes on with other settings: %s", path, differences)
+                logger.warning("%s resumes with other settings: %s", path, differences)
 
     def _check_changes(self, changed: list[str], differences: str) -> None:
-        """Refuse what a run with checkpoints cannot go on with.
+        """Refuse what a run with checkpoints cannot resume with.
 
         Raises:
             ValueError: another model, or fewer steps than are done.

@@ -149,7 +149,7 @@ def walk(folder: Path, into_runs: bool = True) -> Iterator[Path]:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """One run; whatever is damaged is told in `problems` and raises nothing."""
+    """One run; whatever is damaged is listed in `problems` and raises nothing."""
     problems: list[str] = []
     settings = read_settings(folder / CONFIG, problems)
     kind = settings.get("kind", "tokenizer")
@@ -213,7 +213,7 @@ def read_records(path: Path, required: tuple[str, ...], problems: list[str]) -> 
 def state_of(
     folder: Path, kind: str, settings: dict[str, Any], log: list[dict[str, float]], silent_seconds: float
 ) -> str:
-    """How far a run got, and whether it still goes on: nothing but its log's age tells."""
+    """How far a run got, and whether it is still running, which only its log's age can say."""
     steps = settings.get("train.steps")
     saved = [checkpoint.step_of(path) for path in checkpoint.step_folders(folder)]
     step = int(max([log[-1]["step"] if log else 0, *saved]))
