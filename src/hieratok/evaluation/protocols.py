@@ -97,7 +97,7 @@ def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None
     """
     with process_group():
         a, b = open_images(options.a), open_images(options.b)
-        ids, in_a, in_b = pair(a, b, options.a, options.b, options.suffix)
+        ids, in_a, in_b = pair(a, b, options.a, options.b, options.suffix or "")
         size = _size(options, a)
         metrics = ReconstructionMetrics(_network(options), load_perceptual(options.lpips, _device(options)))
         rank, world = process()
