@@ -305,8 +305,8 @@ def open_source(path: str | Sequence[str]) -> Source:
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].split(":")[0] == "bundled":
         return BundledPhotos(paths[0].partition(":")[2] or "train")
-    name, colon, text = paths[0].partition(":")
-    if len(paths) == 1 and colon and name in SOURCES:
+    name, colon, text = paths[0].partition(":") if len(paths) == 1 else ("", "", "")
+    if colon and name in SOURCES:
         return SOURCES[name](text)
     left_out = LeftOut()
     found = [_expand(os.path.expanduser(one), left_out) for one in paths]
