@@ -149,7 +149,7 @@ class AutoencoderHieraTok(OwnModel, AutoencoderMixin):
     """
 
     _own, _inside = HieraTok, "tokenizer"
-    _no_split_modules = ["HieraTok"]  # small, and its parts hand each other generators, which no hook would move
+    _no_split_modules: ClassVar = ["HieraTok"]  # its parts hand each other generators, which no hook moves
 
     @register_to_config
     @takes(TokenizerConfig)
@@ -273,8 +273,8 @@ class HieraTokDiT(OwnModel):
     """
 
     _own, _inside = DiT, "generator"
-    _no_split_modules = ["DiT"]
-    _skip_layerwise_casting_patterns = ["t_embedder"]  # it computes in the precision of its weights
+    _no_split_modules: ClassVar = ["DiT"]
+    _skip_layerwise_casting_patterns: ClassVar = ["t_embedder"]  # it computes in the precision of its weights
 
     @register_to_config
     @takes(DiTConfig)
@@ -331,7 +331,7 @@ class HieraTokPipeline(DiffusionPipeline):
     vae: Any
     scheduler: Any
     model_cpu_offload_seq = "transformer->vae"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,
