@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from hieratok.data.images import ImageDataset, StepBatches, TarShards, center_crop, open_source, training_loader
+from hieratok.data.images import ImageDataset, PackedImages, StepBatches, center_crop, open_source, training_loader
 
 ROUNDS = 7
 
@@ -105,7 +105,7 @@ def main(shards: str | None, folder: str | None, temporary: Path) -> None:
         shards = str(temporary / "0.tar")
         make_shard(folder, Path(shards))
     images, files = open_source(shards), open_source(folder)
-    if not isinstance(images, TarShards):
+    if not isinstance(images, PackedImages):
         raise SystemExit(f"{shards} are no shards")
     paths = images.paths
     file_paths = [Path(folder) / files.name(i) for i in range(len(files))]
