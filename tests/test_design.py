@@ -122,3 +122,29 @@ def test_no_test_imports_another_test():
     assert not imported & {path.stem for path in paths}
     rooms = {path.name for path in tests.iterdir() if path.is_dir()} - {"helpers", "__pycache__"}
     assert rooms <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+
+
+ONE_HOME = {  # what may be written in these modules alone
+    "import tqdm": {"core.progress"},
+    "from tqdm": {"core.progress"},
+    "torch.distributed": {"core.distributed", "training.parallel"},
+    "RANK": {"core.distributed", "core.devices"},
+    "WORLD_SIZE": {"core.distributed"},
+    "hashlib.blake2b(": {"core.seeding"},
+    "default_rng(": {"core.seeding"},
+    "Image.open(": {"core.pixels"},
+    "yaml.safe_load": {"core.files", "settings"},  # files; values of flags
+    "yaml.load": {"core.files"},
+    "safe_open(": {"core.checkpoint"},
+    "load_file(": {"core.checkpoint"},
+    "torch.load(": {"core.checkpoint", "training.run_folder"},  # weights; optimisers
+    "import jinja2": {"reports.templating"},
+    "from jinja2": {"reports.templating"},
+}
+
+
+@pytest.mark.parametrize("text", ONE_HOME)
+def test_one_of_each(text):
+    """One reader, one progress bar, one place that knows about processes, one scheme of seeds, ..."""
+    found = {module for module, path in modules().items() if text in path.read_text()}
+    assert found <= ONE_HOME[text]

@@ -282,7 +282,7 @@ def test_sdist_passes_its_own_tests(built, tmp_path):
         tracked = run("git", "-C", ROOT, "ls-files").split("\n")[:-1]
         missing = [name for name in tracked if not name.startswith(".ci/") and (ROOT / name).exists()]
         assert not [name for name in missing if not (folder / name).exists()]
-    tests = ["test_docs.py", "test_project.py", "test_examples.py", "test_design.py", "test_recipes.py"]
+    tests = ["test_docs.py", "test_project.py", "test_examples.py", "test_design.py", "studies/test_recipes.py"]
     words = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
     words += ["--basetemp", tmp_path / "pytest", *(f"tests/{test}" for test in tests)]
     environment = os.environ | {"PYTHONPATH": str(folder / "src")}

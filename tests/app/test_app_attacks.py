@@ -39,7 +39,10 @@ BUSY = 60.0  # seconds that an answer may take on a machine that does other thin
 
 
 def scans_bomb(scans: int) -> bytes:
-    """A small JPEG of 25 megapixels that takes some 10 ms a scan to decode, in a library that nothing interrupts."""
+    """A small JPEG of 25 megapixels that takes some 10 ms a scan to decode, in a library that nothing interrupts.
+
+    The server of these tests has no limit of scans.
+    """
     buffer = io.BytesIO()
     Image.new("L", (4992, 4992), 128).save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()

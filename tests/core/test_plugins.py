@@ -94,7 +94,7 @@ train: {steps: 2, batch_size: 4, save_every: 2, log_every: 1, picture_every: 0, 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A folder with a plugin, and registries that are as they were afterwards."""
-    (tmp_path / "my_plugin.py").write_text(MODULE)
+    (tmp_path / "tested_plugin.py").write_text(MODULE)
     (tmp_path / "small.yaml").write_text(SMALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -104,27 +104,27 @@ def place(tmp_path, monkeypatch) -> Path:
     for registry in (DOWNSAMPLERS, LOSSES, DISCRIMINATORS, SOURCES):
         monkeypatch.setattr(registry, "_parts", {})
     yield tmp_path
-    sys.modules.pop("my_plugin", None)
+    sys.modules.pop("tested_plugin", None)
 
 
 def test_every_part_from_the_command_line(place, capsys):
     command = ["train", "small.yaml", "--data", "noise:6", "--out", "run"]
     assert cli.main(command) == 2
     assert "model.downsample must be one of interpolate, conv, not 'max'" in capsys.readouterr().err
-    assert cli.main([*command, "--plugin", "my_plugin"]) == 0
+    assert cli.main([*command, "--plugin", "tested_plugin"]) == 0
     assert type(HieraTok.from_pretrained("run").downsample).__name__ == "MaxDownsample"
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last["edges"] > 0
     assert "logits/real" in last
-    assert cli.main(["--plugin=my_plugin", "reconstruct", "run", "noise:2", "--out", "out"]) == 0
+    assert cli.main(["--plugin=tested_plugin", "reconstruct", "run", "noise:2", "--out", "out"]) == 0
     assert len(list(Path("out").glob("*px.png"))) == 6
     command = ["study", "table4", "--row", "5", "--plan"]  # the table has four rows
-    assert cli.main([*command, "--plugin", "my_plugin"]) == 0
+    assert cli.main([*command, "--plugin", "tested_plugin"]) == 0
     assert "seed 0, rows 5: " in capsys.readouterr().out
 
 
 def test_a_plugins_loss_counts_with_its_weight(place):
-    take_plugins(["--plugin", "my_plugin"])
+    take_plugins(["--plugin", "tested_plugin"])
     from hieratok.losses.reconstruction import ReconstructionLoss
     from hieratok.tokenizer.posterior import DiagonalGaussian
     from hieratok.tokenizer.scales import Scales
@@ -148,8 +148,8 @@ def test_an_installed_package_is_found_by_its_entry_point(place, monkeypatch):
     folder = place / "site" / "my_package-1.0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (folder / "entry_points.txt").write_text("[hieratok.plugins]\nmine = my_plugin\n")
-    (place / "my_plugin.py").rename(place / "site" / "my_plugin.py")
+    (folder / "entry_points.txt").write_text("[hieratok.plugins]\nmine = tested_plugin\n")
+    (place / "tested_plugin.py").rename(place / "site" / "tested_plugin.py")
     monkeypatch.syspath_prepend(place / "site")
     importlib.invalidate_caches()
     assert TokenizerConfig(downsample="max").downsample == "max"
@@ -159,8 +159,8 @@ def test_an_installed_package_is_found_by_its_entry_point(place, monkeypatch):
 
 
 def test_a_started_process_has_the_plugins_too(place):
-    take_plugins(["train", "--plugin", "my_plugin"])
-    assert os.environ[VARIABLE] == "my_plugin"
+    take_plugins(["train", "--plugin", "tested_plugin"])
+    assert os.environ[VARIABLE] == "tested_plugin"
     code = "from hieratok import TokenizerConfig; print(TokenizerConfig(downsample='max').downsample)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "max\n"
@@ -230,7 +230,7 @@ def test_names():
 
 @pytest.mark.parametrize("entries", [("edges",), ("edges=x",), ("edges=-1",), ("edges=nan",), ("edges=inf",), ("=1",)])
 def test_wrong_weights_of_losses(place, entries):
-    take_plugins(["--plugin", "my_plugin"])
+    take_plugins(["--plugin", "tested_plugin"])
     with pytest.raises(ValueError, match=r"loss\.plugins"):
         LossConfig(plugins=entries)
     with pytest.raises(ValueError, match="one NAME=WEIGHT for each loss"):
@@ -251,6 +251,6 @@ def test_wrong_rows(place):
 
 
 def test_images_of_a_source_are_what_it_gives(place):
-    take_plugins(["--plugin", "my_plugin"])
+    take_plugins(["--plugin", "tested_plugin"])
     expected = np.random.default_rng(1).integers(0, 256, (3, 20, 24), dtype=np.uint8)
     assert np.array_equal(open_source("noise:3").image(1).numpy(), expected)

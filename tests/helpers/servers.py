@@ -42,8 +42,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+WITHOUT_LIMIT = """
+import sys
+from hieratok.cli import main
+from hieratok.core import pixels
+pixels.MAX_SCANS = pixels.MAX_SEGMENTS = 10**9
+if __name__ == "__main__":  # the worker, which is spawned, takes over what stands above
+    sys.exit(main())
+"""
+"""`hieratok` without a limit of a JPEG's scans: such a file stands for all that keep a decoder busy for long."""
+
+
 class Server:
-    """`hieratok app` in a process of its own, spoken to as a browser would."""
+    """`hieratok app`, without a limit of scans, in a process of its own, spoken to as a browser would."""
 
     def __init__(self, run: Path, home: Path, *options: str):
         self.port = free_port()
@@ -51,7 +62,9 @@ class Server:
         self.temporary, self.place = home / "tmp", home / "place"
         self.temporary.mkdir()
         self.place.mkdir()
-        command = [sys.executable, "-m", "hieratok", "app", str(run), "--generator", str(run), "--port", str(self.port)]
+        program = home / "program.py"
+        program.write_text(WITHOUT_LIMIT)
+        command = [sys.executable, str(program), "app", str(run), "--generator", str(run), "--port", str(self.port)]
         self.log = home / "log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

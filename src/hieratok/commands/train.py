@@ -1,6 +1,5 @@
 """`hieratok train`: a recipe or a YAML file, and every setting of it as a flag."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from shlex import quote
@@ -59,7 +58,9 @@ def main(arguments: list[str]) -> None:
 
         train_tokenizer(run, out, allow_changes)
         following = f"hieratok reconstruct {quote(str(out))} PHOTO.jpg --out {quote(str(out / 'reconstructions'))}"
-    if os.environ.get("RANK", "0") == "0":
+    from hieratok.core.distributed import is_first
+
+    if is_first():
         print(f"{run.kind}: {out / run.kind}\nlog:       {out / 'log.jsonl'} (tensorboard --logdir {out})")
         print(f"next:      {following}")
 

@@ -371,13 +371,25 @@ def load_config(
     return from_json(config_class, config, shown(path)), rest
 
 
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors in a .safetensors file by name, from its header.
+
+    Raises:
+        OSError, ValueError: no regular file, or a damaged one.
+    """
+    check_regular(path)  # a FIFO would block
+    try:
+        with utf8_path(path) as readable, safe_open(readable, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{shown(path)}: {error}") from error
+
+
 def tensor_names(folder: Path) -> set[str]:
     """The names of a model's weights; none if there is no readable file, which `load_weights` will say."""
     try:
-        check_regular(folder / WEIGHTS)  # a FIFO would block
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            return set(file.keys())
-    except (OSError, ValueError, SafetensorError):
+        return set(tensor_shapes(folder / WEIGHTS))
+    except (OSError, ValueError):
         return set()
 
 

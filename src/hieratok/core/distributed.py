@@ -39,6 +39,12 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def check_joined() -> None:
+    """Raise ValueError if this job has several processes that have not joined: each would do the whole work."""
+    if process()[1] != int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError("several processes were started: call this inside hieratok.core.distributed.process_group()")
+
+
 def process() -> tuple[int, int]:
     """This process's index and how many there are."""
     if dist.is_available() and dist.is_initialized():

@@ -9,6 +9,12 @@ from tqdm import tqdm
 from hieratok.core.distributed import is_first
 
 
+def note(text: str) -> None:
+    """A line on standard error of the first process, above a bar that may be there."""
+    if is_first():
+        tqdm.write(text, file=sys.stderr)
+
+
 def progress(
     items: Iterable[Any] | None = None,
     *,

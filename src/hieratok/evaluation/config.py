@@ -61,7 +61,7 @@ class EvaluateImages(PairedOptions):
     """Originals: a folder, a pattern, WebDataset shards, or an .npz with uint8 arr_0 (N, H, W, 3)."""
     b: str
     """Reconstructions, of the same names (.jpg and .png may differ)."""
-    suffix: str = ""
+    suffix: str | None = None
     """What the reconstructions' names have more, such as --suffix=-128px for those of `hieratok reconstruct`; other
     files there are left out, and folders in names count as dashes."""
     out: str | None = None

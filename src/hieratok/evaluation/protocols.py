@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from hieratok.core.devices import best_device
 from hieratok.core.distributed import merge_processes, process, process_group, wait
 from hieratok.core.files import npz_names
 from hieratok.core.progress import progress
@@ -97,7 +97,7 @@ def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None
     """
     with process_group():
         a, b = open_images(options.a), open_images(options.b)
-        ids, in_a, in_b = pair(a, b, options.a, options.b, options.suffix)
+        ids, in_a, in_b = pair(a, b, options.a, options.b, options.suffix or "")
         size = _size(options, a)
         metrics = ReconstructionMetrics(_network(options), load_perceptual(options.lpips, _device(options)))
         rank, world = process()
@@ -283,9 +283,7 @@ def load_perceptual(trunks: Sequence[str], device: str) -> list[PerceptualLoss]:
 
 
 def _device(options: EvaluationOptions) -> str:
-    if options.device:
-        return options.device
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return options.device or str(best_device())
 
 
 def _size(options: EvaluationOptions, source: Source) -> int | tuple[int, int]:

@@ -9,9 +9,7 @@ process with two micro-batches does what two processes with one each do.
 import contextlib
 import logging
 import math
-import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from hieratok.core.devices import best_device
-from hieratok.core.distributed import broadcast, is_first, process, total, wait
+from hieratok.core.distributed import broadcast, check_joined, is_first, process, total, wait
 from hieratok.core.errors import NotFinite, Stopped, TrainingError
-from hieratok.core.progress import progress
+from hieratok.core.progress import note, progress
 from hieratok.core.seeding import seed_of
 from hieratok.data.images import StepBatches, training_loader
 from hieratok.training.config import TrainConfig
@@ -232,8 +229,7 @@ class Loop:
         self.resume(folder)
         self.meter.in_a_row.zero_()
         self.state.counts["rollbacks"] = rollbacks
-        if is_first():
-            tqdm.write(f"{divergence(step, rollbacks - 1, folder)}: continuing from it", file=sys.stderr)
+        note(f"{divergence(step, rollbacks - 1, folder)}: continuing from it")
         self.bar.n = self.state.step * self.config.batch_size
         self.bar.refresh()
         self.start()
@@ -327,9 +323,8 @@ def split_batch(config: TrainConfig) -> tuple[int, range]:
     Raises:
         ValueError: the batch does not divide over the processes, or these have not joined.
     """
+    check_joined()
     rank, world = process()
-    if world != int(os.environ.get("WORLD_SIZE", "1")):
-        raise ValueError("several processes were started: train inside hieratok.core.distributed.process_group()")
     share, rest = divmod(config.batch_size, world)
     micro = config.micro_batch_size or share
     if rest or share % micro:

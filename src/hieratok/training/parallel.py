@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hieratok.core.distributed import process
 from hieratok.core.layers import Blocks
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -45,7 +45,7 @@ def shard(module: nn.Module, methods: Iterable[str] = ()) -> None:
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """DDP: a module whose gradients are averaged over the processes; itself where there is one process or nothing to
     train."""
-    if not (dist.is_initialized() and any(p.requires_grad for p in module.parameters())):
+    if not (process()[1] > 1 and any(p.requires_grad for p in module.parameters())):
         return module
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)

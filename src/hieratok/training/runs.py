@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from safetensors import SafetensorError, safe_open
-
 from hieratok.core import checkpoint
-from hieratok.core.files import check_regular, read_json_lines, read_json_table, read_yaml, shown
+from hieratok.core.files import read_json_lines, read_json_table, read_yaml, shown
 from hieratok.training.run_folder import EVALUATIONS, LOG, flatten
 
 CONFIG = "config.yaml"
@@ -250,11 +248,9 @@ def count_parameters(folder: Path, kind: str, problems: list[str]) -> int | None
         return None
     path = model / checkpoint.WEIGHTS
     try:
-        check_regular(path)
-        with checkpoint.utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            names = [name for name in file.keys() if name not in checkpoint.STATISTICS]  # noqa: SIM118
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-    except (OSError, ValueError, SafetensorError) as error:
+        shapes = checkpoint.tensor_shapes(path)
+        return sum(math.prod(shape) for name, shape in shapes.items() if name not in checkpoint.STATISTICS)
+    except (OSError, ValueError) as error:
         problems.append(problem_of(path, folder, error))
         return None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hieratok.core import checkpoint
-from hieratok.core.distributed import is_first
+from hieratok.core.distributed import is_first, process
 from hieratok.core.layers import Blocks
 from hieratok.core.precision import autocast
 from hieratok.core.seeding import seed_of
@@ -110,7 +110,7 @@ class State:
         for module in self.networks[self.name].modules():
             if isinstance(module, Blocks):
                 module.activation_checkpointing = config.activation_checkpointing
-        if config.parallel == "fsdp2" and torch.distributed.is_initialized():
+        if config.parallel == "fsdp2" and process()[1] > 1:
             parallel.shard(self.networks[self.name], objective.methods)
             parallel.shard(self.ema, objective.methods)
         if config.compile:
