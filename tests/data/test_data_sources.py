@@ -15,16 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.object_stores import jpeg, samples, write_tar
 from hieratok.data import ranges
 from hieratok.data import shards as shards_module
 from hieratok.data.images import BadImageError, BundledPhotos, ImageFiles, PackedImages, open_source
 from hieratok.data.ranges import LocalFile
-
-
-def jpeg(shade: int, side: int = 16) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), (shade, shade, shade)).save(file, "JPEG", quality=95)
-    return file.getvalue()
 
 
 def shade(image: torch.Tensor) -> int:
@@ -34,26 +29,6 @@ def shade(image: torch.Tensor) -> int:
 def write(path: Path, shade: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(jpeg(shade))
-
-
-Members = list[tuple[str, bytes]]
-
-
-def write_tar(path: Path, members: Members, format: int = tarfile.USTAR_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(count: int, first: int = 0) -> Members:
-    members = []
-    for i in range(first, first + count):
-        members += [(f"{i:05d}.jpg", jpeg(i)), (f"{i:05d}.cls", str(i % 7).encode())]
-    return members
 
 
 # --- folders and files

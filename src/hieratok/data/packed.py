@@ -1,7 +1,8 @@
 """Images within larger files, read map-style: any image in any order, so shuffling is complete and resuming exact.
 
 The files are WebDataset shards (`shards`), zips (`zips`), Arrow and Parquet files (`tables`), on this machine or,
-but for Arrow, behind an address (`remote`). Over the network the index is read once and kept, and images are read ahead.
+but for Arrow, behind an address (`remote`). Over the network the index is read once and kept, and images are read
+ahead.
 """
 
 import os

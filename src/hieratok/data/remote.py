@@ -244,7 +244,8 @@ def _web_system() -> Any:
         """fsspec's takes whatever comes: all of the file from a server without ranges, and more than was asked for."""
 
         async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-            assert start is not None and end is not None
+            assert start is not None
+            assert end is not None
             session = await self.set_session()
             headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
             async with session.get(self.encode_url(url), headers=headers) as answer:

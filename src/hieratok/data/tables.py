@@ -113,8 +113,11 @@ def _batches(content: Any, path: str) -> Iterator[tuple[Any, np.ndarray]]:
     image, label = _columns(schema, path)
     wanted = [schema.get_field_index(name) for name in (image, label) if name is not None]
     source.seek(0)
-    reader = open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=wanted))
-    batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+    if is_file:  # the choice of columns would copy them
+        file = pa.ipc.open_file(source)
+        batches = (file.get_batch(i).select(wanted) for i in range(file.num_record_batches))
+    else:
+        batches = pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(included_fields=wanted))
     for batch in batches:
         batch.validate(full=True)
         labels = np.full(len(batch), -1, np.int64) if label is None else _labels(batch.column(label))
@@ -189,6 +192,10 @@ def _places(values: Any, content: Any, path: str) -> tuple[np.ndarray, np.ndarra
 # --- Parquet ----------------------------------------------------------------------------------------------------------
 
 
+class _DiskFull(OSError):
+    """Said in our own words."""
+
+
 def unpacked_parquet(file: RangeFile, path: str) -> str:
     """The Arrow file in the cache that holds the images and labels of a Parquet file.
 
@@ -212,14 +219,14 @@ def _unpack(file: RangeFile, path: str, version: Version, to: Path) -> None:
                 if total > limit:
                     raise ValueError(f"{shown(path)} is refused: its images take more than {MAX_GROWTH} times its size")
                 if shutil.disk_usage(to.parent).free < FREE_BYTES + values.nbytes:
-                    raise OSError(
+                    raise _DiskFull(
                         f"{shown(path)} needs more room in {shown(to.parent)}: free some, or set HIERATOK_CACHE to a"
                         " folder on a larger disk"
                     )
                 writer.write_batch(pa.record_batch([values.cast(pa.large_binary()), pa.array(labels)], schema))
-    except RemoteError:
+    except (RemoteError, _DiskFull):
         raise
-    except (pa.ArrowException, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError) as error:
         raise ValueError(f"{shown(path)} cannot be read as a Parquet file: damaged, or of another kind") from error
 
 
