@@ -297,9 +297,11 @@ def _waits() -> Iterator[float]:
 
 def _status(error: Exception) -> int | None:
     """Of a web server's answer."""
-    answer = getattr(error, "response", None)
-    candidates = (getattr(error, "status", None), getattr(error, "code", None), getattr(answer, "status_code", None))
-    return next((int(found) for found in candidates if found is not None and str(found).isdigit()), None)
+    for holder, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
+        found = getattr(holder, name, None)
+        if found is not None and str(found).isdigit():
+            return int(found)
+    return None
 
 
 def _refusal(error: Exception) -> str:

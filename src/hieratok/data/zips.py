@@ -183,18 +183,17 @@ def _find_table(file: RangeFile, path: str) -> tuple[int, int, int]:
     at = tail.rfind(b"PK\5\6", 0, max(0, len(tail) - END.size + 4))
     if at < 0:
         raise ValueError(f"{shown(path)} is no zip, or is truncated: it has no table of contents")
-    _, disk, table_disk, _, count, size, offset, _ = END.unpack_from(tail, at)
+    _, disk, table_disk, _, _, size, offset, _ = END.unpack_from(tail, at)
     if disk not in (0, 0xFFFF) or table_disk not in (0, 0xFFFF):
         raise ValueError(f"{shown(path)} is a part of a zip of several parts: join them first (zip -s 0)")
     table_end = start + at
-    if 0xFFFFFFFF in (size, offset) or count == 0xFFFF:
-        place = at - END64_PLACE.size
-        if place >= 0 and tail[place : place + 4] == b"PK\6\7":
-            record = END64_PLACE.unpack_from(tail, place)[2]
-            data = file.read(END64.size, record) if record < end else b""
-            if len(data) < END64.size or data[:4] != b"PK\6\6":
-                raise ValueError(f"{shown(path)} is damaged: its table of contents cannot be found")
-            size, offset, table_end = *END64.unpack(data)[8:10], record
+    place = at - END64_PLACE.size
+    if place >= 0 and tail[place : place + 4] == b"PK\6\7":  # some write it where it is not needed, too
+        record = start + place - END64.size  # not where it says: there may be bytes before the archive
+        data = file.read(END64.size, record) if record >= 0 else b""
+        if len(data) < END64.size or data[:4] != b"PK\6\6":
+            raise ValueError(f"{shown(path)} is damaged: its table of contents cannot be found")
+        size, offset, table_end = *END64.unpack(data)[8:10], record
     shift = table_end - size - offset
     if shift < 0 or offset + shift < 0 or size > table_end:
         raise ValueError(f"{shown(path)} is damaged: its table of contents cannot be found")
