@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,9 @@ def test_shards_and_zips_are_what_they_are_here(web):
 
 
 def test_the_index_is_read_once_by_ranges_and_kept(web, tmp_path):
-    big = [(f"{i}.jpg", jpeg(i) + bytes(3 << 20)) for i in range(4)]
-    path = write_tar(
-        web.folder / "big.tar", [(n, d) for big_one in big for n, d in (big_one, (big_one[0][:-3] + "cls", b"2"))]
-    )
+    size = len(jpeg(0)) + (3 << 20)
+    members = [(f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", jpeg(i).ljust(size)), ("cls", b"2"))]
+    path = write_tar(web.folder / "big.tar", members)
     source = open_source(f"{web.url}/big.tar")
     read = sum(last - first + 1 for _, first, last in web.ranges)
     assert 0 < read < 0.6 * path.stat().st_size, "what lies between the headers was read"
@@ -82,7 +82,7 @@ def test_the_index_is_read_once_by_ranges_and_kept(web, tmp_path):
     again = open_source(f"{web.url}/big.tar")
     assert web.ranges == []
     check_same(again, source)
-    assert {last - first + 1 for _, first, last in web.ranges} == {len(big[0][1])}, "an image is one range"
+    assert {last - first + 1 for _, first, last in web.ranges} == {size}, "an image is one range"
     (kept,) = (tmp_path / "cache" / "index").glob("*.npz")
     kept.write_bytes(b"damaged")
     check_same(open_source(f"{web.url}/big.tar"), source)
@@ -237,15 +237,9 @@ def test_a_server_that_says_something_else_is_refused_in_bounds(web):
 def test_addresses_that_are_refused_without_asking_anybody(address, words, monkeypatch):
     monkeypatch.setattr(remote, "_open_system", lambda *_: pytest.fail("the network was used"))
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        open_source(address) if "arrow" not in address else check_arrow(address)
+        open_source(address) if "arrow" not in address else PackedImages([address])
     assert words in str(caught.value)
     assert "SECRET" not in str(caught.value)
-
-
-def check_arrow(address: str) -> None:
-    from hieratok.data.packed import PackedImages
-
-    PackedImages([address])
 
 
 def test_no_secret_of_a_librarys_message_is_shown():
@@ -355,6 +349,71 @@ def test_a_missing_package_is_named(monkeypatch):
         failure(lambda: open_source("s3://b/x.tar"), ValueError)
         == "s3fs is not installed: pip install 'hieratok[data]'"
     )
+
+
+# --- The hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub(WebServer):
+    """Answers what the Hugging Face hub answers about the dataset alice/photos, whose files lie in a folder."""
+
+    def entries(self) -> list[dict[str, Any]]:
+        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        return [
+            {"type": "file", "path": str(path.relative_to(self.folder)), "size": path.stat().st_size, "oid": f"{i:040}"}
+            for i, path in enumerate(files)
+        ]
+
+    def json(self, path: str, body: str) -> Any:
+        path = path.partition("?")[0]
+        if path.startswith("/api/datasets/alice/photos/tree/"):
+            return self.entries()
+        if path.startswith("/api/datasets/alice/photos/paths-info/"):
+            wanted = urllib.parse.parse_qs(body)["paths"]
+            return [entry for entry in self.entries() if entry["path"] in wanted]
+        if path.startswith("/api/datasets/alice/photos"):
+            return {"id": "alice/photos", "sha": "0" * 40, "siblings": []}
+        return None
+
+    def file(self, path: str) -> Path:
+        return super().file(path.removeprefix("/datasets/alice/photos/resolve/main"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    (tmp_path / "hub").mkdir()
+    server = Hub(tmp_path / "hub")
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    remote._opened_system.cache_clear()
+    yield server
+    server.stop()
+    remote._opened_system.cache_clear()
+
+
+def test_a_dataset_on_the_hub(hub):
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    (hub.folder / "data").mkdir()
+    (hub.folder / "README.md").write_text("photos")
+    for i, name in enumerate(("train-00000-of-00002", "train-00001-of-00002")):
+        table = pa.table({"jpg": [jpeg(9 * i + j) for j in range(4)], "label": list(range(4))})
+        pq.write_table(table, hub.folder / "data" / f"{name}.parquet")
+    check_same(open_source("hf://datasets/alice/photos"), open_source(str(hub.folder / "data")))
+    pq.write_table(table, hub.folder / "data" / "test-00000-of-00001.parquet")
+    message = failure(lambda: open_source("hf://datasets/alice/photos"), ValueError)
+    assert "'hf://datasets/alice/photos/data/train-*-of-*.parquet'" in message
+    check_same(
+        open_source("hf://datasets/alice/photos/data/train-*-of-*.parquet"),
+        open_source(f"{hub.folder}/data/train-*-of-*.parquet"),
+    )
+    write_tar(hub.folder / "x.tar", samples(3))
+    check_same(open_source("hf://datasets/alice/photos/x.tar"), open_source(f"{hub.folder}/x.tar"))
+    assert "or is private" in failure(lambda: open_source("hf://datasets/alice/photos/y.tar"), FileNotFoundError)
+    assert "or is private" in failure(lambda: open_source("hf://datasets/bob/photos"), FileNotFoundError)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import os
 import re
 import socketserver
@@ -10,6 +11,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -82,8 +84,20 @@ class WebServer:
             def do_GET(self) -> None:
                 self.answer(with_body=True)
 
-            def answer(self, with_body: bool) -> None:
-                path = outer.folder / self.path.lstrip("/")
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.answer(with_body=True, body=body.decode())
+
+            def answer(self, with_body: bool, body: str = "") -> None:
+                if (value := outer.json(self.path, body)) is not None:
+                    data = json.dumps(value).encode()
+                    self.send_response(200)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data if with_body else b"")
+                    return
+                path = outer.file(self.path)
                 status = outer.fails(self.path) if with_body else None
                 if status is not None or not path.is_file():
                     self.send_response(status or 404)
@@ -121,6 +135,14 @@ class WebServer:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
+
+    def file(self, path: str) -> Path:
+        """What is served under a path."""
+        return self.folder / path.lstrip("/")
+
+    def json(self, path: str, body: str) -> Any:
+        """An answer that is no file; None where there is none."""
+        return None
 
     def stop(self) -> None:
         """No more answers."""

@@ -178,15 +178,13 @@ def _absolute(path: str) -> str:
 
 
 def _index(path: str, suffix: str) -> ImageIndex:
+    if suffix == ".arrow" and is_address(path):
+        raise ValueError(f"{shown(path)}: Arrow files are read from this machine's disks only: save it as Parquet")
     file = open_ranges(path)
     if suffix == ".parquet":
         unpacked = unpacked_parquet(file, path)
         return _index(unpacked, ".arrow")
     if suffix == ".arrow":
-        if is_address(path):
-            raise ValueError(
-                f"{shown(path)}: Arrow files are read from this machine's disks only; Parquet files are not"
-            )
         return index_arrow(file, path)
     read: Callable[[RangeFile, str], ImageIndex] = index_zip if suffix == ".zip" else index_tar
     return (

@@ -243,6 +243,15 @@ def _web_system() -> Any:
     class BoundedHTTPFileSystem(HTTPFileSystem):
         """fsspec's takes whatever comes: all of the file from a server without ranges, and more than was asked for."""
 
+        async def _info(self, url: str, **kwargs: Any) -> dict[str, Any]:
+            try:
+                return await super()._info(url, **kwargs)
+            except FileNotFoundError as error:  # its word for every failure
+                cause = error.__cause__
+                if isinstance(cause, Exception) and _status(cause) not in (404, 410):
+                    raise cause from None
+                raise
+
         async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
             assert start is not None
             assert end is not None
@@ -274,7 +283,8 @@ def _ask(address: str, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except FileNotFoundError:
-            raise FileNotFoundError(f"{name} does not exist") from None
+            private = ", or is private (hf auth login)" if address.startswith("hf://") else ""
+            raise FileNotFoundError(f"{name} does not exist{private}") from None
         except _Final as error:
             raise RemoteError(f"{name}: {error}") from None
         except Exception as error:  # libraries raise errors of many types
