@@ -1,5 +1,6 @@
 """Data where it lies: beside the same files on this machine, from real servers on it."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from hieratok.core.pixels import BadImageError
 from hieratok.data import packed, remote
 from hieratok.data.images import (
     ImageDataset,
+    PackedImages,
     StepBatches,
     evaluation_batches,
     open_source,
@@ -358,20 +360,24 @@ class Hub(WebServer):
     """Answers what the Hugging Face hub answers about the dataset alice/photos, whose files lie in a folder."""
 
     def entries(self) -> list[dict[str, Any]]:
-        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
-        return [
-            {"type": "file", "path": str(path.relative_to(self.folder)), "size": path.stat().st_size, "oid": f"{i:040}"}
-            for i, path in enumerate(files)
-        ]
+        found = []
+        for path in sorted(self.folder.rglob("*")):
+            content = path.read_bytes() if path.is_file() else None
+            kind = {"type": "directory"} if content is None else {"type": "file", "size": len(content)}
+            oid = hashlib.sha1(content or b"").hexdigest()
+            found.append({**kind, "path": str(path.relative_to(self.folder)), "oid": oid})
+        return found
 
     def json(self, path: str, body: str) -> Any:
-        path = path.partition("?")[0]
-        if path.startswith("/api/datasets/alice/photos/tree/"):
-            return self.entries()
-        if path.startswith("/api/datasets/alice/photos/paths-info/"):
-            wanted = urllib.parse.parse_qs(body)["paths"]
+        path = urllib.parse.unquote(path.partition("?")[0])
+        start = "/api/datasets/alice/photos"
+        if path.startswith(f"{start}/tree/main"):
+            folder = path.removeprefix(f"{start}/tree/main").strip("/")
+            return [entry for entry in self.entries() if entry["path"].startswith(folder + "/" * bool(folder))]
+        if path.startswith(f"{start}/paths-info/"):
+            wanted = json.loads(body)["paths"] if body.startswith("{") else urllib.parse.parse_qs(body)["paths"]
             return [entry for entry in self.entries() if entry["path"] in wanted]
-        if path.startswith("/api/datasets/alice/photos"):
+        if path.startswith(start):
             return {"id": "alice/photos", "sha": "0" * 40, "siblings": []}
         return None
 
@@ -381,13 +387,12 @@ class Hub(WebServer):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     (tmp_path / "hub").mkdir()
     server = Hub(tmp_path / "hub")
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
     remote._opened_system.cache_clear()
     yield server
     server.stop()
