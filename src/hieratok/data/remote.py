@@ -282,12 +282,12 @@ def _ask(address: str, call: Callable[[], Result]) -> Result:
     for wait in _waits():
         try:
             return call()
-        except FileNotFoundError:
-            private = ", or is private (hf auth login)" if address.startswith("hf://") else ""
-            raise FileNotFoundError(f"{name} does not exist{private}") from None
         except _Final as error:
             raise RemoteError(f"{name}: {error}") from None
         except Exception as error:  # libraries raise errors of many types
+            if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
+                private = ", or is private (hf auth login)" if address.startswith("hf://") else ""
+                raise FileNotFoundError(f"{name} does not exist{private}") from None
             if reason := _refusal(error):
                 raise RemoteError(f"{name} may not be read: {reason}") from None
             reason = _reason(error)
