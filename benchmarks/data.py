@@ -6,7 +6,7 @@
 (a) 128 px shards with the centre crop, (b) a folder of JPEGs of some 500 x 375 pixels with a random-resized crop to 256
 px, both with flips; (c) the index of the shards beside Python's `tarfile`; (d) the training loader with one worker for
 each core. (a) to (c) use one thread; the two sides take turns, and the median of the rounds counts. (e) the loader of
-(d) on the same shards in an object store: moto's server on this machine, which shares its cores, or yours by `--remote`.
+(d) on the same shards in an object store: moto's server on this machine, which shares cores, or yours by `--remote`.
 
     python benchmarks/data.py --shards 'DIR/train-*.tar' --remote 's3://BUCKET/train-*.tar'
 """

@@ -401,7 +401,7 @@ def test_a_generator_of_another_tokenizers_latents(workplace, tmp_path):
     save_kl(tmp_path / "other", seed=1)
     status, error = workplace(*draw[:3], "other", "--out", "no", *draw[6:])
     assert status == 2
-    assert "trained on latents of another tokenizer than other" in error
+    assert "trained on latents of another tokenizer, sd, than other" in error
     status, error = workplace(*train[:3], "other", "--data", "cache", "--out", "no", *TRAIN)
     assert status == 2
     assert "cache holds latents of another tokenizer, sd" in error

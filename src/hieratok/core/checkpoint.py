@@ -32,6 +32,8 @@ WEIGHTS = "model.safetensors"
 STATISTICS = {"latent_mean", "latent_std"}
 """Tensors of a tokenizer beside its weights, measured after training; NaN before."""
 CHECKSUMS = "checksums.json"
+BUNDLED = "bundled:"
+"""How the name of a model that comes with this package begins."""
 RUN = "run.json"
 """In a run's folder: its `id`, which its checkpoints name too."""
 
@@ -317,6 +319,8 @@ def find(
     Raises:
         FileNotFoundError: no model there.
     """
+    if str(source).startswith(BUNDLED):  # here for all loaders
+        raise FileNotFoundError(f"{source}: no models come with this version")
     path = Path(source)
     if path.is_dir():
         for folder in (path, path / inside, *(step / inside for step in step_folders(path))):

@@ -58,17 +58,21 @@ class Mlp(nn.Module):
 class Blocks(nn.ModuleList):
     """Transformer blocks, one after the other.
 
-    With `activation_checkpointing`, a block's activations are computed again in the backward pass and not kept: about a
-    third more time for much less memory; the numbers stay the same.
+    With `gradient_checkpointing`, a block's activations are computed again in the backward pass and not kept: about a
+    third more time for much less memory; the numbers stay the same. diffusers sets it, and the function that does it,
+    by these names.
     """
 
-    activation_checkpointing = False
+    gradient_checkpointing = False
+
+    def _gradient_checkpointing_func(self, block: nn.Module, *args: Any) -> Tensor:
+        return checkpoint(block, *args, use_reentrant=False)
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """(B, N, C) -> (B, N, C); `args` go to every block."""
         for block in self:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *args, use_reentrant=False)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, *args)
             else:
                 x = block(x, *args)
         return x

@@ -63,32 +63,65 @@ def reconstruct_tiled(
     Raises:
         ValueError: several tiles are needed, and no overlap fits the scales.
     """
-    tile, (H, W) = config.image_size, image.shape[-2:]
-    stride = tile - (overlap_of(config) if max(H, W) > tile else 0)
+    tile = config.image_size
+    pyramid = in_tiles(
+        lambda tiles: reconstruct(tiles.to(torch.uint8)),
+        image[None].float(),
+        tile,
+        overlap_of(config) if max(image.shape[-2:]) > tile else 0,
+        batch_size,
+        progress,
+    )
+    return [scale[0].round().to(torch.uint8) for scale in pyramid]
+
+
+def in_tiles(
+    function: Callable[[Tensor], list[Tensor]],
+    x: Tensor,
+    tile: int,
+    overlap: int,
+    batch_size: int = 1,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[Tensor]:
+    """A function of square maps, applied to tiles of larger ones; where tiles overlap, its outputs are blended.
+
+    Args:
+        function: maps (B, C, tile, tile) -> maps (B, C_k, side_k, side_k), as many as it likes.
+        x: (B, C, H, W), any size; padded to whole tiles, at least one, by repeating its last column and row.
+        tile: side of a tile.
+        overlap: of neighbouring tiles, less than `tile`; (tile - overlap) side_k / tile has to be whole.
+        batch_size: tiles at a time, each of the whole batch.
+        progress: called with the number of tiles done.
+
+    Returns:
+        (B, C_k, ceil(H side_k / tile), ceil(W side_k / tile)), float32 at least.
+    """
+    stride, (H, W) = tile - overlap, x.shape[-2:]
     starts = [range(0, max(side - tile, 0) + stride, stride) if side > tile else range(1) for side in (H, W)]
     places = list(product(*starts))
     height, width = (max(start) + tile for start in starts)
-    padded = F.pad(image[None].float(), (0, width - W, 0, height - H), mode="replicate")[0].to(torch.uint8)
+    padded = F.pad(x, (0, width - W, 0, height - H), mode="replicate")
     sums: list[Tensor] = []
+    weights: list[Tensor] = []
     for first in range(0, len(places), batch_size):
         batch = places[first : first + batch_size]
-        pyramids = reconstruct(torch.stack([padded[:, y : y + tile, x : x + tile] for y, x in batch]))
+        outputs = function(torch.cat([padded[..., top : top + tile, left : left + tile] for top, left in batch]))
         if not sums:
-            sums = [torch.zeros(4, height * p.shape[-1] // tile, width * p.shape[-1] // tile) for p in pyramids]
-        for total, tiles in zip(sums, pyramids, strict=True):
-            side = tiles.shape[-1]
-            weight = window(side, side - stride * side // tile)
-            for (y, x), pixels in zip(batch, tiles):
-                top, left = y * side // tile, x * side // tile
-                place = total[:, top : top + side, left : left + side]  # colours, and the sum of the weights
-                place[:3] += pixels.float() * weight
-                place[3] += weight
+            shapes = [(y.shape[1], height * y.shape[-1] // tile, width * y.shape[-1] // tile) for y in outputs]
+            dtype = torch.promote_types(outputs[0].dtype, torch.float32)
+            sums = [torch.zeros(len(x), *shape, dtype=dtype, device=y.device) for y, shape in zip(outputs, shapes)]
+            weights = [torch.zeros(*shape[1:], dtype=dtype, device=y.device) for y, shape in zip(outputs, shapes)]
+        for total, total_weight, output in zip(sums, weights, outputs, strict=True):
+            side = output.shape[-1]
+            weight = window(side, side - stride * side // tile).to(total)
+            for place, part in zip(batch, output.chunk(len(batch))):
+                rows, columns = (slice(start * side // tile, start * side // tile + side) for start in place)
+                total[..., rows, columns] += part * weight
+                total_weight[rows, columns] += weight
         progress(len(batch))
     return [
-        (total[:3] / total[3])[:, : -(-H * total.shape[1] // height), : -(-W * total.shape[2] // width)]
-        .round()
-        .to(torch.uint8)
-        for total in sums
+        (total / weight)[..., : -(-H * total.shape[-2] // height), : -(-W * total.shape[-1] // width)]
+        for total, weight in zip(sums, weights)
     ]
 
 

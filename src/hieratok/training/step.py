@@ -109,7 +109,7 @@ class State:
         self.ema = copy.deepcopy(self.networks[self.name]).requires_grad_(False).eval()
         for module in self.networks[self.name].modules():
             if isinstance(module, Blocks):
-                module.activation_checkpointing = config.activation_checkpointing
+                module.gradient_checkpointing = config.activation_checkpointing
         if config.parallel == "fsdp2" and process()[1] > 1:
             parallel.shard(self.networks[self.name], objective.methods)
             parallel.shard(self.ema, objective.methods)
