@@ -30,6 +30,7 @@ test-slow: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -5,24 +5,31 @@
 
 (a) 128 px shards with the centre crop, (b) a folder of JPEGs of some 500 x 375 pixels with a random-resized crop to 256
 px, both with flips; (c) the index of the shards beside Python's `tarfile`; (d) the training loader with one worker for
-each core. (a) to (c) use one thread; the two sides take turns, and the median of the rounds counts.
+each core. (a) to (c) use one thread; the two sides take turns, and the median of the rounds counts. (e) the loader of
+(d) on the same shards in an object store: moto's server on this machine, which shares cores, or yours by `--remote`.
+
+    python benchmarks/data.py --shards 'DIR/train-*.tar' --remote 's3://BUCKET/train-*.tar'
 """
 
 import argparse
+import contextlib
 import io
 import os
+import socket
 import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from hieratok.data.images import ImageDataset, StepBatches, TarShards, center_crop, open_source, training_loader
+from hieratok.data.images import ImageDataset, PackedImages, StepBatches, center_crop, open_source, training_loader
 
 ROUNDS = 7
 
@@ -94,7 +101,54 @@ def compare(title: str, ours: Callable[[int], object], plain: Callable[[int], ob
     print(f"{title:44s} {fast:10.0f} /s   plain {slow:10.0f} /s   ratio {fast / slow:5.2f}")
 
 
-def main(shards: str | None, folder: str | None, temporary: Path) -> None:
+@contextlib.contextmanager
+def object_store(paths: list[str]) -> Iterator[str]:
+    """Shards in a bucket of moto's server, a process of its own; yields the address."""
+    import boto3
+    from botocore.config import Config
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ[name] = "benchmark"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        retries = Config(retries={"total_max_attempts": 20, "mode": "standard"})
+        client = boto3.client("s3", region_name="us-east-1", config=retries)
+        client.create_bucket(Bucket="shards")
+        for path in paths:
+            client.upload_file(path, "shards", os.path.basename(path))
+        yield "s3://shards/"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def loader_rate(dataset: ImageDataset, workers: int) -> float:
+    """Images per second of the training loader, once it runs."""
+    loader = iter(training_loader(dataset, StepBatches(len(dataset), 64, 64, 0, 40), workers))
+    for _ in range(5):
+        next(loader)
+    start = time.perf_counter()
+    return sum(len(batch["image"]) for batch in loader) / (time.perf_counter() - start)
+
+
+def compare_remote(here: PackedImages, address: str, workers: int) -> None:
+    """Print the first and the second opening of shards behind an address, and the loader's rate on both."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        there = open_source(address)
+        seconds.append(time.perf_counter() - start)
+    rates = [loader_rate(ImageDataset(source, 128, "center"), workers) for source in (there, here)]
+    print(f"(e) loader on {address}, {workers} workers {rates[0]:10.0f} /s   here {rates[1]:10.0f} /s")
+    print(f"    opened in {seconds[0]:.2f} s, with the index kept in {seconds[1]:.2f} s")
+
+
+def main(shards: str | None, folder: str | None, remote: str | None, temporary: Path) -> None:
     """Prepare what is missing and print the table."""
     torch.set_num_threads(1)
     if folder is None:
@@ -105,7 +159,7 @@ def main(shards: str | None, folder: str | None, temporary: Path) -> None:
         shards = str(temporary / "0.tar")
         make_shard(folder, Path(shards))
     images, files = open_source(shards), open_source(folder)
-    if not isinstance(images, TarShards):
+    if not isinstance(images, PackedImages):
         raise SystemExit(f"{shards} are no shards")
     paths = images.paths
     file_paths = [Path(folder) / files.name(i) for i in range(len(files))]
@@ -131,18 +185,21 @@ def main(shards: str | None, folder: str | None, temporary: Path) -> None:
 
     cores = len(os.sched_getaffinity(0))
     for name, dataset in (("(a)", center), ("(b)", random)):
-        loader = iter(training_loader(dataset, StepBatches(len(dataset), 64, 64, 0, 40), cores))
-        for _ in range(5):
-            next(loader)
-        start = time.perf_counter()
-        count = sum(len(batch["image"]) for batch in loader)
-        print(f"(d) training loader on {name}, {cores} workers {count / (time.perf_counter() - start):16.0f} /s")
+        print(f"(d) training loader on {name}, {cores} workers {loader_rate(dataset, cores):16.0f} /s")
+
+    os.environ["HIERATOK_CACHE"] = str(temporary / "cache")
+    if remote is not None:
+        compare_remote(images, remote, cores)
+    else:
+        with object_store(paths) as address:
+            compare_remote(images, address, cores)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", help="tar files (a file or a pattern) of 128 px images")
     parser.add_argument("--folder", help="a folder of image files")
+    parser.add_argument("--remote", help="the same shards by address")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        main(arguments.shards, arguments.folder, Path(temporary))
+        main(arguments.shards, arguments.folder, arguments.remote, Path(temporary))

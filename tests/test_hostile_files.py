@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -30,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers.models import CONFIG
+from helpers.object_stores import write_tar, write_zip
 from hieratok import HieraTok, cli
 from hieratok.analysis.report import LatentReport
 from hieratok.app.uploads import check_image
@@ -55,6 +58,8 @@ from hieratok.training.runs import find_runs
 pytestmark = pytest.mark.timeout(60)  # the machine may be busy; a hang takes for ever
 MEMORY = 1 << 30
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+PACKED = ("zip", "tar", "arrow", "parquet")
+"""Files of many images."""
 GENERATOR = DiTConfig(latent_channels=4, latent_size=4, width=32, depth=1, heads=2, num_classes=3)
 
 
@@ -165,12 +170,20 @@ def templates(tmp_path_factory) -> Path:
     save_file({"a": torch.zeros(3)}, root / "weights.safetensors")
     torch.save({"a": torch.zeros(3)}, root / "weights.pth")
     np.savez(root / "weights.npz", a=np.zeros(3, np.float32))
+    photo = (root / "photos" / "1.png").read_bytes()
+    write_zip(root / "photos.zip", [("a/1.png", photo), ("b/2.png", photo)], zipfile.ZIP_DEFLATED)
+    write_tar(root / "photos.tar", [("1.png", photo), ("1.cls", b"0")])
+    table = pa.table({"image": [{"bytes": photo, "path": "1.png"}] * 3, "label": [0, 1, 2]})
+    with pa.OSFile(str(root / "photos.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    pq.write_table(table, root / "photos.parquet")
     return root
 
 
 @pytest.fixture
-def sound(templates, tmp_path) -> Path:
+def sound(templates, tmp_path, monkeypatch) -> Path:
     """A copy that may be spoilt."""
+    monkeypatch.setenv("HIERATOK_CACHE", str(tmp_path / "cache"))
     return Path(shutil.copytree(templates, tmp_path / "sound"))
 
 
@@ -229,6 +242,10 @@ READERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "weights.pth": (lambda root: read_tensors(root / "weights.pth"), True),
     "weights.npz": (lambda root: read_tensors(root / "weights.npz"), True),
     "photos/1.png": (lambda root: read_all(open_source(str(root / "photos" / "1.png"))), True),
+    **{
+        f"photos.{kind}": (lambda root, kind=kind: read_all(open_source(str(root / f"photos.{kind}"))), True)
+        for kind in PACKED
+    },
     "run/config.yaml": (look_at, False),
     "run/log.jsonl": (look_at, False),
     "run/evaluations.jsonl": (look_at, False),
@@ -356,6 +373,28 @@ def test_a_file_cut_anywhere(sound, place):
     for share in (0.1, 0.5, 0.9):
         path.write_bytes(data[: int(share * len(data))])
         outcome(lambda: READERS[place][0](sound))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_byte_changed_anywhere_in_a_file_of_images(sound, kind):
+    """Lengths, places, counts and types among them."""
+    path = sound / f"photos.{kind}"
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(data), min(len(data), 150), replace=False):
+        spoilt = bytearray(data)
+        spoilt[place] = rng.choice([0, 1, 0x7F, 0x80, 0xFF])
+        path.write_bytes(spoilt)
+        outcome(lambda: read_all(open_source(str(path))))
+
+
+def test_a_zips_long_table_of_contents_fits(tmp_path):
+    names = [f"{i:07}.jpg".encode() for i in range(400_000)]
+    entry = struct.Struct("<4s6H3I5H2I")
+    table = b"".join(entry.pack(b"PK\1\2", *[0] * 9, len(name), *[0] * 6) + name for name in names)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0, 0, len(table), 64, 0)
+    (tmp_path / "x.zip").write_bytes(bytes(64) + table + end)
+    assert outcome(lambda: open_source(str(tmp_path / "x.zip"))) == ""
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

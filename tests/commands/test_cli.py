@@ -251,7 +251,7 @@ def test_cost(hieratok, config, refused):
         (["--train.steps=0"], "train.steps must be at least 1, not 0"),
         (["--train.micro_batch_size", "many"], "--train.micro_batch_size must be a whole number or null, not 'many'"),
         (["--train.learning_rate=fast"], "--train.learning_rate must be a finite number, not 'fast'"),
-        (["--train.precision", "fp16"], "--train.precision must be one of fp32, bf16, not 'fp16'"),
+        (["--train.precision", "fp8"], "--train.precision must be one of fp32, bf16, fp16, not 'fp8'"),
         (["--model.attention", "casual"], "--model.attention must be one of full, independent, causal, not 'casual'"),
         (["--model.scales", "16"], "--model.scales must be a list of whole numbers, not '16'"),
         (["--model.scales", "[1, two]"], "--model.scales must be a list of whole numbers, not '[1, two]'"),

@@ -15,14 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.object_stores import jpeg, samples, write_tar
+from hieratok.data import ranges
 from hieratok.data import shards as shards_module
-from hieratok.data.images import BadImageError, BundledPhotos, ImageFiles, TarShards, open_source
-
-
-def jpeg(shade: int, side: int = 16) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), (shade, shade, shade)).save(file, "JPEG", quality=95)
-    return file.getvalue()
+from hieratok.data.images import BadImageError, BundledPhotos, ImageFiles, PackedImages, open_source
+from hieratok.data.ranges import LocalFile
 
 
 def shade(image: torch.Tensor) -> int:
@@ -32,26 +29,6 @@ def shade(image: torch.Tensor) -> int:
 def write(path: Path, shade: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(jpeg(shade))
-
-
-Members = list[tuple[str, bytes]]
-
-
-def write_tar(path: Path, members: Members, format: int = tarfile.USTAR_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(count: int, first: int = 0) -> Members:
-    members = []
-    for i in range(first, first + count):
-        members += [(f"{i:05d}.jpg", jpeg(i)), (f"{i:05d}.cls", str(i % 7).encode())]
-    return members
 
 
 # --- folders and files
@@ -144,7 +121,7 @@ def test_no_images(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert f"no images found in {tmp_path} (looked for .jpg" in refusal(str(tmp_path))
     assert "no images found" in refusal([str(tmp_path), str(tmp_path)])
-    assert "no images or .tar shards match" in refusal(f"{tmp_path}/*", FileNotFoundError)
+    assert "no images or shards match" in refusal(f"{tmp_path}/*", FileNotFoundError)
     assert "notes.txt is not named like an image" in refusal(str(tmp_path / "notes.txt"))
     assert "no image" in refusal([])
 
@@ -279,7 +256,7 @@ def reference_index(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def our_index(path: Path) -> dict[str, tuple[int, int]]:
-    file = shards_module._OpenFile(str(path))
+    file = LocalFile(str(path))
     return {m.name: (m.offset, m.size) for m in shards_module._members(file, str(path)) if m.kind == "file"}
 
 
@@ -343,7 +320,7 @@ def test_sizes_in_binary_and_in_pax_records(tmp_path):
             file.write(header)
             file.truncate(len(header) + size + 1024)
         assert our_index(path) == {"big.jpg": (len(header), size)} == reference_index(path)
-        source = TarShards([str(path)])
+        source = PackedImages([str(path)])
         with pytest.raises(BadImageError, match="more than an image should have"):
             source.image(0)
 
@@ -364,7 +341,7 @@ def test_samples_are_grouped_by_key_and_labelled(tmp_path):
             ("0004.cls", b"0"),
         ],
     )
-    source = TarShards([str(path)])
+    source = PackedImages([str(path)])
     read = {source.name(i): (source.label(i), shade(source.image(i))) for i in range(len(source))}
     assert read == {
         "s.tar/b/0001.JPG": (12, 1),
@@ -463,7 +440,7 @@ def test_members_of_one_name_are_refused(tmp_path):
 
 def test_bad_images_in_shards_are_named(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(3, 200)[:-200]), ("1.jpg", b"")])
-    source = TarShards([str(path)])
+    source = PackedImages([str(path)])
     for i in range(2):
         with pytest.raises(BadImageError, match=f"^cannot read {path}/{i}.jpg: "):
             source.image(i)
@@ -471,7 +448,7 @@ def test_bad_images_in_shards_are_named(tmp_path):
 
 def test_shard_changed_or_removed_after_indexing(tmp_path):
     path = write_tar(tmp_path / "x.tar", samples(2))
-    source = TarShards([str(path)])
+    source = PackedImages([str(path)])
     path.write_bytes(bytes(path.stat().st_size + 512))
     with pytest.raises(BadImageError, match=r"x\.tar was changed since it was indexed"):
         source.image(0)
@@ -482,9 +459,9 @@ def test_shard_changed_or_removed_after_indexing(tmp_path):
 
 def test_missing_shard(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.tar does not exist"):
-        TarShards([str(tmp_path / "x.tar")])
+        PackedImages([str(tmp_path / "x.tar")])
     with pytest.raises(ValueError, match="no shards given"):
-        TarShards([])
+        PackedImages([])
 
 
 def shades(source, count: int) -> list[int]:
@@ -507,8 +484,8 @@ def test_open_files_are_few(tmp_path):
 
 
 def test_threads_may_read_while_files_are_closed_and_opened(tmp_path, monkeypatch):
-    tiny_cache = functools.lru_cache(3)(shards_module._open_shard.__wrapped__)
-    monkeypatch.setattr(shards_module, "_open_shard", tiny_cache)
+    tiny_cache = functools.lru_cache(3)(ranges._open_version.__wrapped__)
+    monkeypatch.setattr(ranges, "_open_version", tiny_cache)
     for i in range(12):
         write_tar(tmp_path / f"{i:03d}.tar", samples(3, first=3 * i))
     source = open_source(str(tmp_path))
@@ -524,7 +501,7 @@ def test_source_may_be_sent_to_another_process(tmp_path):
 
 
 def test_index_of_a_million_images_is_small(tmp_path):
-    source = TarShards([str(write_tar(tmp_path / "x.tar", samples(250)))])
+    source = PackedImages([str(write_tar(tmp_path / "x.tar", samples(250)))])
     assert len(pickle.dumps(source)) < 250 * 64
 
 
@@ -607,7 +584,7 @@ def test_of_several_links_to_a_folder_the_first_is_read(tmp_path):
 def test_dots_in_names_of_members(tmp_path, caplog):
     members = [("IMG_2020.01.05.jpg", jpeg(1)), ("IMG_2020.01.05.cls", b"7"), ("v1.2.final.png", jpeg(2))]
     members += [("plain.jpg", jpeg(3)), ("0.input.jpg", jpeg(4)), ("0.target.jpg", jpeg(5)), ("0.cls", b"3")]
-    source = TarShards([str(write_tar(tmp_path / "x.tar", members))])
+    source = PackedImages([str(write_tar(tmp_path / "x.tar", members))])
     read = {source.name(i): (source.label(i), shade(source.image(i))) for i in range(len(source))}
     assert read == {
         "x.tar/IMG_2020.01.05.jpg": (7, 1),
@@ -622,7 +599,7 @@ def test_dots_in_names_of_members(tmp_path, caplog):
 def test_members_that_are_left_out_are_counted(tmp_path, caplog):
     members = [("0.jpg", jpeg(0)), ("0.seg.png", jpeg(9)), ("0.json", b"{}"), ("1.heic", b"x"), ("read me", b"x")]
     members += [("2.jpg", jpeg(2)), ("2.png", jpeg(2))]
-    source = TarShards([str(write_tar(tmp_path / "x.tar", members))])
+    source = PackedImages([str(write_tar(tmp_path / "x.tar", members))])
     assert names_of(source) == ["x.tar/0.jpg", "x.tar/2.jpg", "x.tar/2.png"]
     for kind in (".seg.png", ".json", ".heic", "no suffix"):
         assert f"{kind} (1)" in said(caplog)
@@ -639,7 +616,7 @@ def test_links_in_archives_count_as_what_they_lead_to(tmp_path, caplog):
             data = b"" if kind else jpeg(5)
             info.type, info.linkname, info.size = kind or tarfile.REGTYPE, target, len(data)
             tar.addfile(info, io.BytesIO(data))
-    source = TarShards([str(path)])
+    source = PackedImages([str(path)])
     assert names_of(source) == ["x.tar/a/early.jpg", "x.tar/b/1.jpg", "x.tar/hard.jpg"]
     assert {shade(source.image(i)) for i in range(len(source))} == {5}
     assert "links to nothing (3)" in said(caplog)
@@ -663,7 +640,7 @@ def test_sparse_members_are_counted_and_what_follows_is_read(tmp_path, caplog, b
     path = write_tar(tmp_path / "x.tar", [("after.jpg", jpeg(6))])
     more = b"".join(bytes(504) + bytes([i < blocks - 1]) + bytes(7) for i in range(blocks))
     path.write_bytes(sparse_header("sparse.jpg", 600, blocks > 0) + more + bytes(1024) + path.read_bytes())
-    source = TarShards([str(path)])
+    source = PackedImages([str(path)])
     assert names_of(source) == ["x.tar/after.jpg"]
     assert shade(source.image(0)) == 6
     assert "sparse files (1)" in said(caplog)
@@ -679,7 +656,7 @@ def test_sparse_members_of_pax_are_counted(tmp_path, caplog):
             info = tarfile.TarInfo(name)
             info.size, info.pax_headers = len(jpeg(7)), headers
             tar.addfile(info, io.BytesIO(jpeg(7)))
-    assert names_of(TarShards([str(path)])) == ["x.tar/b.jpg"]
+    assert names_of(PackedImages([str(path)])) == ["x.tar/b.jpg"]
     assert "sparse files (1)" in said(caplog)
 
 

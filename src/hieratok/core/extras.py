@@ -4,13 +4,19 @@ import contextlib
 from collections.abc import Iterator
 
 EXTRAS = {
+    "aiohttp": "data",
     "diffusers": "diffusers",
+    "filelock": "data",
+    "fsspec": "data",
+    "gcsfs": "data",
     "gradio": "app",
     "lpips": "eval",
     "matplotlib": "eval",
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "pyarrow": "data",
+    "s3fs": "data",
     "scipy": "eval",
     "skimage": "train",
     "sklearn": "eval",

@@ -12,6 +12,8 @@ from hieratok.core.pixels import has_image_suffix, is_image
 MOST_KINDS = 8
 """That are named; the rest are counted together."""
 LONGEST_SUFFIX = 12
+TRAIN_NAMES = {"train", "training"}
+HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
 HEIC = {".heic", ".heif"}
 
 logger = logging.getLogger(__name__)

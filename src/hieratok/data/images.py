@@ -37,17 +37,27 @@ from hieratok.core.pixels import (
     to_uint8,
 )
 from hieratok.core.plugins import SOURCES
-from hieratok.data.folders import LeftOut, images_below, kind_left_out, listdir
-from hieratok.data.shards import TarShards
+from hieratok.data.folders import (
+    HELD_OUT_NAMES,
+    TRAIN_NAMES,
+    LeftOut,
+    images_below,
+    kind_left_out,
+    kind_of_suffix,
+    listdir,
+)
+from hieratok.data.packed import PackedImages, packed_suffix
+from hieratok.data.remote import check_address, files_in, is_address, is_several, matching
+from hieratok.data.tables import saved_shards
 
 __all__ = [
     "BadImageError",
     "BundledPhotos",
     "ImageDataset",
     "ImageFiles",
+    "PackedImages",
     "Source",
     "StepBatches",
-    "TarShards",
     "center_crop",
     "evaluation_batches",
     "open_source",
@@ -57,9 +67,9 @@ __all__ = [
     "training_loader",
 ]
 
-TRAIN_NAMES = {"train", "training"}
-HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+FOLDERS_HOLD = (".tar", ".parquet")
+"""Of the files that hold many images, those that are looked for in a folder; beside images a zip is a copy of them."""
 BRACES = re.compile(r"\{(?:(?P<first>\d{1,12})\.\.(?P<last>\d{1,12})|(?P<choices>[^{},]*(?:,[^{},]*)+))\}")
 MAX_SHARDS = 100_000
 MOST_STEM_BYTES = 200
@@ -87,6 +97,13 @@ class Source(Protocol):
             BadImageError: it cannot be read; the message names the file.
         """
         ...
+
+
+def read_ahead(source: Source, indices: Sequence[int]) -> None:
+    """Say which images will be asked for next, to a source that has a method `read_ahead` for this."""
+    begin = getattr(source, "read_ahead", None)
+    if begin is not None:
+        begin(indices)
 
 
 class ImageFiles:
@@ -250,6 +267,10 @@ class Subset:
         """As the source reads it."""
         return self.source.image(self.indices[index])
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """As the source does it."""
+        read_ahead(self.source, [self.indices[index] for index in indices])
+
 
 def evenly_spread(source: Source, num_images: int) -> Subset:
     """So many images of a source, evenly spread over it; all where it has no more."""
@@ -293,46 +314,52 @@ def open_source(path: str | Sequence[str]) -> Source:
     - an image file, a folder of images (classes: its sub-folders), a pattern such as `photos/*.jpg`;
     - WebDataset shards: a folder of `.tar` files, one of them, a pattern such as `shards/train-*.tar`, or several in
       WebDataset's notation, `shards/train-{000000..000146}.tar`;
+    - a zip of images, or several;
+    - Hugging Face's `datasets`: a folder from `save_to_disk`, or Parquet files in the ways of shards;
+    - shards, zips and Parquet files by address, in the same ways: `s3://BUCKET/train-*.tar`, `gs://`, `https://`
+      without patterns, `hf://datasets/OWNER/NAME` for a dataset on the hub;
     - a list of these;
     - `NAME:TEXT`, a plugin's data source.
 
     Raises:
         FileNotFoundError: nothing there; the message offers the nearest name.
         PermissionError: a file or folder that may not be read.
-        ValueError: no images, images and shards mixed, compressed shards, or several sets in one folder, such as train
-            and val.
+        RemoteError: a server refuses or fails.
+        ValueError: no images, images and shards mixed, compressed shards, several sets in one folder, such as train
+            and val, or an address that is not read.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].split(":")[0] == "bundled":
         return BundledPhotos(paths[0].partition(":")[2] or "train")
-    name, colon, text = paths[0].partition(":")
-    if len(paths) == 1 and colon and name in SOURCES:
+    name, colon, text = paths[0].partition(":") if len(paths) == 1 else ("", "", "")
+    if colon and name in SOURCES:
         return SOURCES[name](text)
     left_out = LeftOut()
-    found = [_expand(os.path.expanduser(one), left_out) for one in paths]
+    found = [_expand(one if is_address(one) else os.path.expanduser(one), left_out) for one in paths]
     if len(found) == 1 and len(found[0]) == 1 and os.path.isdir(found[0][0]):
         return _open_folder(found[0][0])
 
     files: list[str] = []
     for matches in found:  # a pattern may match both a folder and what is in it
         files += dict.fromkeys(file for match in matches for file in _files_of(match, left_out))
-    shards = [file for file in files if _is_shard(file)]
+    shards = [file for file in files if _is_packed(file)]
     where = " ".join(paths)
     if not files:
         raise ValueError(
-            f"no images found in {shown(where)} (looked for {_suffix_list()} .tar){left_out.words('; it has ')}"
+            f"no images found in {shown(where)} (looked for {_suffix_list()} .tar .zip .parquet)"
+            f"{left_out.words('; it has ')}"
         )
     left_out.say(where)
     if not shards:
         return ImageFiles(files)
     if len(shards) < len(files):
-        other = next(file for file in files if not _is_shard(file))
-        raise ValueError(f"{shown(shards[0])} is a shard and {shown(other)} is not: give one kind or the other")
-    return TarShards(shards)
+        other = next(file for file in files if not _is_packed(file))
+        raise ValueError(f"{shown(shards[0])} holds many images and {shown(other)} one: give one kind or the other")
+    return PackedImages(shards)
 
 
-def _is_shard(file: str) -> bool:
-    """Whether a file is a WebDataset shard by its name.
+def _is_packed(file: str) -> bool:
+    """Whether a file holds many images by its name: a WebDataset shard, a zip, an Arrow or Parquet file.
 
     Raises:
         ValueError: a compressed one.
@@ -342,11 +369,11 @@ def _is_shard(file: str) -> bool:
             f"{shown(file)} is a compressed archive, of which images cannot be read in any order: unpack it to .tar"
             " (such as by gunzip)"
         )
-    return file.lower().endswith(".tar")
+    return packed_suffix(file) != ""
 
 
 def _files_of(path: str, left_out: LeftOut) -> list[str]:
-    if not os.path.isdir(path):
+    if is_address(path) or not os.path.isdir(path):
         return [path]
     names, others = images_below(path)
     left_out.add(others)
@@ -356,20 +383,22 @@ def _files_of(path: str, left_out: LeftOut) -> list[str]:
 def _expand(path: str, left_out: LeftOut) -> list[str]:
     """A path itself if it exists, else what it matches in WebDataset's notation or as a pattern, without files of other
     kinds."""
-    if os.path.lexists(path):
+    if not is_address(path) and os.path.lexists(path):
         return [path]
     if BRACES.search(path):
         return [file for one in _expand_braces(path) for file in _expand(one, left_out)]
+    if is_address(path):
+        return _expand_address(path, left_out)
     if glob.has_magic(path):
         matches = sorted(glob.glob(path, recursive=True))
         usable = []
         for match in matches:
-            if os.path.isdir(match) or _is_shard(match) or not (kind := kind_left_out(match)):
+            if os.path.isdir(match) or _is_packed(match) or not (kind := kind_left_out(match)):
                 usable.append(match)
             else:
                 left_out.count(kind)
         if not usable:
-            what = "nothing matches" if not matches else "no images or .tar shards match"
+            what = "nothing matches" if not matches else "no images or shards match"
             raise FileNotFoundError(f"{what} {shown(path)}{left_out.words('; it matches ')}")
         return usable
     parent, missing = os.path.split(os.path.abspath(path))
@@ -379,6 +408,35 @@ def _expand(path: str, left_out: LeftOut) -> list[str]:
     nearest = difflib.get_close_matches(missing, known, n=1)
     hint = f" (did you mean {shown(known[nearest[0]])}?)" if nearest else ""
     raise FileNotFoundError(f"no such file or folder: {shown(path)}{hint}")
+
+
+def _expand_address(address: str, left_out: LeftOut) -> list[str]:
+    """An address itself if it is a file's by its name, else what it matches, or what is in the folder."""
+    check_address(address)
+    if not is_several(address) and _is_packed(address):
+        return [address]
+    files = matching(address) if is_several(address) else files_in(address)
+    usable = [file for file in files if _is_packed(file) and not file.lower().endswith(".arrow")]
+    for file in files:
+        if file not in usable:
+            left_out.count(kind_of_suffix(os.path.splitext(file)[1].lower()))
+    if not usable:
+        hint = " (as Parquet, it is at @refs/convert/parquet)" if address.startswith("hf://datasets/") else ""
+        raise ValueError(
+            f"no shards found in {shown(address)}{hint} (looked for .tar .zip .parquet){left_out.words('; it has ')}"
+        )
+    if not is_several(address):
+        _check_one_set(address, usable)
+    return usable
+
+
+def _check_one_set(folder: str, files: list[str]) -> None:
+    """Refuse files that are called differently but for their numbers, as of training and held-out images."""
+    start = folder.rstrip("/") + "/"
+    sets = sorted({re.sub(r"\d+", "*", file.removeprefix(start)) for file in files})
+    if len(sets) > 1:
+        choices = ", ".join(repr(start + pattern) for pattern in [*sets[:4], f"*{os.path.splitext(files[0])[1]}"])
+        raise ValueError(f"{shown(folder)} holds shards of several sets: choose one of {choices}")
 
 
 def _expand_braces(path: str) -> Iterator[str]:
@@ -408,8 +466,10 @@ def _expand_braces(path: str) -> Iterator[str]:
 
 def _open_folder(folder: str) -> Source:
     """A folder of shards or of images; one that holds several sets is refused, as mixing them would go unnoticed."""
+    if (saved := saved_shards(folder)) is not None:
+        return PackedImages(saved)
     names = sorted(name for name in listdir(folder) if not name.startswith("."))
-    shards = [name for name in names if _is_shard(os.path.join(folder, name))]
+    shards = [name for name in names if _is_packed(os.path.join(folder, name)) and packed_suffix(name) in FOLDERS_HOLD]
     if not shards:
         folders = [os.path.join(folder, name) for name in names if os.path.isdir(os.path.join(folder, name))]
         train = [path for path in folders if os.path.basename(path).lower() in TRAIN_NAMES]
@@ -424,16 +484,13 @@ def _open_folder(folder: str) -> Source:
             f"{shown(folder)} holds both shards ({shown(shards[0])}) and images ({shown(images[0])}): choose with a"
             " pattern"
         )
-    sets = sorted({re.sub(r"\d+", "*", name) for name in shards})
-    if len(sets) > 1:
-        choices = ", ".join(repr(os.path.join(folder, pattern)) for pattern in [*sets[:4], "*.tar"])
-        raise ValueError(f"{shown(folder)} holds shards of several sets: choose one of {choices}")
+    _check_one_set(folder, [os.path.join(folder, name) for name in shards])
     left_out = LeftOut()
     for name in names:
         if name not in shards:
             left_out.count(kind_left_out(os.path.join(folder, name)) or "images")
     left_out.say(folder)
-    return TarShards([os.path.join(folder, name) for name in shards])
+    return PackedImages([os.path.join(folder, name) for name in shards])
 
 
 class ImageDataset(Dataset):
@@ -513,6 +570,11 @@ class ImageDataset(Dataset):
                 image = image.flip(-1)
             return {"image": image.contiguous(), "label": self.source.label(place), "skipped": skipped}
         raise BadImageError(f"none of the {len(self)} images can be read, {shown(self.source.name(index))} among them")
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """Several items, which a DataLoader asks for at once: a batch."""
+        read_ahead(self.source, [index for index, _ in items])
+        return [self[item] for item in items]
 
     def _crop(self, image: Tensor, generator: torch.Generator) -> Tensor:
         if self.crop == "center":
@@ -663,9 +725,13 @@ def _decoded_ahead(source: Source, size: int, batches: list[range]) -> Iterator[
     def load(index: int) -> Tensor:
         return _read(source, index, lambda whole: center_crop(whole, size))
 
+    def begin(batch: range) -> Iterator[Tensor]:
+        read_ahead(source, batch)
+        return pool.map(load, batch)
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        ahead = pool.map(load, batches[0] if batches else ())
+        ahead = begin(batches[0] if batches else range(0))
         for batch, following in zip(batches, [*batches[1:], range(0)]):
-            images, ahead = ahead, pool.map(load, following)
+            images, ahead = ahead, begin(following)
             labels = torch.tensor([source.label(index) for index in batch])
             yield [source.name(index) for index in batch], labels, torch.stack(list(images))

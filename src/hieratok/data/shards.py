@@ -1,151 +1,35 @@
-"""WebDataset shards read map-style: any image in any order, which makes shuffling complete and resuming exact.
+"""The index of a WebDataset shard: where each image lies, and its class.
 
 One pass over the tar headers gives an index of where each image lies; an image is then one `pread`. Python's `tarfile`
 reads the same archives but takes three times as long for the headers (`benchmarks/data.py`). A shard may come from
 anywhere, so nothing in it is trusted: only regular files are read, of bounded size, and nothing is written to disk.
 """
 
-import functools
-import os
 import posixpath
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from hieratok.core.files import open_regular, shown
-from hieratok.core.pixels import MAX_IMAGE_BYTES, SUFFIXES, BadImageError, decode_image
+from hieratok.core.files import shown
+from hieratok.core.pixels import SUFFIXES
 from hieratok.data.folders import LeftOut, kind_of_suffix
+from hieratok.data.image_index import ImageIndex, check_name
+from hieratok.data.ranges import RangeFile
 
 BLOCK = 512  # bytes: a tar archive is a sequence of blocks
 READ_BYTES = 4096  # one page of the file cache: often holds the next small member and the header after it
 MAX_TEXT_BYTES = 1 << 16  # of a label, a long name or a pax header
-MAX_NAME_LENGTH = 1024
-MAX_OPEN_SHARDS = 256
-INDEX_THREADS = 16  # they wait for the disk; the parsing itself is not parallel
 
 
-class TarShards:
-    """Images and class labels in WebDataset shards: a `Source`.
-
-    Members whose paths agree up to the first dot of the file name are one sample. Its images are those called
-    KEY.SUFFIX with an image's suffix, or where there is none those with more between, such as `7.input.jpg`; links to
-    members in the archive count as what they lead to. The label is the `.cls` member of the same path up to the suffix
-    or to an earlier dot; it holds the class index as text. Other members are left out: counted, and said once.
-
-    Args:
-        paths: tar files, uncompressed.
+def index_tar(file: RangeFile, path: str) -> ImageIndex:
+    """Where each image lies in one shard, in the order of the archive.
 
     Raises:
-        FileNotFoundError, PermissionError: a shard is missing or may not be read.
-        ValueError: a shard is truncated or no tar file, two members have one name, a label is no class index,
-            a member's name leads outside the archive, a shard is listed twice, or there are no images.
+        ValueError: truncated, damaged or no tar file, two members of one name, a label that is no class index, or a
+            name that leads outside the archive.
     """
-
-    def __init__(self, paths: Sequence[str | os.PathLike]):
-        self.paths = [os.path.abspath(path) for path in paths]
-        if not self.paths:
-            raise ValueError("no shards given")
-        if len(set(self.paths)) < len(self.paths):
-            raise ValueError(f"{shown(max(self.paths, key=self.paths.count))} is listed twice")
-        with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            shards = list(pool.map(_index_shard, self.paths))
-        self._folder = os.path.commonpath([os.path.dirname(path) for path in self.paths])
-        self._versions = [shard.version for shard in shards]
-        # Arrays and not lists of objects: forked workers then share them, and the index of a million images is small.
-        self._shards = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.names) for shard in shards])
-        self._names = np.concatenate([shard.names for shard in shards])
-        self._offsets = np.concatenate([shard.offsets for shard in shards])
-        self._sizes = np.concatenate([shard.sizes for shard in shards])
-        self._labels = np.concatenate([shard.labels for shard in shards])
-        left_out = LeftOut()
-        for shard in shards:
-            left_out.add(shard.left_out)
-        others = " and the other shards" if len(self.paths) > 1 else ""
-        if not len(self):
-            raise ValueError(f"no images in {shown(self.paths[0])}{others}{left_out.words('; there are ')}")
-        left_out.say(self.paths[0] + others)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """Shard and member, such as `train-000000.tar/n03028079_39506.jpg`."""
-        shard = os.path.relpath(self.paths[self._shards[index]], self._folder)
-        return f"{shard}/{_decode(self._names[index])}"
-
-    def label(self, index: int) -> int:
-        """Class index, -1 where the sample has none."""
-        return int(self._labels[index])
-
-    def image(self, index: int) -> Tensor:
-        """uint8 (3, H, W).
-
-        Raises:
-            BadImageError: the image is damaged or larger than 256 MiB, or its shard was changed or removed.
-        """
-        shard = self._shards[index]
-        path, size = self.paths[shard], int(self._sizes[index])
-        name = f"{path}/{_decode(self._names[index])}"
-        if size > MAX_IMAGE_BYTES:
-            raise BadImageError(f"cannot read {shown(name)}: {size} bytes are more than an image should have")
-        try:
-            data = _open_shard(path, self._versions[shard]).read(size, int(self._offsets[index]))
-        except OSError as error:
-            raise BadImageError(f"cannot read {shown(name)}: {error.strerror or error}") from error
-        return decode_image(data, name)
-
-
-class _Version(NamedTuple):
-    """What changes when a file is written to."""
-
-    size: int
-    modified: int  # in ns
-
-
-class _OpenFile:
-    """A file open for positional reads, which threads and forked processes may share. It is closed when the last user
-    lets go of it, as another thread may be reading when it leaves the cache."""
-
-    def __init__(self, path: str):
-        self._descriptor = -1
-        self._descriptor = open_regular(path)
-
-    def __del__(self, close=os.close):
-        if self._descriptor >= 0:
-            close(self._descriptor)
-
-    def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
-
-    def version(self) -> _Version:
-        status = os.fstat(self._descriptor)
-        return _Version(status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=MAX_OPEN_SHARDS)
-def _open_shard(path: str, version: _Version) -> _OpenFile:
-    file = _OpenFile(path)
-    if file.version() != version:
-        raise BadImageError(f"{shown(path)} was changed since it was indexed")
-    return file
-
-
-class _ShardIndex(NamedTuple):
-    version: _Version
-    names: np.ndarray  # (n,) bytes
-    offsets: np.ndarray  # (n,) int64
-    sizes: np.ndarray  # (n,) int64
-    labels: np.ndarray  # (n,) int64, -1: none
-    left_out: LeftOut
-
-
-def _index_shard(path: str) -> _ShardIndex:
-    """Where each image lies in one shard, in the order of the archive."""
-    file = _OpenFile(path)
     images: dict[str, tuple[int, int]] = {}  # name -> offset, size
     labels: dict[str, int] = {}  # name without .cls
     links: list[tuple[str, str]] = []  # names of a link and of what it leads to
@@ -158,10 +42,7 @@ def _index_shard(path: str) -> _ShardIndex:
             if member.kind != "folder" and not (base.startswith(".") and not is_image):
                 left_out.count("hidden files" if base.startswith(".") else kind_of_suffix(suffix))
             continue
-        if ".." in name.split("/") or len(name) > MAX_NAME_LENGTH or "\0" in name:
-            raise ValueError(
-                f"{shown(path)}: the name {shown(repr(name[:80]))} leads outside the archive or is too long"
-            )
+        check_name(name, path)
         key = name.removesuffix(base[-4:]) if suffix == ".cls" else name
         if key in (labels if suffix == ".cls" else images):
             raise ValueError(f"{shown(path)} has two members called {shown(name)}")
@@ -181,7 +62,8 @@ def _index_shard(path: str) -> _ShardIndex:
             del images[name]
             left_out.count("links to nothing")
     _leave_out_other_fields(images, left_out)
-    return _ShardIndex(
+    return ImageIndex(
+        path,
         file.version(),
         np.array([_encode(name) for name in images], dtype=np.bytes_),
         np.array([offset for offset, _ in images.values()], dtype=np.int64),
@@ -255,7 +137,7 @@ MEMBER_KINDS = {
 }
 
 
-def _members(file: _OpenFile, path: str) -> Iterator[_Member]:
+def _members(file: RangeFile, path: str) -> Iterator[_Member]:
     """Each member of a tar archive of any dialect: v7, ustar, GNU, pax.
 
     Raises:

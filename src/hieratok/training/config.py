@@ -36,7 +36,8 @@ class DataConfig:
     """
 
     path: str | None = None
-    """Folder of images (class = sub-folder), WebDataset shards (folder, file or 'glob-*.tar'), or `bundled`."""
+    """Folder of images (class = sub-folder), WebDataset shards (folder, file or 'glob-*.tar'), a zip, a folder of
+    Hugging Face's datasets, Parquet; s3://, gs://, hf:// or https:// of such files; or `bundled`."""
     val_path: str | None = None
     """Images never trained on, for the pictures during training. None: of `path`, centre-cropped."""
     crop: Literal["random-resized", "center"] = "random-resized"

@@ -1,0 +1,133 @@
+"""Where images lie within a larger file, and that table in the cache, for files that are read over the network."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hieratok.core.extras import needs_extras
+from hieratok.core.files import read_npz, shown
+from hieratok.data.folders import LeftOut
+from hieratok.data.ranges import Version
+
+FORMAT = 1
+"""Of what is kept; another one is not found, and made again."""
+MAX_NAME_LENGTH = 1024
+
+
+class ImageIndex(NamedTuple):
+    """The images of one file, in order."""
+
+    path: str
+    """Of the file that holds them: a path or an address."""
+    version: Version
+    names: np.ndarray
+    """(n,) bytes: of members, or of rows."""
+    offsets: np.ndarray
+    """(n,) int64: where an image's bytes begin; of a zip, its member's header."""
+    sizes: np.ndarray
+    """(n,) int64: of the image's bytes in the file."""
+    labels: np.ndarray
+    """(n,) int64: the class index, -1: none."""
+    left_out: LeftOut
+    classes: tuple[str, ...] | None = None
+    """The names that the labels stand for, where the file says them."""
+
+
+def check_name(name: str, path: str) -> None:
+    """Refuse a member's name that could not be part of a path below a folder.
+
+    Raises:
+        ValueError: it leads outside the archive or is too long.
+    """
+    if ".." in name.split("/") or len(name) > MAX_NAME_LENGTH or "\0" in name:
+        raise ValueError(f"{shown(path)}: the name {shown(repr(name[:80]))} leads outside the archive or is too long")
+
+
+def cache_folder() -> Path:
+    """$HIERATOK_CACHE, or hieratok in $XDG_CACHE_HOME or ~/.cache."""
+    if folder := os.environ.get("HIERATOK_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hieratok"
+
+
+def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callable[[Path], None]) -> Path:
+    """A file in the cache that belongs to one version of another, made if it is not there.
+
+    Several processes that ask for it wait for one that makes it; it is whole or not there.
+
+    Args:
+        kind: what it is, a folder in the cache.
+        path: the other file's path or address.
+        version: of it.
+        suffix: of the file's name.
+        make: writes it, to a path.
+
+    Raises:
+        OSError: the cache cannot be written to.
+        ...: whatever `make` raises.
+    """
+    key = hashlib.sha256(json.dumps([FORMAT, path, *version]).encode(errors="surrogateescape")).hexdigest()[:40]
+    place = cache_folder() / kind / f"{key}{suffix}"
+    if place.is_file():
+        return place
+    with needs_extras():
+        from filelock import FileLock
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):
+        if not place.is_file():
+            descriptor, name = tempfile.mkstemp(dir=place.parent, suffix=suffix)
+            os.close(descriptor)
+            try:
+                make(Path(name))
+                os.replace(name, place)
+            finally:
+                Path(name).unlink(missing_ok=True)
+    return place
+
+
+def kept_index(path: str, version: Version, make: Callable[[], ImageIndex]) -> ImageIndex:
+    """The index of one version of a file, from the cache if it is there.
+
+    Raises:
+        OSError: the cache cannot be written to.
+        ...: whatever `make` raises.
+    """
+    place = kept_file("index", path, version, ".npz", lambda to: _save(make(), to))
+    try:
+        return _load(path, version, place)
+    except (ValueError, KeyError):  # damaged
+        place.unlink(missing_ok=True)
+        place = kept_file("index", path, version, ".npz", lambda to: _save(make(), to))
+        return _load(path, version, place)
+
+
+def _save(index: ImageIndex, to: Path) -> None:
+    facts = {"left out": index.left_out.counts, "classes": index.classes}
+    text = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    with to.open("wb") as file:
+        np.savez(file, names=index.names, offsets=index.offsets, sizes=index.sizes, labels=index.labels, facts=text)
+
+
+def _load(path: str, version: Version, place: Path) -> ImageIndex:
+    arrays = read_npz(place)
+    facts = json.loads(arrays["facts"].tobytes())
+    left_out = LeftOut()
+    for kind, count in facts["left out"].items():
+        left_out.count(kind, count)
+    classes = None if facts["classes"] is None else tuple(facts["classes"])
+    return ImageIndex(
+        path,
+        version,
+        arrays["names"],
+        arrays["offsets"],
+        arrays["sizes"],
+        arrays["labels"],
+        left_out,
+        classes,
+    )
