@@ -95,8 +95,9 @@ def entry(module: str, name: str) -> str:
 
 
 def members(cls: type) -> Iterator[tuple[str, Any]]:
-    """A class's own public methods and properties, in the source's order."""
-    for name, value in vars(cls).items():
+    """A class's public methods and properties, in the source's order; first those of its bases in this package."""
+    own = [base for base in reversed(cls.__mro__) if base.__module__.partition(".")[0] == "hieratok"]
+    for name, value in {name: value for base in own for name, value in vars(base).items()}.items():
         if not name.startswith("_") and (isinstance(value, property | classmethod) or inspect.isroutine(value)):
             yield name, value
 

@@ -306,7 +306,8 @@ def use_note(kind: str, facts: Run, hub_id: str) -> str:
     if kind == "tokenizer":
         return (
             "Images may have any size: they are padded to whole patches, and positions are interpolated. `revision=`"
-            f" chooses a branch, tag or commit. Of a photo: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`."
+            f" chooses a branch, tag or commit. Of a photo: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`. In"
+            f' diffusers: `hieratok.interop.AutoencoderHieraTok.from_pretrained("{hub_id}")`.'
         )
     tokenizer = facts.settings.get("tokenizer")
     which = f" In training it was `{local(tokenizer)}`." if tokenizer else ""
