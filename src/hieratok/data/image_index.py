@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -81,13 +80,12 @@ def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callabl
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
         if not place.is_file():
-            descriptor, name = tempfile.mkstemp(dir=place.parent, suffix=suffix)
-            os.close(descriptor)
+            part = place.with_suffix(".part")  # what a killed process left is written over
             try:
-                make(Path(name))
-                os.replace(name, place)
+                make(part)
+                os.replace(part, place)
             finally:
-                Path(name).unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
     return place
 
 

@@ -224,7 +224,9 @@ def _opened_system(scheme: str, process: int) -> Any:
         if scheme == "s3":
             from s3fs import S3FileSystem
 
-            return S3FileSystem(skip_instance_cache=True)
+            system = S3FileSystem(skip_instance_cache=True, config_kwargs={"retries": {"total_max_attempts": 1}})
+            system.retries = 1  # tries within tries, of three libraries, take minutes
+            return system
         if scheme == "gs":
             from gcsfs import GCSFileSystem
 
