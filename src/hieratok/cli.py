@@ -25,7 +25,7 @@ from hieratok.core.errors import Stopped, TrainingError
 from hieratok.core.extras import needs_extras
 from hieratok.core.messages import nearest, shown
 from hieratok.core.plugins import take_plugins
-from hieratok.settings import Command, entry
+from hieratok.settings import Command, overview
 
 DESCRIPTION = "hieratok: multi-scale visual tokenizers (HieraTok, arXiv 2509.23736)"
 
@@ -50,22 +50,11 @@ COMMANDS: dict[str, Command] = {
 
 def usage() -> str:
     """The top-level help."""
-    width = max(map(len, COMMANDS))
-    return "\n".join(
-        [
-            "usage: hieratok COMMAND [OPTIONS]",
-            "",
-            DESCRIPTION,
-            "",
-            "Example: hieratok quickstart",
-            "",
-            "commands:",
-            *(entry(name, command.summary, width + 4) for name, command in COMMANDS.items()),
-            "",
-            "`hieratok COMMAND --help` shows a command's options and an example. `--plugin MODULE`, with any command,",
-            "loads a module of yours that registers down-samplers, losses, discriminators, data sources or study rows.",
-        ]
+    last = (
+        "`hieratok COMMAND --help` shows a command's options and an example. `--plugin MODULE`, with any command,\n"
+        "loads a module of yours that registers down-samplers, losses, discriminators, data sources or study rows."
     )
+    return overview("hieratok COMMAND [OPTIONS]", DESCRIPTION, "hieratok quickstart", "commands", COMMANDS, last)
 
 
 def main(argv: list[str] | None = None) -> int:

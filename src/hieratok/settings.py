@@ -373,6 +373,15 @@ def columns() -> int:
     return min(shutil.get_terminal_size().columns, WIDEST)
 
 
+def overview(usage: str, description: str, example: str, title: str, commands: Mapping[str, Command], last: str) -> str:
+    """The help of what is divided into commands: a line each."""
+    left = max(map(len, commands)) + 4
+    entries = (entry(name, command.summary, left) for name, command in commands.items())
+    return "\n".join(
+        [f"usage: {usage}", "", description, "", f"Example: {example}", "", f"{title}:", *entries, "", last]
+    )
+
+
 def entry(head: str, text: str, left: int) -> str:
     """A name and what it is, side by side; the text begins after `left` columns, on a line of its own if need be."""
     lines = textwrap.wrap(text, max(20, columns() - left), break_on_hyphens=False) or [""]

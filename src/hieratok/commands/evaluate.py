@@ -8,7 +8,7 @@ from hieratok.evaluation.config import (
     EvaluateSamples,
     EvaluateStats,
 )
-from hieratok.settings import Command, command, entry
+from hieratok.settings import Command, command, overview
 
 SUMMARY = "Evaluate reconstructions or samples: rFID, PSNR, SSIM, LPIPS; FID, sFID, IS, KID, precision, recall."
 
@@ -77,21 +77,9 @@ def main(arguments: list[str]) -> None:
 
 def help_of_all() -> str:
     """What there is to evaluate."""
-    width = max(map(len, KINDS))
-    return "\n".join(
-        [
-            "usage: hieratok evaluate KIND ... [OPTIONS]",
-            "",
-            SUMMARY,
-            "",
-            "Example: hieratok evaluate reconstruction runs/photos --data val",
-            "",
-            "kinds:",
-            *(entry(name, kind.summary, width + 4) for name, kind in KINDS.items()),
-            "",
-            "`hieratok evaluate KIND --help` shows a kind's options and an example.",
-        ]
-    )
+    example = "hieratok evaluate reconstruction runs/photos --data val"
+    last = "`hieratok evaluate KIND --help` shows a kind's options and an example."
+    return overview("hieratok evaluate KIND ... [OPTIONS]", SUMMARY, example, "kinds", KINDS, last)
 
 
 COMMAND = Command(SUMMARY, main, kinds=KINDS)
