@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
+from helpers.models import CONFIG
 from hieratok import TokenizerConfig
 from hieratok.core.typed import plain
 from hieratok.losses.reconstruction import LossConfig
@@ -27,19 +29,7 @@ def small_run(photos: Path, **train) -> TokenizerRun:
     )
     return TokenizerRun(
         name="small",
-        model=TokenizerConfig(
-            image_size=16,
-            patch_size=4,
-            latent_channels=4,
-            scales=(1, 2, 4),
-            encoder_width=16,
-            encoder_depth=1,
-            encoder_heads=2,
-            decoder_width=24,
-            decoder_depth=2,
-            decoder_heads=2,
-            drop_path=0.2,
-        ),
+        model=replace(CONFIG, decoder_depth=2, drop_path=0.2, init_std=TokenizerConfig().init_std),
         data=DataConfig(path=str(photos), num_workers=0),
         loss=LossConfig(perceptual_weight=0.0),
         train=TrainConfig(**{**settings, "precision": "fp32", **train}),

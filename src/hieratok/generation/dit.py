@@ -7,6 +7,7 @@ Weights are named as in facebookresearch/DiT, so that a state dict from there lo
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from hieratok.core import checkpoint
 from hieratok.core.files import shown
 from hieratok.core.layers import Attend, Attention, Blocks, Mlp
+from hieratok.core.pretrained import Pretrained
 from hieratok.generation.config import DiTConfig
 
 NORM_EPS = 1e-6
@@ -55,8 +57,11 @@ class LatentSpace:
         return z * z.new_tensor(self.std).view(-1, 1, 1) + z.new_tensor(self.mean).view(-1, 1, 1)
 
 
-class DiT(nn.Module):
+class DiT(Pretrained):
     """Noisy latent, time and class -> the process's prediction."""
+
+    model_type, kind, config_class, others = "hieratok-dit", "generator", DiTConfig, ("latents",)
+    config: DiTConfig
 
     pos_embed: Tensor  # a buffer: saved with the weights, as DiT's, but fixed
     latents: LatentSpace | None
@@ -127,69 +132,20 @@ class DiT(nn.Module):
         x = patches.view(-1, n, n, p, p, self.config.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, n * p, n * p).contiguous()
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write `config.json` and `model.safetensors` into `folder` (made if need be).
+    def _others(self) -> dict[str, Any]:
+        return {"latents": asdict(self.latents)} if self.latents else {}
 
-        `state_dict` is the whole model's where this module holds only a part of it (FSDP).
-        """
-        weights = self.state_dict() if state_dict is None else state_dict
-        latents = {"latents": asdict(self.latents)} if self.latents else {}
-        checkpoint.save(folder, weights, {"model_type": "hieratok-dit", **asdict(self.config), **latents})
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> "DiT":
-        """A generator from a run's folder, a folder written by `save_pretrained`, or a hub id ("name/model").
-
-        Returns it in evaluation mode. A hub id is downloaded only if no such folder exists here.
-
-        Args:
-            source: where it is.
-            dtype: of the weights, such as torch.bfloat16; None: float32.
-            device: where to put it, such as "cuda".
-            revision: branch, tag or commit on the hub.
-            cache_dir: where downloads are kept; None: the hub's own place.
-            token: for what is private on the hub; None: the one that this machine is logged in with; False: none.
-            local_files_only: take what was downloaded before and ask no network.
-
-        Raises:
-            FileNotFoundError: nothing there, or a file is missing.
-            ValueError: the files do not fit this class or each other, or `dtype` is not floating-point; the message
-                says where.
-        """
-        folder = checkpoint.find(
-            source,
-            inside="generator",
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        config, others = checkpoint.load_config(folder, "hieratok-dit", DiTConfig, others=("latents",))
-        latents = None
-        if others.get("latents") is not None:
-            latents = checkpoint.from_json(
-                LatentSpace, others["latents"], f"{shown(folder / checkpoint.CONFIG)}: latents"
+    def _take_over(self, others: dict[str, Any], folder: Path) -> None:
+        if others.get("latents") is None:
+            return
+        where = f"{shown(folder / checkpoint.CONFIG)}: latents"
+        latents = checkpoint.from_json(LatentSpace, others["latents"], where)
+        if not len(latents.mean) == len(latents.std) == self.config.latent_channels:
+            raise ValueError(
+                f"{where} has {len(latents.mean)} means and {len(latents.std)}"
+                f" deviations for {self.config.latent_channels} channels"
             )
-            if not len(latents.mean) == len(latents.std) == config.latent_channels:
-                raise ValueError(
-                    f"{shown(folder / checkpoint.CONFIG)}: latents has {len(latents.mean)} means and {len(latents.std)}"
-                    f" deviations for {config.latent_channels} channels"
-                )
-        with torch.device("meta"):
-            model = cls(config)
-        checkpoint.load_weights(folder, model, device, dtype)
-        model.latents = latents
-        return model.eval()
+        self.latents = latents
 
 
 class PatchEmbed(nn.Module):

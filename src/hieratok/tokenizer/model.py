@@ -6,9 +6,8 @@ K scales (coarse to fine), h_k w_k token grid of scale k, N tokens of all scales
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from hieratok.core import checkpoint
 from hieratok.core.layers import init_weights
 from hieratok.core.plugins import DOWNSAMPLERS
+from hieratok.core.pretrained import Pretrained
 from hieratok.tokenizer.config import TokenizerConfig
 from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
 from hieratok.tokenizer.photos import Photo, postprocess, preprocess
@@ -26,8 +26,11 @@ from hieratok.tokenizer.scales import Scales
 from hieratok.tokenizer.vit import Decoder, Encoder
 
 
-class HieraTok(nn.Module):
+class HieraTok(Pretrained):
     """Image -> latent map z -> image at every scale (paper, section 3.2)."""
+
+    model_type, kind, config_class = "hieratok", "tokenizer", TokenizerConfig
+    config: TokenizerConfig
 
     latent_mean: Tensor
     """(d,): mean of every latent channel over training images; NaN until measured."""
@@ -223,58 +226,8 @@ class HieraTok(nn.Module):
             )
         return Scales.of(self.config.scales, (z.shape[2], z.shape[3]))
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write `config.json` and `model.safetensors` into `folder` (made if need be).
-
-        `state_dict` is the whole model's where this module holds only a part of it (FSDP).
-        """
-        weights = self.state_dict() if state_dict is None else state_dict
-        checkpoint.save(folder, weights, {"model_type": "hieratok", **asdict(self.config)})
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> "HieraTok":
-        """A tokenizer from a run's folder, a folder written by `save_pretrained`, or a hub id ("name/model").
-
-        Returns it in evaluation mode. A hub id is downloaded only if no such folder exists here.
-
-        Args:
-            source: where it is.
-            dtype: of the weights, such as torch.bfloat16; None: float32.
-            device: where to put it, such as "cuda".
-            revision: branch, tag or commit on the hub.
-            cache_dir: where downloads are kept; None: the hub's own place.
-            token: for what is private on the hub; None: the one that this machine is logged in with; False: none.
-            local_files_only: take what was downloaded before and ask no network.
-
-        Raises:
-            FileNotFoundError: nothing there, or a file is missing.
-            ValueError: the files do not fit this class or each other, or `dtype` is not floating-point; the message
-                says where.
-        """
-        folder = checkpoint.find(
-            source,
-            inside="tokenizer",
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        config, _ = checkpoint.load_config(folder, "hieratok", TokenizerConfig)
+    def _take_over(self, others: dict[str, Any], folder: Path) -> None:
         refuse_former_downsampling(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        checkpoint.load_weights(folder, model, device, dtype)
-        return model.eval()
 
 
 def check_images(images: object) -> None:
