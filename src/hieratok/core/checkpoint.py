@@ -223,6 +223,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_sha256(module: nn.Module) -> str:
+    """SHA-256 over a module's names and values, for weights that come from no file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def seal(folder: Path, **facts: Any) -> None:
     """Write a folder's `checksums.json`: the SHA-256 of every file in it, and whose it is.
 
