@@ -26,6 +26,12 @@ PAPERS_ENCODER = ("encoder_width", "encoder_depth", "encoder_heads")
 FROZEN = re.compile(r"(timm|diffusers):.*[^/\s]")
 
 
+def check_name(encoder: str) -> None:
+    """Raise ValueError if it names no frozen encoder."""
+    if not (isinstance(encoder, str) and FROZEN.fullmatch(encoder)):
+        raise ValueError(f"model.encoder must be timm:NAME or diffusers:FOLDER, not {encoder!r}")
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """The tokenizer's shape. The defaults are the paper's f16d16 multi-scale tokenizer at 256 px (tables 7 and 10).
@@ -117,8 +123,7 @@ class TokenizerConfig:
             if self.encoder_weights or self.encoder_sha256:
                 raise ValueError("model.encoder_weights and model.encoder_sha256 are for a frozen model.encoder")
             return
-        if not (isinstance(self.encoder, str) and FROZEN.fullmatch(self.encoder)):
-            raise ValueError(f"model.encoder must be timm:NAME or diffusers:FOLDER, not {self.encoder!r}")
+        check_name(self.encoder)
         if self.encoder_weights and not self.encoder.startswith("timm:"):
             raise ValueError("model.encoder_weights is for timm: encoders: diffusers:FOLDER holds its own weights")
         for field in fields(self):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hieratok.core import checkpoint
 from hieratok.core.files import read_json_table, shown
 from hieratok.tokenizer import autoencoders
-from hieratok.tokenizer.config import PAPERS_ENCODER, TokenizerConfig
+from hieratok.tokenizer.config import PAPERS_ENCODER, TokenizerConfig, check_name
 from hieratok.tokenizer.foundation import FoundationModel
 
 NORM_EPS = 1e-6
@@ -98,7 +98,7 @@ class Autoencoder:
             raise ValueError(f"{shown(folder)} holds no autoencoder of diffusers: its {checkpoint.CONFIG} names none")
         self.folder = folder
         self.model = autoencoders.load(folder, kind).requires_grad_(False)
-        self.module = autoencoders.encoding_parts(self.model)
+        self.module = autoencoders.encoding_parts(self.model).eval()
         config = self.model.config
         self.latent_channels = autoencoders.latent_channels(config)
         self.patch_size = autoencoders.patch_size(config)
@@ -150,7 +150,8 @@ class FrozenEncoder(nn.Module):
         """
         f = self.config.patch_size
         with torch.no_grad():
-            return self.load().moments(images, (images.shape[-2] // f, images.shape[-1] // f))
+            mean, logvar = self.load().moments(images, (images.shape[-2] // f, images.shape[-1] // f))
+        return mean.contiguous(), logvar.contiguous()  # noise is drawn in the order of memory: as for cached latents
 
     def load(self) -> Network:
         """The network, read from its files at the first call.
@@ -175,6 +176,7 @@ class FrozenEncoder(nn.Module):
             self.load().save(unfinished)
 
     def _read(self) -> Network:
+        assert self.config.encoder is not None
         kind, name = parse(self.config.encoder)
         network: Network
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -193,9 +195,13 @@ class FrozenEncoder(nn.Module):
         return network
 
 
-def parse(encoder: str | None) -> tuple[str, str]:
-    """`timm:NAME` -> ("timm", "NAME"); the same for diffusers. `TokenizerConfig` has checked it."""
-    assert encoder is not None
+def parse(encoder: str) -> tuple[str, str]:
+    """`timm:NAME` -> ("timm", "NAME"); the same for diffusers.
+
+    Raises:
+        ValueError: anything else.
+    """
+    check_name(encoder)
     kind, _, name = encoder.partition(":")
     return kind, name
 
