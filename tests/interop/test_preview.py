@@ -52,7 +52,7 @@ def test_the_estimate_is_the_image_that_the_network_predicts(name):
         image = torch.randn(2, 4, 8, 8, generator=generator)
         scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else None
         following = scheduler.step(predict(scheduler, x, image, i), t, x).prev_sample
-        if i < 7 and name != "unipc" or i == 0:
+        if (i < 7 and name != "unipc") or i == 0:
             torch.testing.assert_close(image_estimate(scheduler, i, x, following), image, rtol=2e-3, atol=2e-3)
         x = following
 
@@ -72,7 +72,9 @@ def tokenizer(tmp_path) -> HieraTok:
     return HieraTok(on_autoencoder(save_autoencoder(tmp_path / "vae"))).eval()
 
 
-def generate(scheduler: Any, preview: HieraTokPreview, image: torch.Tensor, steps: int, **pipeline: Any) -> torch.Tensor:
+def generate(
+    scheduler: Any, preview: HieraTokPreview, image: torch.Tensor, steps: int, **pipeline: Any
+) -> torch.Tensor:
     """The loop that all of diffusers' pipelines have."""
     scheduler.set_timesteps(steps)
     pipe = SimpleNamespace(scheduler=scheduler, **pipeline)

@@ -168,14 +168,27 @@ def test_the_flag_encoder_sets_what_follows_from_it(vae, tmp_path):
 def test_from_training_to_reconstruction(vae, photos, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--encoder", f"diffusers:{vae}", "--data", str(photos), "--data.crop", "center", "--cache_latents"]
-    sizes = ["--model.image_size", "32", "--model.scales", "[1,2,8]", "--train.batch_size", "4", "--data.num_workers", "0"]
+    sizes = [
+        "--model.image_size",
+        "32",
+        "--model.scales",
+        "[1,2,8]",
+        "--train.batch_size",
+        "4",
+        "--data.num_workers",
+        "0",
+    ]
     assert main(["train", "tiny-multi", *flags, *sizes, "--train.steps", "2", "--out", str(out)]) == 0
     photo = str(next(photos.rglob("*.png")))
     assert main(["reconstruct", str(out), photo, "--out", str(tmp_path / "pictures")]) == 0
     numbers = str(tmp_path / "evaluation")
-    assert main(["evaluate", "reconstruction", str(out), "--data", str(photos), "--features", "none", "--out", numbers]) == 0
+    assert (
+        main(["evaluate", "reconstruction", str(out), "--data", str(photos), "--features", "none", "--out", numbers])
+        == 0
+    )
     assert main(["latents", str(out), "--data", str(photos), "--out", str(tmp_path / "latents")]) == 0
     capsys.readouterr()
     assert main(["train", "tiny-multi", "--encoder", "diffusers:none", "--data", str(photos)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and "no such folder" in error[0]
+    assert len(error) == 1
+    assert "no such folder" in error[0]

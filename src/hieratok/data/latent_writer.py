@@ -87,9 +87,7 @@ def write(
     return Manifest.read(out)
 
 
-def describe(
-    tokenizer: dict[str, Any], source: Source, path: str, size: int, shape: tuple[int, int, int]
-) -> Manifest:
+def describe(tokenizer: dict[str, Any], source: Source, path: str, size: int, shape: tuple[int, int, int]) -> Manifest:
     """The manifest of latents that are still to be written.
 
     Args:
@@ -143,7 +141,8 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 
 
 def write_shards(
-    encode: Callable[[Tensor], Posterior], source: Source, size: int, manifest: Manifest, out: Path, batch_size: int) -> None:
+    encode: Callable[[Tensor], Posterior], source: Source, size: int, manifest: Manifest, out: Path, batch_size: int
+) -> None:
     """This process's share of the shards, without those that are there and as they were written."""
     rank, world = process()
     mine = [k for k in range(len(manifest))[rank::world] if not is_whole(out, k, manifest)]

@@ -128,10 +128,9 @@ class DiTConfig:
             )
 
     def _check_wide_head(self) -> None:
-        sizes = (self.wide_width, self.wide_depth, self.wide_heads)
-        if sizes == (None, None, None):
+        if self.wide_width is None and self.wide_depth is None and self.wide_heads is None:
             return
-        if None in sizes:
+        if self.wide_width is None or self.wide_depth is None or self.wide_heads is None:
             raise ValueError("model.wide_width, model.wide_depth and model.wide_heads belong together")
         if self.wide_width < self.latent_channels * self.patch_size**2:
             raise ValueError(
@@ -146,8 +145,8 @@ class DiTConfig:
     @property
     def wide(self) -> "DiTConfig":
         """The shape of the wide head: this one but for its width, depth and heads."""
-        assert self.wide_width and self.wide_depth and self.wide_heads
-        sizes = {"width": self.wide_width, "depth": self.wide_depth, "heads": self.wide_heads}
+        assert self.wide_width is not None
+        sizes: dict[str, Any] = {"width": self.wide_width, "depth": self.wide_depth, "heads": self.wide_heads}
         return replace(self, **sizes, wide_width=None, wide_depth=None, wide_heads=None)
 
     @property

@@ -152,10 +152,10 @@ class DiT(Pretrained):
 
 
 class WideHead(nn.Module):
-    """A few wide blocks over the noisy latents, conditioned at each token on what a narrow trunk made of it and on time.
+    """A few wide blocks over the noisy latents, conditioned at each token on the trunk's output and on time.
 
-    RAE (Zheng et al. 2025) after DDT (Wang et al. 2025): a token has to be as wide as its latent to carry its noise, and
-    a head of two blocks is where that width is cheap. The final layer is conditioned in the same way.
+    RAE (Zheng et al. 2025) after DDT (Wang et al. 2025): a token has to be as wide as its latent to carry its noise,
+    and a head of two blocks is where that width is cheap. The final layer is conditioned in the same way.
     """
 
     def __init__(self, config: DiTConfig):
@@ -166,8 +166,8 @@ class WideHead(nn.Module):
         self.blocks = Blocks(Block(self.config) for _ in range(self.config.depth))
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents (B, d, h, w) and the trunk's tokens with their time (B, N, C) -> tokens and the condition of the
-        final layer, (B, N, wide width) each."""
+        """Noisy latents (B, d, h, w), and the trunk's tokens with their time (B, N, C) -> tokens and the final layer's
+        condition, (B, N, wide width) each."""
         condition = self.project(condition)
         return self.blocks(self.x_embedder(x), condition, attention_of(self.config, x.device)), condition
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from hieratok.generation.config import TimeSampling
 from hieratok.generation.process import Draw, Predict
 
-
 Time = TypeVar("Time", float, Tensor)
 
 

@@ -71,7 +71,8 @@ def sample_latents(
             if config.sampler == "ddpm" or config.sampler == "ddim":
                 z = diffusion.sample(predict, draw(), y, draw, config.steps, config.sampler, config.eta)
             else:
-                assert config.sampler is not None and config.time_shift is not None
+                assert config.sampler is not None
+                assert config.time_shift is not None
                 z = flow.sample(predict, draw(), y, draw, config.steps, config.sampler, config.time_shift)
         yield Samples(batch, y, z)
 

@@ -4,10 +4,10 @@
     image = pipeline(prompt, callback_on_step_end=preview).images[0]
     preview.images[-1].pictures[0]
 
-The pipeline's latents after a step are a mixture of image and noise. Where the step before is known too, the image is
-estimated from both: x / alpha lies on a straight line over sigma / alpha within a step, and where that line meets sigma 0
-is the image that the network predicted. This is exact for DDIM and Euler's method, and first order for other ODE
-samplers; samplers that add new noise in every step have no such line.
+The pipeline's latents after a step are a mixture of image and noise. The image is estimated from the latents before and
+after the step: within a step x / alpha is a straight line over sigma / alpha, and its value at sigma 0 is the image that
+the network predicted. This is exact for DDIM and Euler's method, and first order for other ODE samplers; samplers that
+add new noise in every step have no such line.
 """
 
 import time

@@ -76,9 +76,7 @@ class FoundationModel(nn.Module):
         self._unregistered[0]._apply(fn)
         return super()._apply(fn, recurse)
 
-    def forward(
-        self, images: Tensor, size: tuple[int, int], blocks: Sequence[int], norm: bool = True
-    ) -> list[Tensor]:
+    def forward(self, images: Tensor, size: tuple[int, int], blocks: Sequence[int], norm: bool = True) -> list[Tensor]:
         """Features after some of the blocks.
 
         Args:

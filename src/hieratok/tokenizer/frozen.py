@@ -256,7 +256,9 @@ def geometry(encoder: str) -> tuple[int, int | None]:
     try:
         return autoencoders.latent_channels(config), autoencoders.patch_size(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{shown(folder / checkpoint.CONFIG)} describes no autoencoder: {json.dumps(str(error))}") from error
+        raise ValueError(
+            f"{shown(folder / checkpoint.CONFIG)} describes no autoencoder: {json.dumps(str(error))}"
+        ) from error
 
 
 def with_encoder(config: TokenizerConfig, encoder: str, **changes: Any) -> TokenizerConfig:

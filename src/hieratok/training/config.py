@@ -243,7 +243,6 @@ class TokenizerRun:
             if config.weight and config.adaptive and self.train.parallel == "fsdp2":
                 raise ValueError(f"{name}.adaptive needs whole gradients of the last layer: not with fsdp2")
 
-
     def _check_encoder(self) -> None:
         frozen = self.model.encoder is not None
         for name in ("cache_latents", "copy_encoder"):

@@ -18,6 +18,7 @@ from hieratok.core.lock import lock
 from hieratok.core.pictures import pyramid_sheet
 from hieratok.core.progress import progress
 from hieratok.core.typed import plain
+from hieratok.data import latent_writer
 from hieratok.data.images import (
     ImageDataset,
     Source,
@@ -27,7 +28,6 @@ from hieratok.data.images import (
     to_float,
     to_uint8,
 )
-from hieratok.data import latent_writer
 from hieratok.data.latents import ImagesAndLatents, LatentDataset, LatentStatistics
 from hieratok.evaluation.features import load_network
 from hieratok.evaluation.protocols import load_perceptual
