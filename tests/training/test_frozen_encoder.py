@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.frozen import on_autoencoder, on_vit, save_autoencoder, save_vit
+from helpers.frozen import on_autoencoder, save_autoencoder, save_vit
 from helpers.models import save_photos
 from helpers.runs import assert_same_run, crash_in_step, final_state, small_run
 from hieratok import HieraTok
@@ -157,35 +157,24 @@ def test_the_flag_encoder_sets_what_follows_from_it(vae, tmp_path):
     file = save_vit(tmp_path / "vit.safetensors")
     flags = ["--encoder", "timm:test_vit", "--model.encoder_weights", str(file), "--model.scales", "[2,8]"]
     run = load_run("tiny-multi", flags).run
-    assert run.model == replace(on_vit(file), **{k: getattr(run.model, k) for k in ("image_size", "patch_size", "scales", "decoder_width", "decoder_depth", "decoder_heads", "init_std", "drop_path")})  # fmt: skip
+    assert (run.model.latent_channels, run.model.encoder_weights) == (64, str(file))
     assert run.model.scales == (2, 8)
     with pytest.raises(FileNotFoundError, match="none: no such folder"):
         load_run("tiny-multi", ["--encoder", "diffusers:none"])
-    with pytest.raises(ValueError, match="model.encoder must be"):
+    with pytest.raises(ValueError, match=r"model.encoder must be"):
         load_run("tiny-multi", ["--encoder", "sd"])
 
 
 def test_from_training_to_reconstruction(vae, photos, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--encoder", f"diffusers:{vae}", "--data", str(photos), "--data.crop", "center", "--cache_latents"]
-    sizes = [
-        "--model.image_size",
-        "32",
-        "--model.scales",
-        "[1,2,8]",
-        "--train.batch_size",
-        "4",
-        "--data.num_workers",
-        "0",
-    ]
+    sizes = ["--model.image_size", "32", "--model.scales", "[1,2,8]", "--train.batch_size", "4"]
+    flags += ["--data.num_workers", "0"]
     assert main(["train", "tiny-multi", *flags, *sizes, "--train.steps", "2", "--out", str(out)]) == 0
     photo = str(next(photos.rglob("*.png")))
     assert main(["reconstruct", str(out), photo, "--out", str(tmp_path / "pictures")]) == 0
-    numbers = str(tmp_path / "evaluation")
-    assert (
-        main(["evaluate", "reconstruction", str(out), "--data", str(photos), "--features", "none", "--out", numbers])
-        == 0
-    )
+    how = ["--features", "none", "--out", str(tmp_path / "evaluation")]
+    assert main(["evaluate", "reconstruction", str(out), "--data", str(photos), *how]) == 0
     assert main(["latents", str(out), "--data", str(photos), "--out", str(tmp_path / "latents")]) == 0
     capsys.readouterr()
     assert main(["train", "tiny-multi", "--encoder", "diffusers:none", "--data", str(photos)]) == 2

@@ -5,9 +5,9 @@
     preview.images[-1].pictures[0]
 
 The pipeline's latents after a step are a mixture of image and noise. The image is estimated from the latents before and
-after the step: within a step x / alpha is a straight line over sigma / alpha, and its value at sigma 0 is the image that
-the network predicted. This is exact for DDIM and Euler's method, and first order for other ODE samplers; samplers that
-add new noise in every step have no such line.
+after the step: within a step x / alpha is a straight line over sigma / alpha, and its value at sigma 0 is the image
+that the network predicted. This is exact for DDIM and Euler's method, and first order for other ODE samplers; samplers
+that add new noise in every step have no such line.
 """
 
 import time

@@ -453,8 +453,9 @@ def rae_dinov2() -> TokenizerRun:
 
     hieratok train rae-dinov2 --data IMAGENET/train
     RAE (Zheng et al. 2025): the encoder sees 224 px, the decoder draws 256 px; noise of up to 0.8 on the features; 16
-    epochs at batch 512. DINOv2's weights with registers must lie in the hub's cache. Its GAN begins at epoch 8, with a discriminator on DINO-S/8: add --gan.weight 0.75
-    --gan.discriminator dino. Not measured here.
+    epochs at batch 512. DINOv2's weights with registers must lie in the hub's cache.
+    Its GAN begins at epoch 8, with a discriminator on DINO-S/8: add --gan.weight 0.75 --gan.discriminator dino. Not
+    measured here.
     """
     return TokenizerRun(
         latent_noise=0.8,

@@ -11,7 +11,6 @@ The network's weights are read when it first encodes, so that decoding needs non
 average, checkpoint or parallel wrapper sees it. It computes in float32, or under autocast.
 """
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -37,12 +36,20 @@ ENCODER_FOLDER = "encoder"
 class Network(Protocol):
     """A frozen network and what is known of its latents."""
 
-    module: nn.Module
-    """All that decides what the latents are."""
-    latent_channels: int
-    """d."""
-    patch_size: int | None
-    """f; None: any."""
+    @property
+    def module(self) -> nn.Module:
+        """All that decides what the latents are."""
+        ...
+
+    @property
+    def latent_channels(self) -> int:
+        """d."""
+        ...
+
+    @property
+    def patch_size(self) -> int | None:
+        """f; None: any."""
+        ...
 
     def moments(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, d, *grid)."""
@@ -256,9 +263,7 @@ def geometry(encoder: str) -> tuple[int, int | None]:
     try:
         return autoencoders.latent_channels(config), autoencoders.patch_size(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{shown(folder / checkpoint.CONFIG)} describes no autoencoder: {json.dumps(str(error))}"
-        ) from error
+        raise ValueError(f"{shown(folder / checkpoint.CONFIG)} lacks the shape of an autoencoder: {error!r}") from error
 
 
 def with_encoder(config: TokenizerConfig, encoder: str, **changes: Any) -> TokenizerConfig:

@@ -192,9 +192,8 @@ class GeneratorObjective(Objective):
         if self.run.model.objective == "ddpm":
             loss, terms = diffusion.loss(networks["generator"], z, y)
         else:
-            loss, terms = flow.loss(
-                networks["generator"], z, y, time_sampling=self.run.time_sampling, shift=self.run.model.shift
-            )
+            times: Any = {"time_sampling": self.run.time_sampling, "shift": self.run.model.shift}
+            loss, terms = flow.loss(networks["generator"], z, y, **times)
         backward(loss)
         return {"loss": loss.detach(), **terms}
 

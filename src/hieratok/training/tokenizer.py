@@ -48,6 +48,7 @@ from hieratok.tokenizer.frozen import ENCODER_FOLDER
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_downsampling
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
+from hieratok.tokenizer.vit import Encoder
 from hieratok.training import parallel
 from hieratok.training.config import EvalConfig, Optimization, TokenizerRun
 from hieratok.training.loop import fit
@@ -129,8 +130,8 @@ def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
 
 
 def cached_latents(run: TokenizerRun, tokenizer: HieraTok, source: Source, out: Path) -> LatentDataset:
-    """The photos' latents by the frozen encoder, from `out`, where they are written first if need be; every process must
-    call."""
+    """The photos' latents by the frozen encoder, from `out`, where they are written first if need be; every process
+    must call."""
     assert run.data.path is not None
     sha256 = tokenizer.encoder_sha256
     facts = {"source": run.model.encoder, "sha256": sha256, "encoder_sha256": sha256, "config": plain(run.model)}
@@ -246,6 +247,7 @@ class TokenizerObjective(Objective):
         loss, finest, terms = self.criterion.to(images.device)(pyramid, images, posterior)
         if "vf" in networks:
             vf, vf_terms = networks["vf"](z, images)
+            assert isinstance(self.tokenizer.encoder, Encoder)
             c, last_layer = self.run.vf, self.tokenizer.encoder.head.weight
             loss = loss + self.weight(c.weight, c.adaptive, finest, vf, last_layer, VF_MAX_WEIGHT) * vf
             terms |= {"vf": vf.detach(), **vf_terms}
