@@ -29,6 +29,8 @@ TEMPORARY, ASIDE = ".tmp", ".old"
 """Endings of hidden names: of what is being written, and of a folder that is being replaced."""
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ENCODER = "encoder"
+"""In a tokenizer's folder: the files of a frozen encoder, if they were copied."""
 STATISTICS = {"latent_mean", "latent_std"}
 """Tensors of a tokenizer beside its weights, measured after training; NaN before."""
 CHECKSUMS = "checksums.json"
@@ -355,7 +357,7 @@ def _download(
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG, WEIGHTS],
+            allow_patterns=[CONFIG, WEIGHTS, f"{ENCODER}/*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if local_files_only:

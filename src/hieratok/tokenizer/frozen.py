@@ -29,8 +29,6 @@ from hieratok.tokenizer.config import PAPERS_ENCODER, TokenizerConfig, check_nam
 from hieratok.tokenizer.foundation import FoundationModel
 
 NORM_EPS = 1e-6
-ENCODER_FOLDER = "encoder"
-"""In a tokenizer's folder: the frozen encoder's own files, if they were copied."""
 
 
 class Network(Protocol):
@@ -77,7 +75,7 @@ class Features:
 
     def moments(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """As of `Network`."""
-        self.model.to(images.device)
+        follow(self.model, self.module, images)
         size = (grid[0] * self.model.patch_size, grid[1] * self.model.patch_size)
         (features,) = self.model(images, size, [self.model.depth - 1], norm=False)  # (B, C, h, w)
         z = F.layer_norm(features.movedim(1, -1).float(), (self.latent_channels,), eps=NORM_EPS).movedim(-1, 1)
@@ -114,13 +112,19 @@ class Autoencoder:
 
     def moments(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """As of `Network`."""
-        self.model.to(images.device)
+        follow(self.model, self.module, images)
         return autoencoders.moments(self.model, images.float(), self.shift, self.scale)
 
     def save(self, folder: Path) -> None:
         """As of `Network`: the whole autoencoder, as its folder has it."""
         for name in (checkpoint.CONFIG, autoencoders.WEIGHTS):
             shutil.copyfile(self.folder / name, folder / name)
+
+
+def follow(model: nn.Module, module: nn.Module, images: Tensor) -> None:
+    """Move a model to where the images are, if its weights (those of `module`) lie elsewhere."""
+    if next(module.parameters()).device != images.device:
+        model.to(images.device)
 
 
 class Shared:

@@ -21,7 +21,7 @@ from hieratok.core.plugins import DOWNSAMPLERS
 from hieratok.core.pretrained import Pretrained
 from hieratok.tokenizer.config import TokenizerConfig
 from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
-from hieratok.tokenizer.frozen import ENCODER_FOLDER, FrozenEncoder
+from hieratok.tokenizer.frozen import FrozenEncoder
 from hieratok.tokenizer.photos import Photo, postprocess, preprocess
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
@@ -268,8 +268,8 @@ class HieraTok(Pretrained):
 
     def _take_over(self, others: dict[str, Any], folder: Path) -> None:
         refuse_former_downsampling(folder)
-        if isinstance(self.encoder, FrozenEncoder) and (folder / ENCODER_FOLDER).is_dir():
-            self.encoder.folder = folder / ENCODER_FOLDER
+        if isinstance(self.encoder, FrozenEncoder) and (folder / checkpoint.ENCODER).is_dir():
+            self.encoder.folder = folder / checkpoint.ENCODER
 
 
 def papers_encoder(config: TokenizerConfig) -> Encoder:

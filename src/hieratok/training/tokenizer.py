@@ -44,7 +44,6 @@ from hieratok.losses.adversarial import (
 )
 from hieratok.losses.reconstruction import ReconstructionLoss
 from hieratok.losses.vf import VF_MAX_WEIGHT, VFLoss
-from hieratok.tokenizer.frozen import ENCODER_FOLDER
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_downsampling
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
@@ -125,7 +124,7 @@ def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
         with checkpoint.atomic_folder(folder.path / "tokenizer") as finished:
             trained.save_pretrained(finished, weights)
             if run.copy_encoder:
-                trained.encoder.save(finished / ENCODER_FOLDER)
+                trained.encoder.save(finished / checkpoint.ENCODER)
     return trained
 
 
