@@ -41,7 +41,9 @@ GROUPS = {  # heading: beginnings of the recipes' names; whose measured speed sa
     "Tokenizers for one GPU": (("small-",), None),
     "Tokenizers for a CPU and hours": (("imagenette-",), "imagenette-multi"),
     "Tokenizers for a CPU and minutes": (("tiny-",), "tiny-multi"),
-    "The paper's generators, and a smaller one": (("dit-xl", "dit-l", "dit-b", "dit-s"), None),
+    "Decoders for latents that already exist": (("preview-", "rae-dinov2"), None),
+    "A decoder for a small ViT's features, on a CPU": (("rae-tiny",), "tiny-multi"),
+    "The paper's generators, and a smaller one": (("dit-xl", "dit-l", "dit-b", "dit-s", "dit-rae"), None),
     "A generator for a CPU": (("dit-tiny",), "dit-tiny"),
 }
 
@@ -61,6 +63,8 @@ Made by `make docs`; do not edit. What a recipe is and all of its settings: [set
 | a cluster, ImageNet, VGG-16's weights | `f16d16-multi` | `dit-xl`; `dit-b` for a first look |
 | a trained tokenizer that should look sharper | its `-stage2`; with generators on its latents its `-decoder` | |
 | a trained tokenizer, and larger images | `f16d16-multi-512`, or `tiny-multi-256` to see how | |
+| a diffusion model whose latents are fixed | `preview-sd --encoder diffusers:FOLDER` | |
+| a foundation model whose features are to be the latents | `rae-dinov2`, `rae-tiny` | `dit-rae` |
 | the question whether several scales help | the `-multi` and the `-single` recipe of a name, or `hieratok study` | |
 
 More latent channels (`f16d32-multi`) reconstruct better and are harder to generate (paper, table 2). Table 3's and 4's
@@ -82,6 +86,8 @@ Stage 2 did not help at the sizes that were trained here ([limits.md](limits.md)
   peak in bf16 (312 TFLOP/s). A CPU's thread is taken to be as fast as in the table's measured recipe. Your own rate is
   the images/s of `hieratok bench train` times the GFLOPs below. Divide by the number of GPUs.
 - **Measured**: on one thread of an AMD EPYC that had other work too.
+
+A frozen encoder is not counted: with `--cache_latents` it runs once a photo before training.
 
 Recipes marked * also train with the vf-loss; its foundation model, DINOv2 large with 304M frozen parameters, is not
 counted.
@@ -161,6 +167,9 @@ def make_step(run: recipes.Run, batch_size: int) -> tuple[Callable[[], None], An
         objective = TokenizerObjective(run, HieraTok(run.model))
         size = run.model.image_size
         batch = {"image": torch.zeros(B, 3, size, size, dtype=torch.uint8)}
+        if run.model.encoder:  # its latents are cached
+            moments = torch.zeros(B, run.model.latent_channels, *run.model.grid)
+            batch |= {"mean": moments, "logvar": moments}
     else:
         d, h, w = run.model.latent_shape
         generator = DiT(run.model)
