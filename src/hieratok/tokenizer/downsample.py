@@ -99,10 +99,8 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h', w')."""
-        size = [
-            (n + 2 * int(p) - k) // s + 1
-            for n, p, k, s in zip(input.shape[2:], self.padding, self.kernel_size, self.stride)
-        ]
+        stride, padding = self.stride, tuple(int(p) for p in self.padding)
+        size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(input.shape[2:], padding, self.kernel_size, stride)]
         if (
             input.device.type != "cpu"
             or torch.is_grad_enabled()
@@ -110,7 +108,7 @@ class SmallMapConv2d(nn.Conv2d):
             or len(input) * math.prod(size) > self.FEW
         ):
             return super().forward(input)
-        patches = F.unfold(input, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, k k C, h' w')
+        patches = F.unfold(input, self.kernel_size, padding=padding, stride=stride)  # (B, C k k, h' w')
         return F.linear(patches.transpose(1, 2), self.weight.flatten(1)).transpose(1, 2).unflatten(2, size)
 
 
