@@ -145,7 +145,7 @@ def test_a_tokenizer_that_was_trained_on_is_not_called_another_one(hieratok):
     assert "dit was trained on latents of another tokenizer, run, than other" in error
 
     save_tokenizer("run", seed=2)
-    changed = "run as it was before: its weights have changed since"
+    changed = "run with other weights than it has now"
     assert f"latents holds latents of {changed}" in hieratok(*write)[1]
     assert f"latents holds latents of {changed}" in hieratok(*train)[1]
     assert f"dit was trained on latents of {changed}" in hieratok(*sample)[1]

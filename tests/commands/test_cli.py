@@ -279,7 +279,7 @@ def test_bad_flags(refused, flags, message):
         ("modle: {patch_size: 4}", "x.yaml: unknown setting 'modle'; did you mean 'model'?"),
         ("modle: {}", "x.yaml: unknown setting 'modle'; did you mean 'model'?"),
         ("out: here", "x.yaml: unknown setting 'out'"),
-        ("on: 1", "x.yaml: the name True is no text: put it in quotes"),  # YAML's idea of `on`
+        ("on: 1", "x.yaml: the name True is not text: put it in quotes"),  # YAML's idea of `on`
         ("train: {stpes: 3}", "x.yaml: unknown setting 'train.stpes'; did you mean 'train.steps'?"),
         ("train: {steps: {a: 3}}", "x.yaml: unknown setting 'train.steps.a'; did you mean 'train.steps'?"),
         ("train: {steps: many}", "x.yaml: train.steps must be a whole number, not 'many'"),
@@ -318,8 +318,8 @@ def test_files_that_are_none(refused):
 
 
 def test_what_to_train_comes_first(refused):
-    assert refused("train").startswith("what to train comes first: hieratok train RECIPE|FILE.yaml")
-    assert refused("train", "--data", "photos", "tiny-multi").startswith("what to train comes first")
+    assert refused("train").startswith("say what to train: hieratok train RECIPE|FILE.yaml")
+    assert refused("train", "--data", "photos", "tiny-multi").startswith("say what to train")
     assert refused("train", "f16d16-multi").startswith("no images: give --data PATH")
 
 
@@ -412,7 +412,7 @@ def test_train_writes_a_run_and_goes_on_with_it(trained, config, photos, hierato
 def test_another_run_is_not_overwritten(trained, config, photos, refused):
     line = refused("train", config, "--data", photos, "--out", trained, "--train.seed", "1")
     assert "train.seed 0 -> 1" in line
-    assert line.endswith("choose another --out, or resume with the new ones by --allow-changes")
+    assert line.endswith("choose another --out, or resume with the new ones with --allow-changes")
 
 
 def test_a_run_that_diverges_says_so(config, photos, hieratok):

@@ -704,7 +704,7 @@ def test_size_paper_compares_samples_with_adms_statistics(tmp_path, many_images)
     setup = prepare(options)
     assert study_runs.reference(setup) is None
     with pytest.raises(
-        ValueError, match=r"VIRTUAL_imagenet256_labeled\.npz from https://.*: give it by --reference FILE"
+        ValueError, match=r"VIRTUAL_imagenet256_labeled\.npz from https://.*: give it with --reference FILE"
     ):
         study.run_study(options)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))

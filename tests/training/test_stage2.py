@@ -345,9 +345,9 @@ def test_what_does_not_fit_is_refused(photos, stage1, tmp_path):
         train_tokenizer(replace(run, model=replace(run.model, latent_channels=8)), tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         train_tokenizer(replace(run, start_from="nowhere"), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"runs/none: no such folder; say where .* by --from RUN"):
+    with pytest.raises(FileNotFoundError, match=r"runs/none: no such folder; name the weights .* with --from RUN"):
         train_tokenizer(replace(run, start_from="runs/none"), tmp_path)  # and the hub is not asked
-    with pytest.raises(ValueError, match="say which by --from RUN"):
+    with pytest.raises(ValueError, match="name it with --from RUN"):
         replace(run, start_from=None, freeze_encoder=True)
     with pytest.raises(ValueError, match="leave out one of them"):
         replace(run, freeze_encoder=True, vf=VFConfig(weight=0.1))

@@ -568,7 +568,7 @@ def test_damaged_checkpoints_take_no_good_ones_place(photos, tmp_path):
 def test_a_name_leads_to_no_other_place(photos, tmp_path, name):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"name": name, "data": {"path": str(photos)}}))
-    with pytest.raises(ValueError, match="does not lead to a folder in runs/: choose another, or say where by --out"):
+    with pytest.raises(ValueError, match="does not lead to a folder in runs/: choose another, or set --out"):
         load_run(str(path))
     with pytest.raises(ValueError, match="does not lead to a folder in runs/"):
         GeneratorRun(name=name)

@@ -374,7 +374,7 @@ def _cached(name: str, files: tuple[str, ...]) -> Path:
             return folder / file
     where = f" (from {INCEPTION_URL})" if name == "inception" else ""
     wanted = f", or put {files[0]}{where} into {folder}" if files else ""
-    raise FileNotFoundError(f"no weights for the feature network {name}: give their file by --weights FILE{wanted}")
+    raise FileNotFoundError(f"no weights for the feature network {name}: give the file with --weights FILE{wanted}")
 
 
 def _load_own(name: str, weights: Path | None) -> FeatureNetwork:

@@ -148,6 +148,6 @@ def _by_id(stems: dict[int, str], name: str) -> dict[str, int]:
     twice = [key for key, count in Counter(stems.values()).items() if count > 1]
     if twice:
         raise ValueError(
-            f"{shown(name)} has two images named {shown(twice[0])}: images are paired by name without .png and the like"
+            f"{shown(name)} has two images named {shown(twice[0])}: images are paired by name without the suffix"
         )
     return {key: i for i, key in stems.items()}

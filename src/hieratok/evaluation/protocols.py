@@ -277,7 +277,7 @@ def load_perceptual(trunks: Sequence[str], device: str) -> list[PerceptualLoss]:
         except FileNotFoundError as error:  # its advice is for training's settings
             what = str(error).split(": ")[0]
             raise FileNotFoundError(
-                f"{what}; name it by --lpips '[{trunk}=FILE]' or go without by --lpips '[]'"
+                f"{what}; give it with --lpips '[{trunk}=FILE]', or leave LPIPS out with --lpips '[]'"
             ) from error
     return losses
 

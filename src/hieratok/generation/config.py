@@ -15,7 +15,7 @@ SAMPLERS: dict[Objective, tuple[Sampler, ...]] = {"ddpm": ("ddpm", "ddim"), "flo
 NormName = Literal["layer", "rms"]
 MlpName = Literal["gelu", "swiglu"]
 Positions = Literal["sincos", "rotary"]
-# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
+# Far beyond any real model: a file with more is wrong, and building the model would never end.
 MOST = {
     "latent_channels": 65_536,
     "latent_size": 4_096,

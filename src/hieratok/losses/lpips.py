@@ -252,14 +252,14 @@ def _torchvision_file(trunk: TrunkName) -> Path:
     spec = TRUNKS[trunk]
     if spec.weights is None:
         raise FileNotFoundError(
-            f"the weights of the trunk {trunk} are not torchvision's: give their file by --loss.trunk_weights FILE"
+            f"the weights of the trunk {trunk} are not torchvision's: give the file with --loss.trunk_weights FILE"
         )
     name = spec.weights[0]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise FileNotFoundError(
             f"{name}, the weights of the trunk {trunk}, is not in {path.parent}: put it there (online, "
-            f"torchvision.models.{spec.architecture}(weights='DEFAULT') does) or name it by --loss.trunk_weights FILE"
+            f"torchvision.models.{spec.architecture}(weights='DEFAULT') does) or name it with --loss.trunk_weights FILE"
         )
     return path
 
@@ -274,7 +274,7 @@ def _lpips_file(spec: Trunk) -> Path:
             return path
     raise FileNotFoundError(
         f"{name}, the linear heads of LPIPS v0.1, is missing: it comes with pip install 'hieratok[eval]', "
-        "or name it by --loss.head_weights FILE"
+        "or name it with --loss.head_weights FILE"
     )
 
 

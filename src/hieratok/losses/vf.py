@@ -241,5 +241,5 @@ def _cached_weights(setting: str, name: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"the weights of {name} are not on this machine: give their file by --{setting}_weights FILE{advice}"
+        f"the weights of {name} are not on this machine: give the file with --{setting}_weights FILE{advice}"
     )

@@ -414,7 +414,7 @@ class Size:
     note: str
     """What is not the paper's."""
     gfid_reference: str | None = None
-    """What samples are compared with, in words, where it must be given by --reference. None: the held-out images do."""
+    """What samples are compared with, in words, where --reference is required. None: the held-out images do."""
 
 
 def tiny_base() -> TokenizerRun:

@@ -96,7 +96,7 @@ def prepare(options: RunStudy) -> Setup:
     study = studies.get(options.study)
     if options.features == "none" and set(study.needs) <= {"generation", "curves"}:
         raise ValueError(
-            f"{options.study} compares samples by a distance: give --features NAME, and its weights by --weights FILE"
+            f"{options.study} compares samples by a distance: give --features NAME, and its weights with --weights FILE"
         )
     generator_steps = options.steps_of_generators
     if "curves" in study.needs and generator_steps is not None and generator_steps < 3:
@@ -142,9 +142,7 @@ def check(setup: Setup) -> None:
         network = load_network(setup.options.features, setup.options.weights, "cpu")
         real = reference(setup)
         if compares_samples(setup) and real is None:
-            raise ValueError(
-                f"size {setup.size_name} compares samples with {setup.size.gfid_reference}: give it by --reference FILE"
-            )
+            raise ValueError(f"size {setup.size_name} needs {setup.size.gfid_reference}: give it with --reference FILE")
         if compares_samples(setup) and real and real.endswith(".npz"):
             SetStatistics.load(real, network)
     load_perceptual(setup.options.lpips, "cpu")

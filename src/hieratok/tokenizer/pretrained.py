@@ -1,4 +1,4 @@
-"""Tokenizers from files: ours, or an autoencoder of diffusers with the same face, for generators to learn either."""
+"""Tokenizers from files: ours, or an autoencoder of diffusers with the same interface."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from hieratok.tokenizer.posterior import DiagonalGaussian
 
 DIFFUSERS = ("AutoencoderKL", "AutoencoderDC")
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-MOST_LAYERS, MOST_NUMBER = 100, 1_000_000  # in a config: more would be wrong, and building it would never end
-LEAST_LOGVAR = -30.0  # the posterior's clamp: a deviation of 3e-7, which is as good as none
+MOST_LAYERS, MOST_NUMBER = 100, 1_000_000  # limits in a config: larger values are wrong
+LEAST_LOGVAR = -30.0  # the posterior's clamp: a deviation of 3e-7, practically zero
 
 
 @dataclass(frozen=True)
 class OneScaleConfig:
-    """Of `TokenizerConfig`, what generators and commands ask for.
+    """The part of `TokenizerConfig` that generators and commands use.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -46,26 +46,26 @@ class OneScaleConfig:
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """The one there is."""
+        """The single scale."""
         return self.grid[:1]
 
 
 class DiffusersTokenizer(nn.Module):
-    """diffusers' AutoencoderKL (SD-VAE, VA-VAE) or AutoencoderDC (DC-AE) with the face of a `HieraTok` of one scale.
+    """diffusers' AutoencoderKL (SD-VAE, VA-VAE) or AutoencoderDC (DC-AE) with the interface of a one-scale `HieraTok`.
 
     Latents are raw: no scaling factor is applied, as generators normalise by measured statistics. A deterministic
-    autoencoder's log-variance is the least there is.
+    autoencoder's log-variance is the smallest possible.
 
     Args:
         model: the autoencoder.
-        image_size: side of the images; None: what the autoencoder says it was trained on.
+        image_size: side of the images; None: the autoencoder's training size.
 
     Raises:
         ValueError: no size, or one that does not fit.
     """
 
     latent_mean: Tensor
-    """(d,): NaN; folders of latents know their own."""
+    """(d,): NaN; folders of latents have their own statistics."""
     latent_std: Tensor
 
     def __init__(self, model: Any, image_size: int | None = None):
@@ -81,7 +81,7 @@ class DiffusersTokenizer(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """All that decides what the latents are."""
+        """The part that the latents depend on."""
         parts = {name: getattr(self.model, name, None) for name in ("encoder", "quant_conv")}
         return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
@@ -106,7 +106,7 @@ class DiffusersTokenizer(nn.Module):
 
 
 def patch_size(model: Any) -> int:
-    """f of an autoencoder of diffusers: it halves the image after every block but the last."""
+    """f of an autoencoder of diffusers, which halves the image after every block but the last."""
     name = "block_out_channels" if "block_out_channels" in model.config else "encoder_block_out_channels"
     return 2 ** (len(model.config[name]) - 1)
 
@@ -122,11 +122,11 @@ def load_tokenizer(
     Args:
         source: a run, a tokenizer's folder, a hub id of ours, or a folder written by diffusers.
         device: where to put it.
-        image_size: side of the images, for a convolutional autoencoder, which takes any; None: its own.
-        latent_size: the side of the latents instead, where a generator's are known. Ours have a size of their own.
+        image_size: side of the images, for a convolutional autoencoder, which takes any; None: its own size.
+        latent_size: side of the latents instead, if a generator's is known. Not used for ours.
 
     Returns:
-        It in evaluation mode, float32.
+        The tokenizer in evaluation mode, float32.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, files that do not fit, or an image size that is not its own.
@@ -144,10 +144,10 @@ def load_tokenizer(
 
 
 def diffusers_class(source: str) -> str | None:
-    """The class that a folder's `config.json` names, if diffusers wrote it.
+    """The class in a folder's `config.json`, if diffusers wrote it.
 
     Raises:
-        ValueError: not JSON, or a class that is no image autoencoder which is known here.
+        ValueError: not JSON, or a class other than the supported autoencoders.
     """
     path = Path(source) / checkpoint.CONFIG
     if not path.is_file():
@@ -177,7 +177,7 @@ def load_diffusers(source: str, kind: str) -> Any:
     check_regular(Path(source) / DIFFUSERS_WEIGHTS)
     try:
         return getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, local_files_only=True).eval()
-    except Exception as error:  # diffusers hands on whatever a wrong config or file leads to
+    except Exception as error:  # diffusers raises errors of any type for a wrong config or file
         raise ValueError(f"{where}: {shown(' '.join(str(error).split()))[:300]}") from error
 
 

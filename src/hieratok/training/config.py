@@ -24,7 +24,7 @@ def check_name(name: str) -> None:
     """
     parts = name.replace("\\", "/").split("/")
     if not all(part.strip() and part not in (".", "..") and "\0" not in part for part in parts) or ":" in parts[0]:
-        raise ValueError(f"name {name!r} does not lead to a folder in runs/: choose another, or say where by --out")
+        raise ValueError(f"name {name!r} does not lead to a folder in runs/: choose another, or set --out")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class TokenizerRun:
     def __post_init__(self):
         check_name(self.name)
         if self.freeze_encoder and self.start_from is None:
-            raise ValueError("freeze_encoder keeps the encoder as it is: say which by --from RUN")
+            raise ValueError("freeze_encoder keeps the encoder as it is: name it with --from RUN")
         if self.freeze_encoder and self.vf.weight:
             raise ValueError("vf.weight trains the encoder, which freeze_encoder forbids: leave out one of them")
         for name, config in (("gan", self.gan), ("vf", self.vf)):

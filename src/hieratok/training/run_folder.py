@@ -93,7 +93,7 @@ class RunFolder:
                 if not allow_changes:
                     raise ValueError(
                         f"{path} holds a run with other settings ({differences}): choose another --out, or resume with"
-                        f" the new ones by --allow-changes"
+                        f" the new ones with --allow-changes"
                     )
                 self._check_changes(changed, differences)
                 logger.warning("%s resumes with other settings: %s", path, differences)

@@ -132,7 +132,7 @@ def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
     try:
         before = HieraTok.from_pretrained(run.start_from)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; say where the weights to begin with lie by --from RUN") from error
+        raise FileNotFoundError(f"{error}; name the weights to start from with --from RUN") from error
     weights = before.state_dict()
     shape = [f.name for f in fields(TokenizerConfig) if f.name not in ("drop_path", "init_std")]
     changed = [name for name in shape if getattr(before.config, name) != getattr(run.model, name)]
