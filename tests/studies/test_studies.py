@@ -708,7 +708,7 @@ def test_size_paper_compares_samples_with_adms_statistics(tmp_path, many_images)
     ):
         study.run_study(options)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(ValueError, match=r"adm\.npz does not say of which network it is, so of FID's Inception"):
+    with pytest.raises(ValueError, match=r"adm\.npz does not name its network, so it is FID's Inception"):
         study.run_study(replace(options, reference=str(tmp_path / "adm.npz")))
     assert not (tmp_path / "out").exists()
     given = replace(options, reference="real")

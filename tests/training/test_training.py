@@ -509,7 +509,7 @@ def test_what_is_not_a_checkpoint_of_this_run_does_not_count(photos, tmp_path, c
     assert checkpoint.find(out, inside="tokenizer") == own / "tokenizer"
 
     train_tokenizer(run, out)
-    assert "step-00000099 is not a checkpoint of this run, and left alone" in caplog.text
+    assert "step-00000099 is not a checkpoint of this run: ignored" in caplog.text
     assert [path.name for path in checkpoint.step_folders(out)] == ["step-00000012"]
     for name in ("step-00000008", "step-00000012"):
         (aside,) = checkpoints.glob(f"not-this-runs-{name}-*")

@@ -218,7 +218,7 @@ def _unpack(file: RangeFile, path: str, version: Version, to: Path) -> None:
                 total += values.nbytes
                 if total > limit:
                     raise ValueError(
-                        f"{shown(path)} is refused: unpacked, it takes more than {MAX_GROWTH} times its size"
+                        f"{shown(path)} is refused: its images take more than {MAX_GROWTH} times its size"
                     )
                 if shutil.disk_usage(to.parent).free < FREE_BYTES + values.nbytes:
                     raise _DiskFull(

@@ -1,4 +1,4 @@
-"""The vision-foundation loss of VA-VAE (arXiv 2501.01423), and the frozen foundation models that losses look through.
+"""The vision-foundation loss of VA-VAE (arXiv 2501.01423), and the frozen foundation models that losses use.
 
     z' = W z                                                           1 x 1, without bias, learned with the tokenizer
     L = mean_i  relu(1 - m_cos - cos(f_i, z'_i))                       each position of z' is like the model's feature,
@@ -29,14 +29,14 @@ VF_MAX_WEIGHT = 1e8
 class VFLoss(nn.Module):
     """Pulls latents towards a foundation model's features.
 
-    What is trained and saved is the projection W alone; it belongs into the tokenizer's optimiser.
+    Only the projection W is trained and saved; the tokenizer's optimiser must include it.
 
     Args:
-        config: the model and the margins; `weight` and `adaptive` are the caller's to apply.
+        config: the model and the margins; the caller applies `weight` and `adaptive`.
         latent_channels: d.
 
     Raises:
-        ValueError: no such model, or weights that are not its.
+        ValueError: no such model, or weights that do not fit.
         FileNotFoundError: no weights.
     """
 
@@ -53,7 +53,7 @@ class VFLoss(nn.Module):
 
         Args:
             z: latents (B, d, h, w).
-            images: what z was made from, (B, 3, H, W) in [-1, 1]; gets no gradient.
+            images: the images that z encodes, (B, 3, H, W) in [-1, 1]; get no gradient.
 
         Returns:
             The scalar loss, unweighted, and its two parts, detached scalars: `vf_cosine` and `vf_distance`.
@@ -65,11 +65,11 @@ class VFLoss(nn.Module):
             wanted = (images.shape[0], self.project.in_channels, "h", "w")
             raise ValueError(f"z must be {wanted} for {images.shape[0]} images, not {tuple(z.shape)}")
         h, w = z.shape[-2:]
-        size = (h * self.model.patch_size, w * self.model.patch_size)  # then the model's grid is z's
+        size = (h * self.model.patch_size, w * self.model.patch_size)  # so that the model's grid is that of z
         with torch.no_grad():
             (features,) = self.model(images, size, [self.model.depth - 1])  # (B, C, h, w)
 
-        with torch.autocast(z.device.type, enabled=False):  # bf16 cosines would be off by 0.004
+        with torch.autocast(z.device.type, enabled=False):  # bf16 cosines would have errors of 0.004
             dtype = self.project.weight.dtype
             f = F.normalize(features.to(dtype).flatten(2), dim=1)  # (B, C, N), of unit length
             z = F.normalize(self.project(z.to(dtype)).flatten(2), dim=1)  # z', the same
@@ -83,11 +83,11 @@ class VFLoss(nn.Module):
 class FoundationModel(nn.Module):
     """A frozen ViT of timm's, from images to features on its patch grid; gradients flow through to the images.
 
-    The network is not registered as a submodule: it is neither in `parameters()` nor in `state_dict()`, so no
-    optimiser, checkpoint or data-parallel wrapper meets it. It follows `to()` and stays in evaluation mode.
+    The network is not registered as a submodule: it is not in `parameters()` or `state_dict()`, and so in no optimiser,
+    checkpoint or data-parallel wrapper. It follows `to()` and stays in evaluation mode.
 
     Args:
-        setting: where the name comes from, for messages; the weights' setting is called `<setting>_weights`.
+        setting: the setting with the name, for messages; that of the weights is `<setting>_weights`.
         name: in timm, such as "vit_small_patch16_224.dino".
         weights: .safetensors or .pth in timm's or the authors' layout. Default: the published ones in the hub's or
             torch's cache; never downloaded.
@@ -101,7 +101,7 @@ class FoundationModel(nn.Module):
         image_size: side in pixels of the images the model was trained on.
 
     Raises:
-        ValueError: no such ViT, or weights that are not its.
+        ValueError: no such ViT, or weights that do not fit.
         FileNotFoundError: no weights.
     """
 
@@ -134,7 +134,7 @@ class FoundationModel(nn.Module):
         self._unregistered = (network.eval().requires_grad_(False),)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FoundationModel":
-        """What `to()`, `cuda()` and `double()` come down to."""
+        """Called by `to()`, `cuda()` and `double()`."""
         self._unregistered[0]._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -161,7 +161,7 @@ class FoundationModel(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [-1, 1], resized to `image_size` (bicubic, antialiased) if they have another size.
-            blocks: which, counted from 0; -1: what enters the first block, embedded patches with their positions.
+            blocks: which, counted from 0; -1: the input of the first block, embedded patches with their positions.
 
         Returns:
             (B, num_prefix_tokens + N, C) per block; the patches' tokens row by row.
@@ -182,7 +182,7 @@ class FoundationModel(nn.Module):
         return [found[i] for i in blocks]
 
     def _prepare(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Images in [-1, 1] -> what the network was trained on, at `size`."""
+        """Images in [-1, 1] -> the network's input, at `size`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, H, W) float in [-1, 1], not {tuple(images.shape)} {images.dtype}")
         images = images.to(self.mean.dtype)
@@ -204,13 +204,13 @@ def _load_vit(setting: str, name: str, weights: str | Path | None, random_weight
         path = _cached_weights(setting, name) if weights is None else Path(weights)
         if not path.is_file():
             raise FileNotFoundError(f"{path}, given as {setting}_weights, does not exist or is not a file")
-        # as tensors and not as timm's `file`, which some versions of timm would unpickle
+        # as tensors, not as timm's `file`, which some versions of timm would unpickle
         options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_tensors(path)}}
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+    with torch.random.fork_rng(devices=[]):  # the caller's random state does not change
         torch.default_generator.manual_seed(0)
         try:
             network: Any = timm.create_model(name, dynamic_img_size=True, **options)
-        except TypeError as error:  # it takes no `dynamic_img_size`
+        except TypeError as error:  # it does not take `dynamic_img_size`
             raise ValueError(f"{setting} {name!r} is not a plain vision transformer") from error
         except (RuntimeError, KeyError, AssertionError) as error:
             words = " ".join(str(error).split())[:200]

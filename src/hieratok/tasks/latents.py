@@ -1,7 +1,7 @@
-"""`hieratok latents`: the latents of a set of images, written once, so that training generators need not encode.
+"""`hieratok latents`: write the latents of a set of images once, so that training generators need not encode.
 
-Every shard is written whole or not at all, and checked by its checksums before it counts as done, so the same command
-resumes where it was stopped; under `torchrun` the shards are divided among the processes.
+Every shard is written atomically, and checked by its checksums before it counts as done, so the same command resumes.
+Under `torchrun` the shards are divided among the processes.
 """
 
 import logging
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_IMAGES = 2_048
 FILES = [f"{name}.npy" for name in ("mean", "logvar", "labels", "names", "moments")]
-"""Of a shard."""
+"""Size of a shard in bytes."""
 
 
 def write_latents(options: WriteLatents) -> None:
@@ -65,7 +65,7 @@ def write_latents(options: WriteLatents) -> None:
 
 
 def next_command(source: Source, run: str, out: Path, shape: tuple[int, int, int]) -> str:
-    """How a generator of these latents is trained; or why none can be."""
+    """The command that trains a generator on these latents, or why none can be trained."""
     recipe = recipes.get("dit-tiny")
     assert isinstance(recipe, GeneratorRun)
     try:
@@ -77,7 +77,7 @@ def next_command(source: Source, run: str, out: Path, shape: tuple[int, int, int
 
 
 def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Manifest:
-    """The manifest of latents that are still to be written."""
+    """The manifest of latents to write."""
     side = tokenizer.config.image_size
     sha256, config = describe_tokenizer(options.run)
     return Manifest(
@@ -95,10 +95,10 @@ def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Man
 
 
 def start(out: Path, manifest: Manifest) -> Manifest:
-    """Begin a folder, or resume it if it is of the same tokenizer and images; every process must call.
+    """Begin a folder, or resume it if the tokenizer and the images are the same; every process must call it.
 
     Raises:
-        ValueError: it holds latents of something else, or a damaged manifest.
+        ValueError: it holds other latents, or a damaged manifest.
     """
     if (out / MANIFEST).is_file():
         try:
@@ -112,7 +112,7 @@ def start(out: Path, manifest: Manifest) -> Manifest:
             raise ValueError(f"{out} holds latents of {others}: choose another --out, or remove the folder")
         if (before.data["names_sha256"], before.data["crop"]) != (manifest.data["names_sha256"], manifest.data["crop"]):
             raise ValueError(f"{out} holds latents of other images, {before.data['path']}: choose another --out")
-        manifest = replace(manifest, shard_images=before.shard_images)  # all else is as it was, or was changed since
+        manifest = replace(manifest, shard_images=before.shard_images)  # the rest is equal, or was changed since
     wait()
     if process()[0] == 0:
         for name in (MANIFEST, "shard-*"):
@@ -123,13 +123,13 @@ def start(out: Path, manifest: Manifest) -> Manifest:
 
 
 def write_manifest(out: Path, manifest: Manifest) -> None:
-    """Whole or not at all."""
+    """Write the manifest atomically."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(out / MANIFEST, asdict(manifest))
 
 
 def write_shards(tokenizer: Tokenizer, source: Source, manifest: Manifest, out: Path, batch_size: int) -> None:
-    """This process's share of the shards, without those that are there and as they were written."""
+    """Write this process's share of the shards, except intact ones."""
     rank, world = process()
     mine = [k for k in range(len(manifest))[rank::world] if not is_whole(out, k, manifest)]
     everything = range(len(source))
@@ -155,7 +155,7 @@ def write_shards(tokenizer: Tokenizer, source: Source, manifest: Manifest, out: 
 
 
 def belongs_to(manifest: Manifest, shard: int) -> dict[str, Any]:
-    """What a shard's checksums.json states besides them: latents of what it holds."""
+    """The facts in a shard's checksums.json: the tokenizer and images of its latents."""
     return {
         "encoder_sha256": manifest.tokenizer["encoder_sha256"],
         "data": {name: manifest.data[name] for name in ("crop", "names_sha256")},
@@ -166,7 +166,7 @@ def belongs_to(manifest: Manifest, shard: int) -> dict[str, Any]:
 
 
 def is_whole(out: Path, shard: int, manifest: Manifest) -> bool:
-    """Whether a shard is there, of this tokenizer and these images, and as it was written."""
+    """Whether a shard of this tokenizer and these images exists and is intact."""
     folder = shard_folder(out, shard)
     if not folder.is_dir():
         return False
@@ -197,7 +197,7 @@ def encoded(
 
 
 def with_statistics(manifest: Manifest, out: Path) -> Manifest:
-    """The manifest of finished latents: with the statistics over all shards."""
+    """The manifest of finished latents, with the statistics over all shards."""
     d, h, w = manifest.shape
     statistics = LatentStatistics(d)
     for shard in range(len(manifest)):
@@ -209,21 +209,21 @@ def with_statistics(manifest: Manifest, out: Path) -> Manifest:
 
 
 def store_statistics(tokenizer: Tokenizer, source: Source, run: str) -> None:
-    """Measure the latents' mean and deviation over all images and put them into the tokenizer's files.
+    """Measure the latents' mean and deviation over all images and store them in the tokenizer's files.
 
     Raises:
-        ValueError: the tokenizer's folder is not one to write to: on the hub, a checkpoint, or of diffusers.
+        ValueError: the tokenizer cannot be written to: on the hub, a checkpoint, or of diffusers.
     """
     if not isinstance(tokenizer, HieraTok):
         raise ValueError(
-            f"--stats-only is for tokenizers of ours: latents of {run} keep statistics of their own, --out DIR"
+            f"--stats-only is for our tokenizers: latents of {run} have their own statistics, use --out DIR"
         )
     if not Path(run).is_dir():
-        raise ValueError(f"--stats-only writes into the tokenizer's folder, and {run} is none")
+        raise ValueError(f"--stats-only writes into the tokenizer's folder, and {run} is not one")
     folder = checkpoint.find(run)
     if folder.parent.parent.name == "checkpoints":
         raise ValueError(f"{run} holds no finished tokenizer yet: its training measures the statistics when it ends")
-    with lock(folder.parent if folder.name == "tokenizer" else folder, "latents"):  # the run's
+    with lock(folder.parent if folder.name == "tokenizer" else folder, "latents"):  # the run's lock
         measure_latents(tokenizer, source, tokenizer.config.image_size)
         if process()[0] == 0:
             for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):

@@ -193,7 +193,7 @@ class HieraTok(Pretrained):
         return self.decode_pyramid(z), posterior, z
 
     def normalize(self, z: Tensor) -> Tensor:
-        """z (B, d, h, w), normalised to mean 0 and deviation 1 in each channel over the training images, for generators.
+        """z (B, d, h, w), with mean 0 and deviation 1 in each channel over the training images, as generators learn it.
 
         Raises:
             ValueError: the statistics were not measured.
