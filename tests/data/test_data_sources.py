@@ -157,7 +157,7 @@ def test_shards_and_images_are_not_mixed(tmp_path):
     write_tar(tmp_path / "0.tar", samples(1))
     write(tmp_path / "1.jpg")
     assert "holds both shards (0.tar) and images (1.jpg)" in refusal(str(tmp_path))
-    assert "give one kind or the other" in refusal([str(tmp_path / "0.tar"), str(tmp_path / "1.jpg")])
+    assert "give only one kind" in refusal([str(tmp_path / "0.tar"), str(tmp_path / "1.jpg")])
 
 
 def test_bad_files_are_named_when_read(tmp_path):

@@ -159,12 +159,15 @@ def test_an_unfinished_run_and_a_bare_model_say_so(tmp_path):
     ("arguments", "told"),
     [
         (["RUN", "a/b"], "needs --license"),
-        (["RUN", "a/b", "--license", "MIT"], "'MIT' is no licence's identifier; did you mean 'mit'?: one of SPDX's"),
-        (["RUN", "a/b", "--license", "apache"], "'apache' is no licence's identifier"),
-        (["RUN", "a/b", "--license", "my-own"], "'my-own' is no licence's identifier"),
-        (["RUN", "a/b", "--license", "mit or isc"], "'mit or isc' is no licence's identifier"),
-        (["RUN", "a/b", "--license", "licenseref-x"], "'licenseref-x' is no licence's identifier"),
-        (["RUN", "photos", "--license", "mit"], "'photos' is no hub id: NAME/MODEL"),
+        (
+            ["RUN", "a/b", "--license", "MIT"],
+            "'MIT' is not a licence's identifier; did you mean 'mit'?: give one of SPDX's",
+        ),
+        (["RUN", "a/b", "--license", "apache"], "'apache' is not a licence's identifier"),
+        (["RUN", "a/b", "--license", "my-own"], "'my-own' is not a licence's identifier"),
+        (["RUN", "a/b", "--license", "mit or isc"], "'mit or isc' is not a licence's identifier"),
+        (["RUN", "a/b", "--license", "licenseref-x"], "'licenseref-x' is not a licence's identifier"),
+        (["RUN", "photos", "--license", "mit"], "'photos' is not a hub id: NAME/MODEL"),
         (["RUN/none", "a/b", "--license", "mit", "--dry_run"], "none: no such folder"),
         (["RUN/pictures", "a/b", "--license", "mit", "--dry_run"], "pictures holds no model"),
         (["RUN", "a/b", "--license", "mit"], "hf auth login"),
@@ -214,7 +217,7 @@ def test_a_run_that_learned_nothing_is_refused(run, capsys):
     records = [json.loads(line) for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps(r | {"skipped_steps": r["step"]}) + "\n" for r in records))
     assert main(["push", str(run), "a/b", "--license", "mit", "--dry_run"]) == 2
-    assert "learned nothing: all of its 40 steps were left out as not finite" in capsys.readouterr().err
+    assert "learned nothing: all of its 40 steps were skipped as not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -444,7 +444,7 @@ def test_folders_that_cannot_be_used(workplace, tmp_path, tokenizer):
     save_kl(tmp_path / "sd")
     status, error = workplace("latents", "sd", "--data", "photos", "--stats-only", "--device", "cpu")
     assert status == 2
-    assert "--stats-only is for tokenizers of ours" in error
+    assert "--stats-only is for our tokenizers" in error
     shutil.copytree("sd", "damaged")
     Path("damaged/diffusion_pytorch_model.safetensors").unlink()
     status, error = workplace("latents", "damaged", "--data", "photos", "--out", "cache")

@@ -424,7 +424,7 @@ def test_a_run_of_skipped_steps_ends_in_an_error(photos, tmp_path, monkeypatch, 
             train_tokenizer(run, tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer").exists()
     assert main(["push", str(tmp_path / "out"), "a/b", "--license", "mit", "--dry_run"]) == 2
-    assert "learned nothing: all of its 10 steps were left out as not finite" in capsys.readouterr().err
+    assert "learned nothing: all of its 10 steps were skipped as not finite" in capsys.readouterr().err
 
 
 def test_a_bad_last_step_is_done_again(photos, tmp_path, monkeypatch):

@@ -217,9 +217,7 @@ def _unpack(file: RangeFile, path: str, version: Version, to: Path) -> None:
             for values, labels in _parquet_batches(file, path):
                 total += values.nbytes
                 if total > limit:
-                    raise ValueError(
-                        f"{shown(path)} is refused: its images take more than {MAX_GROWTH} times its size"
-                    )
+                    raise ValueError(f"{shown(path)} is refused: its images take more than {MAX_GROWTH} times its size")
                 if shutil.disk_usage(to.parent).free < FREE_BYTES + values.nbytes:
                     raise _DiskFull(
                         f"{shown(path)} needs more room in {shown(to.parent)}: free some, or set HIERATOK_CACHE to a"

@@ -42,14 +42,14 @@ class Numbers:
 class ReconstructionMetrics:
     """Collects the metrics of originals and their reconstructions, at one or several scales, batch after batch.
 
-    The Frechet distance is the only distance of sets: KID, precision and recall compare independent sets of images,
+    The Frechet distance is the only distance of sets: KID, precision and recall compare independent sets,
     but a reconstruction depends on its image (KID would be far below zero, precision and recall 1).
 
     Args:
         network: for the Frechet distance; None for none.
         perceptual: perceptual distances (`PerceptualLoss` objects).
-        patch_size: f, side of a token's patch in pixels, for `baseline_psnr`, the PSNR of one colour per token; None: no
-            baseline.
+        patch_size: f, side of a token's patch in pixels, for `baseline_psnr`, the PSNR of one colour per token; None:
+            no baseline.
     """
 
     def __init__(

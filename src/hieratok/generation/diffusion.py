@@ -54,7 +54,7 @@ class Schedule:
         return self.subset(spread.round().long().tolist())
 
     def subset(self, steps: Sequence[int]) -> "Schedule":
-        """Only these steps, ascending; their betas grow so that abar, and so the noise of each step, does not change."""
+        """Only these steps, ascending; their betas grow so that abar, and so each step's noise, does not change."""
         kept = torch.as_tensor(steps, dtype=torch.long)
         abar = self.abar[kept]
         return Schedule(1 - abar / _previous(abar), self.timesteps[kept])
@@ -71,7 +71,7 @@ class Schedule:
 
     @cached_property
     def posterior_logvar(self) -> Tensor:
-        """Log of the posterior variance; the first step, where it is infinite, gets the second's, as usual."""
+        """Log of the posterior variance; the first step, where it is infinite, gets the second's, as in DDPM."""
         return self.posterior_variance[torch.arange(len(self)).clamp(min=min(1, len(self) - 1))].log()
 
     def noisy(self, x: Tensor, noise: Tensor, i: Tensor) -> Tensor:

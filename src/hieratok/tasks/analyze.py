@@ -131,10 +131,10 @@ def analyze_embedding(path: str) -> Analysis:
 
 
 def analyze_latents(path: str, options: Analyze) -> Analysis:
-    """The density of a file's latents (N, d), or (N, d, h, w) with one vector per image; standardised per channel.
+    """The density of a file's latents (N, d), or (N, d, h, w), one vector per image; standardised per channel.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_array`; too few or constant latents, fewer than two channels, or no draws.
+        ValueError, FileNotFoundError: as `load_array`; too few or constant latents, one channel, or no draws.
     """
     latents = load_array(path, (2, 4))
     if options.draws < 1:
@@ -417,8 +417,8 @@ def coarser_grids(codec: Codec, z: Tensor) -> list[tuple[int, int]]:
 
 
 def measure_spectra(maps: Mapping[Maps, Tensor]) -> dict[Maps, Spectrum]:
-    """Cosine profile, high-frequency share and slope of each (N, C, H, W), by name, without those that small maps do not
-    have. Constant maps have no spectrum and do not count."""
+    """Cosine profile, high-frequency share and slope of each (N, C, H, W), by name; small maps lack some of them.
+    Constant maps have no spectrum and do not count."""
     return {name: measure_spectrum(x) for name, x in maps.items() if min(x.shape[-2:]) >= MIN_SIDE}
 
 

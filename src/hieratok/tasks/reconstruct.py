@@ -57,7 +57,7 @@ class Reconstructions:
             )
         if self.whole:
             lines.append(f"whole: {self.whole:,} of {self.photos:,} photos, as these scales cannot be tiled")
-        if len(self.images) == 1 and len(self.sizes) == 1:  # only then one suffix selects the finest scale of all photos
+        if len(self.images) == 1 and len(self.sizes) == 1:  # only then one suffix fits all photos
             words = ["hieratok", "evaluate", "images", self.images[0], str(self.sheet.parent)]
             words += [f"--suffix=-{size_name(self.sizes[0])}", *(["--size", str(self.tile)] if self.cropped else [])]
             lines.append(f"next: {shlex.join(words)} --features none --lpips '[]'")

@@ -55,8 +55,8 @@ def sample(options: Sample) -> None:
     """The command `hieratok sample`.
 
     Raises:
-        FileNotFoundError, ValueError: missing models, models that do not fit each other or the settings, images of other
-            settings in `out`, or another process that writes there.
+        FileNotFoundError, ValueError: missing models, models that do not fit each other or the settings, images of
+            other settings in `out`, or another process that writes there.
     """
     with process_group():
         device = options.device or best_device()
@@ -98,7 +98,7 @@ def check_models(generator: DiT, tokenizer: Tokenizer, run: str, source: str) ->
         made, taken = (" x ".join(map(str, s)) for s in (generator.config.latent_shape, shape))
         raise ValueError(f"{run} makes latents {made}, but {source} takes {taken}")
     if generator.latents is None:
-        raise ValueError(f"{run} does not name the tokenizer of its latents: its config.json has no `latents`")
+        raise ValueError(f"{run} does not name the tokenizer of its latents (no `latents` in config.json)")
     if generator.latents.encoder_sha256 != tensors_sha256(tokenizer.encoder):
         settings = read_run(Path(run)).settings if Path(run).is_dir() else {}
         raise ValueError(f"{run} was trained on latents of {whose(settings.get('tokenizer'), source)}")

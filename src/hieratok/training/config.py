@@ -133,8 +133,8 @@ class TrainConfig(Optimization):
     log_every: int = 50
     """Steps between lines in log.jsonl and in the tracker."""
     tracker: TrackerName = "tensorboard"
-    """Tracker of numbers and pictures: TensorBoard's files in the run's folder, or Weights & Biases (wandb), which sends
-    them to your account, or with WANDB_MODE=offline keeps them in the run's folder."""
+    """Tracker of numbers and pictures: TensorBoard's files in the run's folder, or Weights & Biases (wandb), which
+    sends them to your account, or with WANDB_MODE=offline keeps them in the run's folder."""
     save_every: int = 5_000
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
@@ -298,7 +298,7 @@ class GeneratorRun:
             weight_decay=0.0,
         )
     )
-    """Optimisation. Steps, batch, optimiser: the paper's (appendix F); weight averaging: DiT's; bf16
+    """Optimisation. Steps, batch and optimiser: the paper's (appendix F); EMA: DiT's; bf16
     and gradient clipping are [ours]."""
     eval: GeneratorEval = field(default_factory=GeneratorEval)
     """Evaluation during training."""

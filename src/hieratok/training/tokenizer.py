@@ -310,9 +310,7 @@ class Evaluation:
                 network.to(device)
         patch_size = tokenizer.config.patch_size
         finest = ReconstructionMetrics(self.network, self.perceptual, patch_size)
-        scales = ReconstructionMetrics(
-            patch_size=patch_size
-        )  # pixel metrics only: networks would cost K times as much
+        scales = ReconstructionMetrics(patch_size=patch_size)  # pixel metrics only: networks would cost K times as much
         for names, _, originals in evaluation_batches(self.source, self.size, self.config.batch_size, *process()):
             pyramid = reconstruct_pyramid(tokenizer, originals)
             finest.update(names, originals, pyramid[-1])
