@@ -294,8 +294,8 @@ class Gate:
         return {"data": data, "session_hash": session, "fn_index": None if name else function, "trigger_id": trigger}
 
     def value(self, value: Any, kind: str) -> Any:
-        """One argument of a call. Photos are named in the handlers' own way: gradio would copy, fetch or open files that
-        are named in its way.
+        """One argument of a call. Photos are named in the handlers' own way: gradio would copy, fetch or open files
+        that are named in its way.
 
         Raises:
             HTTPException: a photo that is not stored here.

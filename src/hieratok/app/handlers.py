@@ -131,8 +131,8 @@ class Demo:
             decoded = to_uint8(self.tokenizer.decode(z + sigma * noise))[0].cpu()
             steps.append(Picture(decoded, f"σ = {sigma:g}", similarity(decoded, crop)))
         note = (
-            f"z + σ ε, decoded at {side} × {side} px: how much error in z the decoder tolerates. σ is in standard deviations of each"
-            f" latent channel {whose}."
+            f"z + σ ε, decoded at {side} × {side} px: how much error in z the decoder tolerates. σ is in standard"
+            f" deviations of each latent channel {whose}."
         )
         return section("Noise on z", note, frames(steps, "Noise σ"))
 

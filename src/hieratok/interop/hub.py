@@ -166,8 +166,8 @@ def check(hub_id: str, license: str) -> None:
         raise ValueError(f"{hub_id!r} is not a hub id: NAME/MODEL, such as alice/photos-f16d32")
     if not is_license(license):
         raise ValueError(
-            f"{license!r} is not a licence's identifier{nearest(license.lower(), COMMON_LICENSES)}: give one of SPDX's in"
-            f" lower case, such as {', '.join(COMMON_LICENSES[:4])}, or one of the hub's own, such as other"
+            f"{license!r} is not a licence's identifier{nearest(license.lower(), COMMON_LICENSES)}: give one of"
+            f" SPDX's in lower case, such as {', '.join(COMMON_LICENSES[:4])}, or one of the hub's own, such as other"
             " (https://huggingface.co/docs/hub/repositories-licenses)"
         )
 
@@ -306,7 +306,7 @@ def use_note(kind: str, facts: Run, hub_id: str) -> str:
     if kind == "tokenizer":
         return (
             "Images may have any size: they are padded to whole patches, and positions are interpolated. `revision=`"
-            f" chooses a branch, tag or commit. On the command line: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`."
+            f" chooses a branch, tag or commit. In a shell: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`."
             f' In diffusers: `hieratok.interop.AutoencoderHieraTok.from_pretrained("{hub_id}")`.'
         )
     tokenizer = facts.settings.get("tokenizer")
