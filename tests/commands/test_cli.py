@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -502,9 +503,42 @@ def test_reconstruct_names_an_unreadable_image(trained, hieratok):
     assert not list(Path("out").glob("*.tmp"))
 
 
-# --- evaluate ---------------------------------------------------------------------------------------------------------
+# --- killed processes -------------------------------------------------------------------------------------------------
 
 PIXELS_ALONE = ("--features", "none", "--lpips", "[]")
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (
+            ["evaluate", "reconstruction", "runs/small", "--data", "PHOTOS", *PIXELS_ALONE],
+            ["evaluation/reconstructions.png", "evaluation/index.html", "evaluation/metrics.json"],
+        ),
+        (
+            ["analyze", "runs/small", "--data", "PHOTOS", "--draws", "0"],
+            ["analysis/index.html", "analysis/metrics.json"],
+        ),
+        (["report", "runs/small"], ["report.html"]),
+        (["push", "runs/small", "alice/photos", "--license", "mit", "--dry_run"], ["hub"]),
+    ],
+)
+def test_temporary_files_of_a_killed_command_are_removed(trained, photos, hieratok, words, written):
+    """Those of what it writes, and no others, which a living process may need."""
+    run = Path("runs/small")
+    shutil.copytree(trained, run)
+    before = set(run.rglob(".*"))
+    names = [run / name for name in (*written, "pictures/step-00000002.png")]
+    leftovers = [name.with_name(f".{name.name}.12345678.tmp") for name in names]
+    for leftover in leftovers:
+        leftover.parent.mkdir(exist_ok=True)
+        leftover.write_bytes(b"half")
+    assert hieratok(*(photos if word == "PHOTOS" else word for word in words))[0] == 0
+    assert all((run / name).exists() for name in written)
+    assert set(run.rglob(".*")) - before == {leftovers[-1]}
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
 def mean_psnr(originals: list[torch.Tensor], reconstructions: list[torch.Tensor]) -> float:

@@ -78,6 +78,7 @@ class Blocks(nn.ModuleList):
         return x
 
 
+# Not torchvision's StochasticDepth: importing torchvision takes half as long as importing torch.
 class DropPath(nn.Module):
     """Stochastic depth: in training, a sample's residual branch is dropped with probability `rate`, else scaled up."""
 

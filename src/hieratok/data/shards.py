@@ -182,28 +182,35 @@ def _members(file: RangeFile, path: str) -> Iterator[_Member]:
             raise ValueError(f"{shown(path)} is truncated: a member ends at byte {position}, the file at {end}")
 
         if letter in b"KLxX":
-            text = file.read(min(size, MAX_TEXT_BYTES), offset)
-            if letter == b"L":  # GNU: the next member's long name
-                extended = extended._replace(name=_decode(text.split(b"\0", 1)[0]))
-            elif letter == b"K":  # and its link's target
-                extended = extended._replace(target=_decode(text.split(b"\0", 1)[0]))
-            else:  # pax: the next member's name and size, among other things
-                extended = _read_pax(text, path)
-            continue
-        if letter == b"g":  # defaults for the whole archive
-            continue
-        name = _decode(header[:100].split(b"\0", 1)[0])
-        if header[257:263] == b"ustar\0" and header[345]:
-            name = _decode(header[345:500].split(b"\0", 1)[0]) + "/" + name
-        name = _inside(extended.name or name)
-        target = ""
-        if kind == "link":
-            target = extended.target or _decode(header[157:257].split(b"\0", 1)[0])
-            if letter == b"2":  # a hard link names a member, a symbolic link is relative to its own folder
-                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-            target = _inside(target)
-        yield _Member(name, "sparse files" if extended.is_sparse else kind, offset, size, target)
-        extended = _Extended()
+            extended = _extend(extended, letter, file.read(min(size, MAX_TEXT_BYTES), offset), path)
+        elif letter != b"g":  # which has defaults for the whole archive
+            name, target = _names(header, extended)
+            yield _Member(name, "sparse files" if extended.is_sparse else kind, offset, size, target)
+            extended = _Extended()
+
+
+def _extend(extended: _Extended, letter: bytes, text: bytes, path: str) -> _Extended:
+    """Values for the next member, with those of one more extended header, of GNU or pax."""
+    if letter == b"L":
+        return extended._replace(name=_decode(text.split(b"\0", 1)[0]))
+    if letter == b"K":
+        return extended._replace(target=_decode(text.split(b"\0", 1)[0]))
+    return _read_pax(text, path)
+
+
+def _names(header: bytes, extended: _Extended) -> tuple[str, str]:
+    """A member's name, and its link's target if it is a link."""
+    name = _decode(header[:100].split(b"\0", 1)[0])
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = _decode(header[345:500].split(b"\0", 1)[0]) + "/" + name
+    name = _inside(extended.name or name)
+    letter = header[156:157]
+    if MEMBER_KINDS.get(letter) != "link":
+        return name, ""
+    target = extended.target or _decode(header[157:257].split(b"\0", 1)[0])
+    if letter == b"2":  # a hard link names a member, a symbolic link is relative to its own folder
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    return name, _inside(target)
 
 
 def _inside(name: str) -> str:

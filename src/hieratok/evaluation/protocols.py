@@ -18,9 +18,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hieratok.core.checkpoint import remove_leftovers
 from hieratok.core.devices import best_device
 from hieratok.core.distributed import merge_processes, process, process_group, wait
 from hieratok.core.files import npz_names
+from hieratok.core.lock import lock
 from hieratok.core.progress import progress
 from hieratok.data.images import Source
 from hieratok.evaluation.config import (
@@ -192,8 +194,10 @@ def write_statistics(options: EvaluateStats) -> SetStatistics:
         size = _size(options, source)
         statistics = collect(source, network, size, options.batch_size, "statistics")
         if process()[0] == 0:
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-            statistics.save(options.out)
+            out = Path(options.out)
+            with lock(out.parent, "evaluate stats", f".{out.name}.lock"):
+                remove_leftovers(out)
+                statistics.save(out)
             facts = {"out": options.out, "n": statistics.pool.n, "images sha256": statistics.images}
             facts |= network.description() | {"crop": _crop(size)}
             print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in facts.items()))

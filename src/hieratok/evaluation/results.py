@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hieratok.core.checkpoint import atomic_file, json_text, write_json
+from hieratok.core.checkpoint import json_text, remove_leftovers, write_json
 from hieratok.core.distributed import process, wait
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_json, read_json_table, shown
 from hieratok.core.glossary import Metric, describe
+from hieratok.core.lock import lock
+from hieratok.core.pictures import save_png
 from hieratok.core.tables import Table, digits
 from hieratok.core.typed import typed
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
@@ -213,18 +215,20 @@ def _write_and_print(
     metrics: ReconstructionMetrics | None,
     write_page: WritePage | None,
 ) -> None:
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        if metrics is not None:
-            with atomic_file(folder / "reconstructions.png") as temporary:
-                metrics.picture().save(temporary, format="PNG")
-        if write_page is not None:
-            write_page(folder, result, metrics)
-        write_json(folder / "metrics.json", result.to_json())  # last: if it exists, the result is complete
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(json_text(result.to_json()) if as_json else format_numbers(result.numbers))
+    if out is None:
+        return
+    folder = Path(out)
+    with lock(folder, "evaluate"):
+        for name in ("reconstructions.png", "index.html", "metrics.json"):
+            remove_leftovers(folder / name)
+        if metrics is not None:
+            save_png(metrics.picture(), folder / "reconstructions.png")
+        if write_page is not None:
+            write_page(folder, result, metrics)
+        write_json(folder / "metrics.json", result.to_json())  # last: if it exists, the result is complete
 
 
 def format_numbers(numbers: Numbers) -> str:

@@ -212,7 +212,7 @@ class Sample(SampleConfig):
     """Generator: a run's folder, a generator's folder or a hub id."""
     tokenizer: str
     """Its tokenizer: a run's folder, a tokenizer's folder, a hub id, or a folder of diffusers' AutoencoderKL or
-AutoencoderDC."""
+    AutoencoderDC."""
     out: str
     """Folder to write to: 256px/000000.png and so on, samples.npz for ADM's evaluation suite, contact-sheet.png."""
     scales: Literal["finest", "all"] = "finest"

@@ -22,6 +22,7 @@ from hieratok import __version__
 from hieratok.core import checkpoint
 from hieratok.core.files import check_regular, read_json_table, shown
 from hieratok.core.glossary import describe
+from hieratok.core.lock import lock
 from hieratok.core.messages import nearest
 from hieratok.core.pictures import to_pil
 from hieratok.core.pixels import BadImageError, read_image
@@ -146,14 +147,16 @@ def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> No
     facts = read_run(Path(run))
     kind, model = find_model(Path(run), facts)
     check_learned(facts, model)
-    with checkpoint.atomic_folder(folder) as temporary:
-        for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
-            check_regular(model / name)
-            shutil.copyfile(model / name, temporary / name)
-        has_picture = write_picture(facts.picture, temporary / PICTURE)
-        config = load_config(kind, model)
-        card = make_card(facts, kind, config, hub_id, license, has_picture)
-        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    with lock(folder.parent, "push", ".push.lock"):  # not that of a run which still trains
+        checkpoint.remove_leftovers(folder)
+        with checkpoint.atomic_folder(folder) as temporary:
+            for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
+                check_regular(model / name)
+                shutil.copyfile(model / name, temporary / name)
+            has_picture = write_picture(facts.picture, temporary / PICTURE)
+            config = load_config(kind, model)
+            card = make_card(facts, kind, config, hub_id, license, has_picture)
+            (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def check(hub_id: str, license: str) -> None:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hieratok.core.checkpoint import json_text
+from hieratok.core.checkpoint import json_text, remove_leftovers
 from hieratok.core.glossary import ANALYSIS, ARROWS_MEAN, TRAINING, describe
+from hieratok.core.lock import lock
 from hieratok.core.pictures import to_pil
 from hieratok.core.pixels import BadImageError, read_image
 from hieratok.core.tables import Table, digits, setting
@@ -49,8 +50,9 @@ def write_report(options: Report) -> list[Run]:
     runs = find_runs(folder)
     # a run's own folder may hold the quickstart's page
     out = Path(options.out) if options.out else folder / ("report.html" if is_run(folder) else "index.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report.write_page(out, make_page(folder, runs))
+    with lock(out.parent, "report", ".report.lock"):  # not that of a run which trains in the folder
+        remove_leftovers(out)
+        report.write_page(out, make_page(folder, runs))
     if options.json:
         print(json_text([run.facts() for run in runs]))
         return runs

@@ -39,10 +39,11 @@ from hieratok.analysis.meanings import lines, table
 from hieratok.analysis.report import Analysis, Channels, CommutationImages, Density, LatentReport, Maps, Spectrum
 from hieratok.analysis.robustness import noise_psnr, seeded_noise
 from hieratok.analysis.spectrum import BLOCK, MIN_SIDE, dct_profile, high_frequency_share, power_slope
-from hieratok.core.checkpoint import write_json
+from hieratok.core.checkpoint import remove_leftovers, write_json
 from hieratok.core.devices import best_device
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_npy, shown
+from hieratok.core.lock import lock
 from hieratok.core.progress import progress
 from hieratok.core.seeding import numpy_generator
 from hieratok.data.images import Source, open_source, to_float, to_uint8
@@ -84,10 +85,12 @@ def analyze(options: Analyze, write_page: WritePage | None = None) -> LatentRepo
 
 def write(out: Path, found: Analysis, write_page: WritePage | None) -> None:
     """Write the page, and last `metrics.json`: if it exists, the page does too."""
-    out.mkdir(parents=True, exist_ok=True)
-    if write_page is not None:
-        write_page(out, found)
-    write_json(out / "metrics.json", found.report.to_json())
+    with lock(out, "analyze"):
+        for name in ("index.html", "metrics.json"):
+            remove_leftovers(out / name)
+        if write_page is not None:
+            write_page(out, found)
+        write_json(out / "metrics.json", found.report.to_json())
 
 
 def manifest(**facts: Any) -> dict[str, Any]:
@@ -268,9 +271,6 @@ def analyze_tokenizer(
     names, originals = load_images(source, [chosen[i] for i in subset], size)
     means = latents.mean[torch.from_numpy(subset)]
     grids = coarser_grids(codec, means)
-    rgb = to_float(originals)
-    spectra = measure_spectra({"latent": standardize(means, shift, std), "rgb": standardize(rgb, *moments(rgb))})
-
     report = LatentReport(
         n=n,
         latent_channels=d,
@@ -279,11 +279,16 @@ def analyze_tokenizer(
         channels=measure_channels(latents),
         decoded_images=len(subset),
         decoded=measure_decoded(codec, originals, means, std, grids, options),
-        spectra=spectra,
+        spectra=latent_spectra(means, shift, std, to_float(originals)),
         manifest=tokenizer_manifest(options, n, size, own_statistics, facts),
     )
     images = commutation_images(codec, names[:SHOWN], originals[:SHOWN], means[:SHOWN], grids) if grids else None
     return Analysis(f"Latent space of {options.run}", report, embedding, images)
+
+
+def latent_spectra(means: Tensor, shift: Tensor, std: Tensor, images: Tensor) -> dict[Maps, Spectrum]:
+    """Spectra of latents (N, d, h, w), standardised with the moments (d,), and of their images (N, 3, H, W)."""
+    return measure_spectra({"latent": standardize(means, shift, std), "rgb": standardize(images, *moments(images))})
 
 
 def tokenizer_manifest(
