@@ -401,7 +401,7 @@ def tiny_multi_256() -> TokenizerRun:
     """A CPU, minutes: 256 px from tiny-multi's 128 px weights, scales 2, 4, 8, 16, as f16d16-multi-512.
 
     hieratok train tiny-multi-256 --from runs/tiny-multi
-    Measured from the quickstart's tiny-multi on the 20 held-out crops at 256 px, PSNR of the scales 32, 64, 128, 256 px:
+    Measured from the quickstart's tiny-multi on the 20 held-out crops at 256 px; PSNR at 32, 64, 128, 256 px:
     25.07, 29.38, 30.91, 33.02 dB before and 27.21, 29.72, 31.19, 33.12 dB after these 200 steps (about 100 s on one
     thread of an AMD EPYC).
     """
