@@ -26,8 +26,8 @@ TASKS = {  # heading: commands
 INTRODUCTION = """\
 # Every setting
 
-Generated from docstrings by `make docs`; do not edit. `hieratok train RECIPE --help` (and `--help` of any other command)
-shows the same text.
+Generated from docstrings by `make docs`; do not edit. `hieratok train RECIPE --help` (and `--help` of any other
+command) shows the same text.
 
 - A setting of a run is a flag, `--train.steps 2000`, and a line of a YAML file (`steps: 2000` under `train:`);
   `hieratok recipes NAME` prints a recipe as such a file. A flag wins over the file, the file over the default.

@@ -84,13 +84,18 @@ def folded(title: str, *parts: Html) -> Html:
     return block(BLOCKS, "folded", title=title, parts=parts)
 
 
+def heading(title: str) -> Html:
+    """A heading within a section."""
+    return block(BLOCKS, "heading", title=title)
+
+
 def text(paragraph: str) -> Html:
     """A paragraph."""
     return block(BLOCKS, "paragraph", text=paragraph)
 
 
-def columns(*parts: Html, width: int = 400) -> Html:
-    """Content side by side, in columns of at least `width` px if the window is wide enough."""
+def columns(*parts: Html, width: str = "400px") -> Html:
+    """Content side by side, in columns of at least `width`, a length in CSS, if the window is wide enough."""
     return block(BLOCKS, "columns", parts=parts, width=width)
 
 

@@ -16,6 +16,7 @@ from hieratok.reports.evaluation import metric_table
 from hieratok.tasks.quickstart import SAMPLING, WHOLE, FirstLook, QuickstartResult, Reconstructed, Trained
 from hieratok.training.tokenizer import TokenizerRun
 
+PHOTO_WIDTH = "max(150px, min(300px, 30%))"  # three in a row, two on a phone
 NO_SAMPLES = "They follow when the generator is trained. If training was interrupted, the same command resumes it."
 
 
@@ -93,7 +94,7 @@ def photo_pictures(run: TokenizerRun, photos: list[Reconstructed]) -> list[repor
             )
             for title, text, image in shown
         ]
-        parts += [report.text(photo.name), report.columns(*pictures, width=300)]
+        parts += [report.heading(photo.name), report.columns(*pictures, width=PHOTO_WIDTH)]
     return parts
 
 

@@ -254,7 +254,7 @@ def density_section(rows: Mapping[str, LatentReport]) -> Section:
     for row, found in rows.items():
         assert found.folder is not None
         plots = embedding_plots(Embedding.load(Path(found.folder) / EMBEDDING))
-        pictures += [report.text(row), report.columns(*plots)]
+        pictures += [report.heading(row), report.columns(*plots)]
     return Section("Latents in the plane", tables=[table], pictures=pictures)
 
 

@@ -52,11 +52,14 @@ def printable(value: Any) -> Any:
 
 
 BREAKS = re.compile(
-    r"(?<=\w[._/=,:])(?=\w)(?!(?<=\d[.,])\d)"  # after marks that join the parts of a name, not within a number
+    r"(?<=\w[._/=,:])(?=\w\w)(?!(?<=\d[.,])\d)"  # after marks that join the parts of a name, not within a number
     r"|(?:(?<=\b[0-9a-f]{16})|(?<=\b[0-9a-f]{32})|(?<=\b[0-9a-f]{48}))(?=[0-9a-f]{16})"  # in a SHA-256
 )
 
 
-def pieces(text: str) -> list[str]:
-    """A text split where a line may break."""
-    return BREAKS.split(text)
+UNBROKEN = re.compile(r"(--[a-z][\w-]*|\d+e-\d+)")  # flags, numbers such as 1e-05: browsers would break after their "-"
+
+
+def pieces(text: str) -> list[list[str]]:
+    """A text split where a line may break; each piece is split again, and every second part of it must not break."""
+    return [UNBROKEN.split(piece) for piece in BREAKS.split(text)]
