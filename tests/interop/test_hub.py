@@ -152,7 +152,7 @@ def test_an_unfinished_run_and_a_bare_model_say_so(tmp_path):
     assert "Its training is not finished (step 20 of 40)" in (run / "hub" / "README.md").read_text()
     bare = run / "checkpoints" / "step-00000020" / "tokenizer"
     assert main(["push", str(bare), "a/b", "--license", "mit", "--dry-run"]) == 0
-    assert "Not known: the model came without its run." in (bare / "hub" / "README.md").read_text()
+    assert "Not known: the model was published without its run." in (bare / "hub" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

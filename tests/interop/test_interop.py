@@ -249,7 +249,7 @@ def test_latents_are_denormalised_by_the_autoencoder_if_the_generator_is_silent(
     found = pipe([1], num_inference_steps=3, latents=start, output_type="pt").images
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     pipe.vae = AutoencoderHieraTok(**TOKENIZER.__dict__).eval()
-    with pytest.raises(ValueError, match="no statistics"):
+    with pytest.raises(ValueError, match="has statistics of latents"):
         pipe([1], num_inference_steps=3)
 
 

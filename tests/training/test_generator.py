@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tokenizer, latents, photos, tm
         (replace(run, data=replace(run.data, path=None)), "no latents: give --data DIR"),
         (replace(run, tokenizer=str(other)), "holds latents of another tokenizer"),
         (replace(run, data=replace(run.data, crop="random-resized")), "data.crop must be center"),
-        (replace(run, tokenizer=None, data=replace(run.data, path=str(photos))), "say which tokenizer encodes them"),
+        (replace(run, tokenizer=None, data=replace(run.data, path=str(photos))), "name the tokenizer that encodes them"),
         (
             replace(run, tokenizer=str(other), data=replace(run.data, path=str(photos))),
             "were not measured: .*stats-only",

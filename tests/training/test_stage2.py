@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_refused(photos, stage1, tmp_path):
         train_tokenizer(replace(run, start_from="runs/none"), tmp_path)  # and the hub is not asked
     with pytest.raises(ValueError, match="name it with --from RUN"):
         replace(run, start_from=None, freeze_encoder=True)
-    with pytest.raises(ValueError, match="leave out one of them"):
+    with pytest.raises(ValueError, match="use only one of them"):
         replace(run, freeze_encoder=True, vf=VFConfig(weight=0.1))
     with pytest.raises(ValueError, match=r"gan\.adaptive needs whole gradients"):
         replace(run, gan=replace(GAN, adaptive=True), train=replace(run.train, parallel="fsdp2"))
