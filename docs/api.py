@@ -29,7 +29,10 @@ float in [-1, 1] inside models, and uint8 in files and metrics.
 """
 
 NAMES: dict[str, dict[str, list[str]]] = {  # section: module: names
-    "Tokenizers": {"hieratok": ["HieraTok", "TokenizerConfig", "DiagonalGaussian"]},
+    "Tokenizers": {
+        "hieratok": ["HieraTok", "TokenizerConfig", "DiagonalGaussian"],
+        "hieratok.tokenizer.frozen": ["with_encoder"],
+    },
     "Generators": {
         "hieratok.generation.dit": ["DiT", "LatentSpace"],
         "hieratok.generation.sampling": ["sample_latents"],
@@ -47,7 +50,7 @@ NAMES: dict[str, dict[str, list[str]]] = {  # section: module: names
     "Metrics": {"hieratok.evaluation.pixels": ["psnr", "ssim"]},
     "Elsewhere": {
         "hieratok": ["push_to_hub"],
-        "hieratok.interop": ["AutoencoderHieraTok", "HieraTokDiT", "HieraTokPipeline"],
+        "hieratok.interop": ["AutoencoderHieraTok", "HieraTokDiT", "HieraTokPipeline", "HieraTokPreview"],
     },
 }
 

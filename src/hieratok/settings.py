@@ -19,6 +19,7 @@ from hieratok.core.messages import nearest, shown
 from hieratok.core.typed import field_types, flatten, from_json, has_type, nested, plain, typed
 from hieratok.studies import recipes
 from hieratok.studies.recipes import Run
+from hieratok.tokenizer.config import TokenizerConfig
 from hieratok.training.config import GeneratorRun, TokenizerRun
 
 Options = TypeVar("Options")
@@ -150,8 +151,29 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
     in_file = check_settings(settings, source)
     given = parse("hieratok train", run_options(run_class()), arguments)
     out, allow_changes = given.pop("out", None), given.pop("allow_changes", False)
-    run = from_json(run_class, nested(flatten(plain(run_class())) | in_file | given), "")
+    run = from_json(run_class, nested(flatten(plain(run_class())) | in_file | following(given, in_file) | given), "")
     return TrainCommand(run, Path(out or f"runs/{run.name}"), allow_changes)
+
+
+def following(given: dict[str, Any], in_file: dict[str, Any]) -> dict[str, Any]:
+    """The settings that follow from `--encoder`: the shape of its latents, and no loss that it could learn from.
+
+    Args:
+        given: on the command line, by whole names.
+        in_file: in the recipe or file.
+
+    Raises:
+        ValueError, FileNotFoundError: no such encoder, or settings that do not fit it.
+    """
+    if given.get("model.encoder") is None:
+        return {}
+    from hieratok.tokenizer.frozen import with_encoder  # it needs torch
+
+    prefix = "model."
+    model = {name.removeprefix(prefix): value for name, value in in_file.items() if name.startswith(prefix)}
+    changes = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+    frozen = with_encoder(TokenizerConfig(**model), **changes)
+    return {f"{prefix}{name}": value for name, value in plain(frozen).items()} | {"loss.kl_weight": 0.0}
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -326,7 +348,11 @@ def options_of(
 
 def run_options(run: Run, with_texts: bool = False) -> list[Option]:
     """The options of `hieratok train` for a run whose settings are the defaults."""
-    short = {"data.path": ("data", "PATH"), "start_from": ("from", "RUN")}
+    short = {
+        "data.path": ("data", "PATH"),
+        "start_from": ("from", "RUN"),
+        "model.encoder": ("encoder", "timm:NAME|diffusers:FOLDER"),
+    }
     settings = [
         option._replace(alias=short[option.name][0], value=short[option.name][1]) if option.name in short else option
         for option in options_of(run, with_texts=with_texts)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from hieratok.generation import flow
 from hieratok.generation.config import SIZES
 from hieratok.generation.dit import DiT, DiTConfig, rotary_attention, sincos_positions
 
@@ -237,7 +238,7 @@ def test_initial_weights(changes):
     model = DiT(small_config(width=128, num_classes=200, **changes))
     x, t, y = inputs()
     assert (model.eval()(x, t, y) == 0).all()  # adaLN-zero
-    tokens, condition = torch.randn(3, 9, 128), torch.randn(3, 128)
+    tokens, condition = torch.randn(3, 9, 128), torch.randn(3, 1, 128)
     for block in model.blocks:
         assert torch.equal(block(tokens, condition, torch.nn.functional.scaled_dot_product_attention), tokens)
     assert abs(model.y_embedder.embedding_table.weight.std() - 0.02) < 1e-3
@@ -363,3 +364,80 @@ def test_loading_what_does_not_fit(tmp_path):
         DiT.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         DiT.from_pretrained(tmp_path / "nowhere" / "at" / "all")
+
+
+# --- the wide head ----------------------------------------------------------------------------------------------------
+
+
+def wide_config(**changes) -> DiTConfig:
+    return small_config(**{**dict(wide_width=48, wide_depth=2, wide_heads=4), **changes})
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rotary"])
+def test_a_wide_head_is_what_its_parts_say(positions):
+    """Trunk, then wide blocks over the noisy latents, conditioned at each token on the trunk's and on time."""
+    torch.manual_seed(0)
+    model = DiT(wide_config(positions=positions)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, t, y = inputs()
+    seen: dict[str, torch.Tensor] = {}
+    model.blocks.register_forward_hook(lambda _, __, output: seen.update(trunk=output))
+    output = model(x, t, y)
+    assert model.wide_head is not None
+    head, time = model.wide_head, model.t_embedder(t)[:, None]
+    condition = head.project(seen["trunk"] + time)
+    tokens = head.x_embedder(x)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if positions == "rotary":
+        attend = rotary_attention(model.grid, 12, x.device)
+    for block in head.blocks:
+        tokens = block(tokens, condition, attend)
+    torch.testing.assert_close(output, model.unpatchify(model.final_layer(tokens, condition)))
+    assert head.x_embedder.proj.out_channels == 48
+
+
+def test_a_wide_head_starts_at_zero_and_learns_everywhere():
+    torch.manual_seed(0)
+    model = DiT(wide_config()).eval()
+    x, t, y = inputs()
+    assert (model(x, t, y) == 0).all()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model(x, t, y).square().sum().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_without_a_wide_head_there_is_nothing_of_it():
+    assert not [name for name in DiT(small_config()).state_dict() if "wide" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(wide_depth=None), "belong together"),
+        (dict(wide_width=2), "must be at least the .* channels of a token's latents"),
+        (dict(wide_heads=5), "of the wide head: model.width 48 is not divisible by model.heads 5"),
+        (dict(time_shift=0.5, objective="ddpm"), "model.time_shift is for model.objective flow"),
+        (dict(time_shift=0.0, objective="flow", learn_sigma=False), "model.time_shift must be positive"),
+    ],
+)
+def test_wide_heads_and_shifts_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        wide_config(**changes)
+
+
+def test_the_shift_that_follows_from_a_latents_size():
+    """RAE's for DINOv2-B: sqrt(16 * 16 * 768 / 4096) = 6.93 of times that run the other way."""
+    config = DiTConfig(latent_channels=768, objective="flow", learn_sigma=False, time_shift="dimension")
+    assert 1 / config.shift == pytest.approx((196_608 / 4096) ** 0.5)
+    for t in (0.1, 0.5, 0.9):
+        theirs = 1 - t
+        s = (196_608 / 4096) ** 0.5
+        assert 1 - flow.time_shift(t, config.shift) == pytest.approx(s * theirs / (1 + (s - 1) * theirs))
+    sd = DiTConfig(latent_channels=4, latent_size=32, objective="flow", learn_sigma=False, time_shift="dimension")
+    assert sd.shift == 1
+    assert DiTConfig().shift == 1

@@ -161,7 +161,7 @@ def test_cfg_1_equals_no_guidance(sampler):
         if config.objective == "ddpm":
             direct = sampling.diffusion.sample(model, draw(), y, draw, 5, sampler, config.eta)
         else:
-            direct = sampling.flow.sample(model, draw(), y, draw, 5, sampler, config.time_shift)
+            direct = sampling.flow.sample(model, draw(), y, draw, 5, sampler, config.time_shift or 1.0)
     assert torch.equal(torch.stack(list(plain.values())), direct)
     sizes.clear()
     strong = all_latents(model, options(sampler, cfg=3.0, labels="balanced"))

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from hieratok import HieraTok, TokenizerConfig
-from hieratok.evaluation.features import tensors_sha256
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 
 CONFIG = TokenizerConfig(
@@ -39,7 +38,7 @@ def save_generator(folder: Path, tokenizer: Path, **changes) -> Path:
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    encoder = tensors_sha256(HieraTok.from_pretrained(tokenizer).encoder)
+    encoder = HieraTok.from_pretrained(tokenizer).encoder_sha256
     generator.latents = LatentSpace(encoder, (0.1, -0.2, 0.3, 0.0), (0.5, 1.0, 2.0, 1.5))
     generator.save_pretrained(folder / "generator")
     return folder

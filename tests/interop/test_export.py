@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.frozen import on_autoencoder, on_vit, save_autoencoder, save_vit
 from hieratok import HieraTok, TokenizerConfig
 from hieratok.cli import main
 from hieratok.core import checkpoint
@@ -295,3 +296,18 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["export", str(run)]) == 2
     assert capsys.readouterr().err == "hieratok: onnxruntime is not installed: pip install 'hieratok[onnx]'\n"
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "vit"])
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_a_frozen_encoder_is_exported_too(kind, format, tmp_path):
+    need(format)
+    if kind == "vit":
+        config = on_vit(save_vit(tmp_path / "vit.safetensors"))
+    else:
+        config = on_autoencoder(save_autoencoder(tmp_path / "vae"))
+    HieraTok(config).save_pretrained(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), "--format", format, "--out", str(tmp_path / "out")]) == 0
+    files = json.loads((tmp_path / "out/export.json").read_text())["files"]
+    assert [file["name"].partition(".")[0] for file in files][:2] == ["encoder", "decoder"]
+    assert max(file["largest_difference"] for file in files) < 1e-3

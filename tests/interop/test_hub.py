@@ -13,12 +13,13 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from helpers.frozen import on_autoencoder, on_vit, save_autoencoder, save_vit
 from helpers.saved_runs import RESULT, tokenizer_run, write_run
-from hieratok import HieraTok, push_to_hub
+from hieratok import HieraTok, TokenizerConfig, push_to_hub
 from hieratok.cli import main
 from hieratok.core import checkpoint
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
-from hieratok.interop.hub import FILES, MAX_PICTURE, local
+from hieratok.interop.hub import FILES, MAX_PICTURE, local, write_folder
 from hieratok.training.generator import GeneratorRun
 
 
@@ -54,7 +55,7 @@ class FakeHub:
 
     def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
         assert commit_message
-        assert set(allow_patterns) == set(FILES)
+        assert set(allow_patterns) == {*FILES, "encoder/*"}
         shutil.copytree(folder_path, self.folder / repo_id)
 
 
@@ -66,7 +67,7 @@ def hub(tmp_path, monkeypatch) -> FakeHub:
 
     def download(hub_id: str, revision: str | None, allow_patterns: list[str], **others) -> str:
         fake.calls.append((hub_id, revision))
-        assert set(allow_patterns) <= set(FILES)
+        assert set(allow_patterns) <= {*FILES, "encoder/*"}
         return str(fake.folder / hub_id)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -241,3 +242,35 @@ def test_a_run_that_learned_nothing_is_refused(run, capsys):
 )
 def test_paths_lose_their_folders(value, kept):
     assert local(value) == kept
+
+
+# --- frozen encoders --------------------------------------------------------------------------------------------------
+
+
+def on_frozen(folder: Path, config: TokenizerConfig, copied: bool) -> Path:
+    """A run's folder with a tokenizer whose encoder is frozen."""
+    write_run(folder, replace(tokenizer_run(), model=config, loss=replace(tokenizer_run().loss, kl_weight=0.0)))
+    if copied:
+        HieraTok.from_pretrained(folder).encoder.save(folder / "tokenizer/encoder")  # type: ignore[operator]
+    return folder
+
+
+def test_a_copied_encoder_is_published_and_found_again(tmp_path):
+    vae = save_autoencoder(tmp_path / "vae")
+    run = on_frozen(tmp_path / "run", on_autoencoder(vae), copied=True)
+    write_folder(run, "alice/preview", "mit", tmp_path / "hub")
+    shutil.rmtree(vae)
+    published = HieraTok.from_pretrained(tmp_path / "hub")
+    assert published.config.encoder == "diffusers:vae"
+    assert published.encode(torch.zeros(1, 3, 32, 32)).mean.shape == (1, 4, 8, 8)
+    assert str(tmp_path) not in (tmp_path / "hub/config.json").read_text()
+
+
+def test_an_encoder_that_nobody_else_has_is_not_published(tmp_path):
+    run = on_frozen(tmp_path / "run", on_autoencoder(save_autoencoder(tmp_path / "vae")), copied=False)
+    with pytest.raises(ValueError, match=r"lies on this machine alone: train with --copy_encoder"):
+        write_folder(run, "alice/preview", "mit", tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+    vit = on_frozen(tmp_path / "vit", on_vit(save_vit(tmp_path / "vit.safetensors")), copied=False)
+    write_folder(vit, "alice/rae", "mit", tmp_path / "hub")  # timm's name is enough
+    assert "encoder_weights" not in (tmp_path / "hub/config.json").read_text()

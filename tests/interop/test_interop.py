@@ -14,7 +14,6 @@ from PIL import Image
 from hieratok import HieraTok, TokenizerConfig, cli
 from hieratok.data.images import to_float
 from hieratok.data.latents import Manifest
-from hieratok.evaluation.features import tensors_sha256
 from hieratok.generation import diffusion, flow
 from hieratok.generation.dit import DiT, DiTConfig, LatentSpace
 from hieratok.generation.sampling import guided
@@ -420,7 +419,7 @@ def test_quantisation_layers_belong_to_the_encoder(tmp_path):
             if name != "nothing":
                 getattr(model, name).weight.add_(1)
         model.save_pretrained(tmp_path / name)
-        return tensors_sha256(load_tokenizer(str(tmp_path / name)).encoder)
+        return load_tokenizer(str(tmp_path / name)).encoder_sha256
 
     assert changed("post_quant_conv") == changed("nothing") != changed("quant_conv")
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hieratok.losses.vf import FoundationModel, VFConfig, VFLoss
+from hieratok.losses.vf import VFConfig, VFLoss
+from hieratok.tokenizer.foundation import FoundationModel
 
 # timm's test ViT: 6 blocks, 64 channels, patches of 16, 160 px
 TINY = VFConfig(weight=0.5, model="test_vit", random_model=True)

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from scipy.stats import t as student
 
+from helpers.frozen import VIT, save_autoencoder, save_vit
 from helpers.pages import Reader, assert_self_contained
 from helpers.runs import FEATURES, TORCHRUN, environment, start_process
 from hieratok import HieraTok
@@ -29,6 +30,7 @@ from hieratok.analysis.convergence import speed_up
 from hieratok.cli import main
 from hieratok.core import checkpoint
 from hieratok.core.lock import lock
+from hieratok.core.tables import digits
 from hieratok.core.typed import plain
 from hieratok.data.images import center_crop, open_source
 from hieratok.evaluation.reconstruction import Numbers
@@ -750,3 +752,48 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, message, tmp_path, m
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------------
+
+
+def test_encoders_compares_frozen_ones_with_the_papers(small_generators, base, tmp_path, many_images, monkeypatch):
+    monkeypatch.setattr(density, "ITERATIONS", 250)
+    vae, vit = save_autoencoder(tmp_path / "vae"), save_vit(tmp_path / "vit.safetensors")
+    encoders = [f"diffusers:{vae}", f"timm:{VIT}={vit}"]
+    out = tmp_path / "out"
+    options = dict(base=base, out=str(out), data=many_images, val=many_images, features=FEATURES, encoders=encoders)
+    result = run_study(RunStudy(study="encoders", **options))
+    assert [row["label"] for row in result["rows"]] == [
+        ["the paper's ViT, trained with the decoder"],
+        [f"diffusers:{vae}"],
+        [f"timm:{VIT}"],
+    ]
+    shapes = {"own": 16, "vae": 4, "vit": 64}
+    for row, channels in zip(result["rows"], shapes.values(), strict=True):
+        tokenizer, generator = row["seeds"][0]["runs"]
+        assert tokenizer["settings"]["model"]["latent_channels"] == channels
+        model = generator["settings"]["model"]
+        assert (model["wide_width"] is not None) == (channels > model["width"])
+        if model["wide_width"]:
+            assert model["wide_width"] >= channels
+            assert model["time_shift"] == "dimension"
+    page = (out / "encoders.md").read_text()
+    for title in ("Reconstruction", "Spectrum of the latents", "Generators' distance over steps"):
+        assert f"## {title}" in page
+    measured = result["rows"][1]["seeds"][0]["measured"]
+    assert set(measured) >= {"reconstruction", "density", "spectrum", "curves"}
+    for side, numbers in measured["reconstruction"]["scales"].items():
+        assert f"| diffusers:{vae} | {side} px | {digits(numbers['psnr'])} |" in page
+
+
+def test_encoders_that_cannot_be_compared(base):
+    with pytest.raises(ValueError, match="--encoders is for the study encoders"):
+        prepare(RunStudy(study="table3", base=base, encoders=["timm:x"]))
+    with pytest.raises(ValueError, match="encoders compares frozen ones with the paper's: name some by --encoders"):
+        prepare(RunStudy(study="encoders", base=base))
+    with pytest.raises(ValueError, match="--encoders names one twice"):
+        prepare(RunStudy(study="encoders", base=base, encoders=["timm:x", "timm:x"]))
+    setup = prepare(RunStudy(study="encoders", base=base, encoders=["timm:nosuch"], plan=True))
+    with pytest.raises(ValueError, match="timm has no model 'nosuch'"):
+        [planned_runs(setup, row, 0) for _, row in setup.rows]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import hieratok.tasks.latents
+import hieratok.data.latent_writer
 from helpers.models import CONFIG, save_photos, save_tokenizer
 from helpers.runs import TORCHRUN
 from hieratok import HieraTok, cli
@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(hieratok.tasks.latents, "SHARD_IMAGES", 4)
+    monkeypatch.setattr(hieratok.data.latent_writer, "SHARD_IMAGES", 4)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -129,7 +129,7 @@ def test_an_interrupted_folder_is_finished(run, photos, tmp_path, monkeypatch):
         pass
 
     calls = []
-    original = hieratok.tasks.latents.encoded
+    original = hieratok.data.latent_writer.encoded
 
     def crash(*args):
         calls.append(args)
@@ -138,7 +138,7 @@ def test_an_interrupted_folder_is_finished(run, photos, tmp_path, monkeypatch):
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hieratok.tasks.latents, "encoded", crash)
+        patch.setattr(hieratok.data.latent_writer, "encoded", crash)
         with pytest.raises(Crash):
             write(run, photos, tmp_path / "crashed")
     crashed = tmp_path / "crashed"
@@ -147,7 +147,7 @@ def test_an_interrupted_folder_is_finished(run, photos, tmp_path, monkeypatch):
         LatentDataset(crashed)
     (crashed / ".shard-00001.12345678.tmp").mkdir()  # what a killed process leaves
     with monkeypatch.context() as patch:
-        patch.setattr(hieratok.tasks.latents, "encoded", lambda *args: calls.append(args) or original(*args))
+        patch.setattr(hieratok.data.latent_writer, "encoded", lambda *args: calls.append(args) or original(*args))
         calls.clear()
         assert write(run, photos, crashed) == whole
         assert len(calls) == 2
@@ -231,8 +231,8 @@ def test_two_processes_write_the_same_folder(run, photos, tmp_path):
     whole = write(run, photos, tmp_path / "one")
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, hieratok.tasks.latents, hieratok.cli\n"
-        "hieratok.tasks.latents.SHARD_IMAGES = 4\n"
+        "import sys, hieratok.data.latent_writer, hieratok.cli\n"
+        "hieratok.data.latent_writer.SHARD_IMAGES = 4\n"
         "sys.exit(hieratok.cli.main(sys.argv[1:]))\n"
     )
     arguments = ["latents", str(run), "--data", str(photos), "--out", str(tmp_path / "two"), "--device", "cpu"]

@@ -127,7 +127,7 @@ def test_resumed_equals_uninterrupted(tokenizer, latents, tmp_path, objective, a
 def test_images_train_what_their_latents_train(tokenizer, latents, photos, tmp_path, monkeypatch):
     """Encoded on the fly or cached: the same images, mirrored alike, with the same noise."""
     monkeypatch.setattr(module, "LatentSpace", lambda *_: LatentSpace("x", (0.1,) * 4, (1.5,) * 4))
-    monkeypatch.setattr(module, "tensors_sha256", lambda _: "x")
+    monkeypatch.setattr(HieraTok, "encoder_sha256", "x")
     train_generator(small_run(None, latents), tmp_path / "cached")
     train_generator(small_run(tokenizer, photos), tmp_path / "images")
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "images"), rel=1e-4)
@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tokenizer, latents, photos, tm
         (replace(run, data=replace(run.data, path=None)), "no latents: give --data DIR"),
         (replace(run, tokenizer=str(other)), "holds latents of another tokenizer"),
         (replace(run, data=replace(run.data, crop="random-resized")), "data.crop must be center"),
-        (replace(run, tokenizer=None, data=replace(run.data, path=str(photos))), "name the tokenizer that encodes them"),
+        (replace(run, tokenizer=None, data=replace(run.data, path=str(photos))), "name the tokenizer that"),
         (
             replace(run, tokenizer=str(other), data=replace(run.data, path=str(photos))),
             "were not measured: .*stats-only",

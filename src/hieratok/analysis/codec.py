@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hieratok.core.pixels import to_float
 from hieratok.core.seeding import generator
+from hieratok.tokenizer.autoencoders import LEAST_LOGVAR
 
 # images (B, 3, H, W) in [-1, 1] -> mean (B, d, h, w) and log-variance of the same shape; None if not variational
 Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -70,7 +71,10 @@ def codec_of(model: Any) -> Codec:
             raise ValueError(f"image sides {padded_from} must be multiples of the patch size {model.config.patch_size}")
         for name in ("latent_dist", "latent", "latents"):
             output = getattr(output, name, output)
-        return (here(output), None) if isinstance(output, Tensor) else (here(output.mean), here(output.logvar))
+        if isinstance(output, Tensor):
+            return here(output), None
+        mean, logvar = here(output.mean), here(output.logvar)
+        return mean, logvar if (logvar > LEAST_LOGVAR).any() else None
 
     @torch.no_grad()
     def decode(z: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ TEMPORARY, ASIDE = ".tmp", ".old"
 """Suffixes of hidden names: of a file or folder being written, and of a folder being replaced."""
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ENCODER = "encoder"
+"""In a tokenizer's folder: the files of a frozen encoder, if they were copied."""
 STATISTICS = {"latent_mean", "latent_std"}
 """A tokenizer's tensors besides its weights, measured after training; NaN before."""
 CHECKSUMS = "checksums.json"
@@ -223,6 +225,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_sha256(module: nn.Module) -> str:
+    """SHA-256 over a module's names and values, for weights that come from no file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def seal(folder: Path, **facts: Any) -> None:
     """Write a folder's `checksums.json`: the SHA-256 of every file in it, and what the folder belongs to.
 
@@ -346,7 +357,7 @@ def _download(
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG, WEIGHTS],
+            allow_patterns=[CONFIG, WEIGHTS, f"{ENCODER}/*"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if local_files_only:

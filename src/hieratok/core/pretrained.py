@@ -28,7 +28,8 @@ class Pretrained(nn.Module):
         `state_dict` is the whole model's where this module holds only a part of it (FSDP).
         """
         weights = self.state_dict() if state_dict is None else state_dict
-        facts = {"model_type": self.model_type, **asdict(self.config), **self._others()}
+        settings = {name: value for name, value in asdict(self.config).items() if value is not None}
+        facts = {"model_type": self.model_type, **settings, **self._others()}
         checkpoint.save(folder, weights, facts)
 
     @classmethod

@@ -172,6 +172,30 @@ class LatentDataset(Dataset):
         return values
 
 
+class ImagesAndLatents(Dataset):
+    """Images with their latents, mirrored alike: what trains a decoder without running the encoder again.
+
+    Args:
+        images: centre crops; none may be skipped.
+        latents: of these images, in the same order, with the same `flip` and `seed`.
+    """
+
+    def __init__(self, images: Dataset, latents: LatentDataset):
+        self.images = images
+        self.latents = latents
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        """Args: item: (index, epoch).
+
+        Returns:
+            What both give: `image`, `mean`, `logvar`, `label`, `skipped`.
+        """
+        return {**self.latents[item], **self.images[item]}
+
+
 def read_shard(path: Path, shape: tuple[int, ...], dtype: type, mapped: bool = False) -> np.ndarray:
     """One array of a shard.
 

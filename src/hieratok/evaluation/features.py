@@ -12,7 +12,6 @@ Nothing is downloaded: weights come from a file or from torch's cache.
 
 import contextlib
 import difflib
-import hashlib
 import importlib
 import inspect
 import re
@@ -28,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import inception as tv
 
-from hieratok.core.checkpoint import file_sha256, read_tensors
+from hieratok.core.checkpoint import file_sha256, read_tensors, tensors_sha256
 from hieratok.core.extras import needs_extras
 from hieratok.core.files import check_regular, shown
 from hieratok.evaluation.pixels import check_images
@@ -404,15 +403,6 @@ def _gives_network(build: Any) -> bool:
     except Exception:  # not callable, or with annotations that cannot be read
         return False
     return inspect.isclass(result) and issubclass(result, nn.Module)
-
-
-def tensors_sha256(module: nn.Module) -> str:
-    """SHA-256 over a module's names and values, for weights that are not from a file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_hash_in_name(path: Path) -> None:

@@ -1,13 +1,15 @@
 """The generator's shape, how it is sampled, and the options of `hieratok sample`. Imports no torch."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from hieratok.core.precision import Precision
 
 TimeSampling = Literal["uniform", "logit-normal"]
 STEPS = 1000
+SHIFT_BASE = 4096
+"""Values of a latent whose times RAE does not shift: 4 channels of 32 x 32, Stable Diffusion's."""
 Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
 Objective = Literal["ddpm", "flow"]
 SAMPLERS: dict[Objective, tuple[Sampler, ...]] = {"ddpm": ("ddpm", "ddim"), "flow": ("heun", "euler", "sde")}
@@ -73,6 +75,18 @@ class DiTConfig:
     """Positions: fixed sines and cosines added to tokens, as in DiT (sincos), or rotated queries and keys (rotary)."""
     qk_norm: bool = False
     """Normalise queries and keys."""
+    wide_width: int | None = None
+    """Channels of a shallow head on the trunk, at least a latent's: RAE's remedy for latents of many channels, which a
+    narrow trunk cannot tell from noise (arXiv 2510.11690). RAE has 2048 on XL. None: no such head."""
+    wide_depth: int | None = None
+    """Its transformer blocks. RAE has 2."""
+    wide_heads: int | None = None
+    """Its attention heads. RAE has 16."""
+    time_shift: float | Literal["dimension"] | None = None
+    """s in t' = s t / (1 + (s - 1) t), t = 0 noise, of the times that objective flow trains at, and, unless said
+    otherwise, of the steps that it is sampled with. dimension: sqrt(4096 / (d h w)), RAE's shift for latents of many
+    values (Esser et al. 2024 derive it from the image's size); RAE counts t from the data and has its inverse. None:
+    1."""
 
     def __post_init__(self):
         for field in fields(self):
@@ -103,10 +117,44 @@ class DiTConfig:
             raise ValueError(f"model.mlp_ratio must be positive and at most 100, not {self.mlp_ratio}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
+        self._check_wide_head()
+        if self.time_shift is not None and self.objective != "flow":
+            raise ValueError("model.time_shift is for model.objective flow")
+        if self.time_shift not in (None, "dimension") and not 0 < float(self.time_shift) < math.inf:
+            raise ValueError(f"model.time_shift must be positive, not {self.time_shift}")
         if self.learn_sigma and self.objective == "flow":
             raise ValueError(
                 "model.learn_sigma must be false for model.objective flow: a flow has no variance to learn"
             )
+
+    def _check_wide_head(self) -> None:
+        if self.wide_width is None and self.wide_depth is None and self.wide_heads is None:
+            return
+        if self.wide_width is None or self.wide_depth is None or self.wide_heads is None:
+            raise ValueError("model.wide_width, model.wide_depth and model.wide_heads belong together")
+        if self.wide_width < self.latent_channels * self.patch_size**2:
+            raise ValueError(
+                f"model.wide_width {self.wide_width} must be at least the {self.latent_channels * self.patch_size**2}"
+                " channels of a token's latents: that is what a wide head is for"
+            )
+        try:
+            _ = self.wide
+        except ValueError as error:
+            raise ValueError(f"of the wide head: {error}") from error
+
+    @property
+    def wide(self) -> "DiTConfig":
+        """The shape of the wide head: this one but for its width, depth and heads."""
+        assert self.wide_width is not None
+        sizes: dict[str, Any] = {"width": self.wide_width, "depth": self.wide_depth, "heads": self.wide_heads}
+        return replace(self, **sizes, wide_width=None, wide_depth=None, wide_heads=None)
+
+    @property
+    def shift(self) -> float:
+        """What `time_shift` comes to."""
+        if self.time_shift == "dimension":
+            return math.sqrt(SHIFT_BASE / math.prod(self.latent_shape))
+        return 1.0 if self.time_shift is None else float(self.time_shift)
 
     @classmethod
     def of_size(cls, size: str, **settings: Any) -> "DiTConfig":
@@ -150,8 +198,9 @@ class SampleConfig:
     """Guide between these times only: 0 (data) .. 999 for ddpm and ddim, 0 (noise) .. 1 for flow. None: always."""
     legacy_cfg: bool = False
     """Guide the first three channels only, as DiT, SiT and LightningDiT do, for comparison with their numbers."""
-    time_shift: float = 1.0
-    """s in t' = s t / (1 + (s - 1) t), t = 0 noise; for flow. Below 1, more steps are near the noise."""
+    time_shift: float | None = None
+    """s in t' = s t / (1 + (s - 1) t), t = 0 noise; for flow. Below 1 more steps are spent near the noise. None: as the
+    generator was trained."""
     eta: float = 0.0
     """Randomness of ddim, from 0 to 1."""
     seed: int = 0
@@ -180,9 +229,9 @@ class SampleConfig:
             len(self.cfg_interval) != 2 or not self.cfg_interval[0] <= self.cfg_interval[1]
         ):
             raise ValueError(f"cfg_interval must be two times, the lower first, not {list(self.cfg_interval)}")
-        if self.time_shift <= 0:
+        if self.time_shift is not None and self.time_shift <= 0:
             raise ValueError(f"time_shift must be positive, not {self.time_shift}")
-        if self.time_shift != 1 and self.objective not in (None, "flow"):
+        if self.time_shift not in (None, 1) and self.objective not in (None, "flow"):
             raise ValueError(f"time_shift is for the samplers {', '.join(SAMPLERS['flow'])}, not {self.sampler}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], not {self.eta}")

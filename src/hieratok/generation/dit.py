@@ -78,7 +78,8 @@ class DiT(Pretrained):
         if c.positions == "sincos":
             self.register_buffer("pos_embed", sincos_positions(c.width, self.grid))
         self.blocks = Blocks(Block(c) for _ in range(c.depth))
-        self.final_layer = FinalLayer(c)
+        self.wide_head = WideHead(c) if c.wide_width else None
+        self.final_layer = FinalLayer(c.wide if c.wide_width else c)
         self.initialize()
 
     def initialize(self) -> None:
@@ -87,14 +88,16 @@ class DiT(Pretrained):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj
-        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))  # as a linear map
-        assert patches.bias is not None
-        nn.init.zeros_(patches.bias)
+        for embedder in [self.x_embedder, *([self.wide_head.x_embedder] if self.wide_head else [])]:
+            patches = embedder.proj
+            nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))  # as a linear map
+            assert patches.bias is not None
+            nn.init.zeros_(patches.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
-        zero = [block.adaLN_modulation[-1] for block in self.blocks]  # type: ignore[index]
+        blocks = [*self.blocks, *(self.wide_head.blocks if self.wide_head else [])]
+        zero = [block.adaLN_modulation[-1] for block in blocks]  # type: ignore[index]
         for layer in (*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -116,15 +119,15 @@ class DiT(Pretrained):
         if x.shape[1:] != self.config.latent_shape:
             d, h, w = self.config.latent_shape
             raise ValueError(f"the generator takes latents (B, {d}, {h}, {w}), not {tuple(x.shape)}")
-        x = self.x_embedder(x)  # (B, N, C)
+        tokens = self.x_embedder(x)  # (B, N, C)
         if self.config.positions == "sincos":
-            x = x + self.pos_embed
-            attend = F.scaled_dot_product_attention
-        else:
-            attend = rotary_attention(self.grid, self.config.width // self.config.heads, x.device)
-        condition = self.t_embedder(t) + self.y_embedder(y)  # (B, C)
-        x = self.blocks(x, condition, attend)
-        return self.unpatchify(self.final_layer(x, condition))
+            tokens = tokens + self.pos_embed
+        time = self.t_embedder(t).unsqueeze(1)
+        condition = time + self.y_embedder(y).unsqueeze(1)  # (B, 1, C)
+        tokens = self.blocks(tokens, condition, attention_of(self.config, x.device))
+        if self.wide_head is not None:
+            tokens, condition = self.wide_head(x, tokens + time)
+        return self.unpatchify(self.final_layer(tokens, condition))
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(B, N, p^2 c) -> (B, c, h, w)."""
@@ -146,6 +149,27 @@ class DiT(Pretrained):
                 f" deviations for {self.config.latent_channels} channels"
             )
         self.latents = latents
+
+
+class WideHead(nn.Module):
+    """A few wide blocks over the noisy latents, conditioned at each token on the trunk's output and on time.
+
+    RAE (Zheng et al. 2025) after DDT (Wang et al. 2025): a token has to be as wide as its latent to carry its noise,
+    and a head of two blocks is where that width is cheap. The final layer is conditioned in the same way.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config.wide
+        self.x_embedder = PatchEmbed(config.latent_channels, self.config.width, config.patch_size)
+        self.project = nn.Linear(config.width, self.config.width)
+        self.blocks = Blocks(Block(self.config) for _ in range(self.config.depth))
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents (B, d, h, w), and the trunk's tokens with their time (B, N, C) -> tokens and the final layer's
+        condition, (B, N, wide width) each."""
+        condition = self.project(condition)
+        return self.blocks(self.x_embedder(x), condition, attention_of(self.config, x.device)), condition
 
 
 class PatchEmbed(nn.Module):
@@ -207,8 +231,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def forward(self, x: Tensor, condition: Tensor, attend: Attend) -> Tensor:
-        """Tokens (B, N, C) and condition (B, C) -> (B, N, C)."""
-        modulation = self.adaLN_modulation(condition).unsqueeze(1)  # (B, 1, 6 C)
+        """Tokens (B, N, C) and condition, one for all (B, 1, C) or each (B, N, C) -> (B, N, C)."""
+        modulation = self.adaLN_modulation(condition)  # (B, 1 or N, 6 C)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), attend)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -224,8 +248,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens (B, N, C) and condition (B, C) -> (B, N, p^2 c)."""
-        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=2)
+        """Tokens (B, N, C) and condition, (B, 1, C) or (B, N, C) -> (B, N, p^2 c)."""
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=2)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -251,7 +275,7 @@ def make_norm(config: DiTConfig) -> nn.Module:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's shift and scale, both (B, 1, C), of tokens (B, N, C)."""
+    """Adaptive layer norm's shift and scale, both (B, 1, C) or (B, N, C), of tokens (B, N, C)."""
     return x * (1 + scale) + shift
 
 
@@ -273,6 +297,13 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     axis = torch.cat((angles.sin(), angles.cos()), dim=1)  # (grid, width / 2)
     column, row = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
     return torch.cat((column, row), dim=1)[None].float()
+
+
+def attention_of(config: DiTConfig, device: torch.device) -> Attend:
+    """Attention that sees where tokens lie if the tokens themselves do not say it."""
+    if config.positions == "sincos":
+        return F.scaled_dot_product_attention
+    return rotary_attention(config.latent_size // config.patch_size, config.width // config.heads, device)
 
 
 def rotary_attention(grid: int, head_width: int, device: torch.device) -> Attend:

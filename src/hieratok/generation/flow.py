@@ -6,13 +6,15 @@ Convention of time: t = 0 is noise and t = 1 data, as in SiT: x_t = t x + (1 - t
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from hieratok.generation.config import TimeSampling
 from hieratok.generation.process import Draw, Predict
+
+Time = TypeVar("Time", float, Tensor)
 
 
 def loss(
@@ -21,6 +23,7 @@ def loss(
     y: Tensor,
     generator: torch.Generator | None = None,
     time_sampling: TimeSampling = "uniform",
+    shift: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The training loss at random times: `mse` of the velocity.
 
@@ -30,6 +33,7 @@ def loss(
         y: (B,) class labels.
         generator: for times and noise, on x's device; None: torch's own.
         time_sampling: uniform, or the sigmoid of a standard normal, which favours the middle (logit-normal).
+        shift: s of `time_shift`, which these times then pass.
 
     Returns:
         The scalar to minimise, and its terms by name for the log.
@@ -39,6 +43,7 @@ def loss(
         t.uniform_(generator=generator)
     else:
         t = t.normal_(generator=generator).sigmoid()
+    t = time_shift(t, shift)
     noise = torch.empty_like(x).normal_(generator=generator)
     mse = loss_terms(model, x, y, t, noise)["mse"].mean()
     return mse, {"mse": mse.detach()}
@@ -51,7 +56,7 @@ def loss_terms(model: Predict, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -
     return {"mse": (velocity - (x - noise)).square().flatten(1).mean(1)}
 
 
-def time_shift(t: float, shift: float) -> float:
+def time_shift(t: Time, shift: float) -> Time:
     """t' = s t / (1 + (s - 1) t): with s < 1 more steps are at the noisy end, which large latents need.
 
     Stable Diffusion 3 and diffusers count time from the data: their shift is 1 / s.

@@ -72,18 +72,21 @@ def sample_latents(
                 z = diffusion.sample(predict, draw(), y, draw, config.steps, config.sampler, config.eta)
             else:
                 assert config.sampler is not None
+                assert config.time_shift is not None
                 z = flow.sample(predict, draw(), y, draw, config.steps, config.sampler, config.time_shift)
         yield Samples(batch, y, z)
 
 
 def fitted(config: Settings, model: DiTConfig) -> Settings:
-    """The settings, with a sampler that fits the generator if they name none.
+    """The settings for a generator, with a sampler and a shift of times that fit it if they name none.
 
     Raises:
         ValueError: the settings do not fit the generator.
     """
     if config.sampler is None:
         config = replace(config, sampler=SAMPLERS[model.objective][0])
+    if config.time_shift is None:
+        config = replace(config, time_shift=model.shift)
     if config.objective != model.objective:
         raise ValueError(
             f"sampler {config.sampler} does not fit a generator trained with objective {model.objective}:"

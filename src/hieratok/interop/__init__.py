@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hieratok.interop.diffusers import AutoencoderHieraTok, HieraTokDiT, HieraTokPipeline
+    from hieratok.interop.preview import HieraTokPreview
 
-__all__ = ["AutoencoderHieraTok", "HieraTokDiT", "HieraTokPipeline"]
+__all__ = ["AutoencoderHieraTok", "HieraTokDiT", "HieraTokPipeline", "HieraTokPreview"]
 
 
 def __getattr__(name: str) -> Any:
     """The classes for diffusers."""
+    if name == "HieraTokPreview":
+        from hieratok.interop.preview import HieraTokPreview
+
+        return HieraTokPreview
     if name in __all__ or name == "ModelMixin":  # diffusers looks up a class's base class in the class's module
         from hieratok.interop import diffusers
 

@@ -31,6 +31,7 @@ from hieratok.evaluation.pixels import psnr
 from hieratok.evaluation.reconstruction import area_resize
 from hieratok.interop.config import Export
 from hieratok.tokenizer.downsample import ConvDownsample
+from hieratok.tokenizer.frozen import FrozenEncoder
 from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.pretrained import describe_tokenizer
@@ -70,6 +71,8 @@ class Encode(nn.Module):
     def __init__(self, tokenizer: HieraTok):
         super().__init__()
         self.encoder = tokenizer.encoder
+        if isinstance(self.encoder, FrozenEncoder):
+            self.frozen = self.encoder.load().module  # so that its weights are the module's
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior's parameters."""

@@ -40,7 +40,7 @@ PICTURE = "pictures.png"
 MAX_PICTURE = 1_024
 """Longer side of the card's picture, in pixels."""
 FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS, "README.md", PICTURE]
-"""Names of all files that are published."""
+"""All that is ever published, but for a copy of a frozen encoder."""
 EXPECTED = {
     "tokenizer": {"rFID": "fid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips"},
     "generator": {"FID": "fid", "Inception Score": "is", "KID": "kid", "precision": "precision", "recall": "recall"},
@@ -130,7 +130,10 @@ def push_to_hub(run: str | Path, hub_id: str, *, license: str, private: bool = F
         try:
             url = api.create_repo(hub_id, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=hub_id, folder_path=folder, allow_patterns=FILES, commit_message=f"hieratok {__version__}"
+                repo_id=hub_id,
+                folder_path=folder,
+                allow_patterns=[*FILES, f"{checkpoint.ENCODER}/*"],
+                commit_message=f"hieratok {__version__}",
             )
         except Exception as error:  # the hub's own errors, and those of its client's HTTP library
             raise OSError(f"{hub_id}: the hub refused ({str(error).strip().splitlines()[0]})") from error
@@ -153,10 +156,41 @@ def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> No
             for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
                 check_regular(model / name)
                 shutil.copyfile(model / name, temporary / name)
+            publish_encoder(model, temporary)
             has_picture = write_picture(facts.picture, temporary / PICTURE)
             config = load_config(kind, model)
             card = make_card(facts, kind, config, hub_id, license, has_picture)
             (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def publish_encoder(model: Path, folder: Path) -> None:
+    """Copy a frozen encoder that lies beside the tokenizer, and name it without this machine's paths.
+
+    Args:
+        model: the tokenizer's folder.
+        folder: what is published; its config.json is changed.
+
+    Raises:
+        ValueError: nobody else could find the encoder.
+    """
+    config = read_json_table(folder / checkpoint.CONFIG)
+    encoder = config.get("encoder")
+    if not isinstance(encoder, str):
+        return
+    copy = model / checkpoint.ENCODER
+    kind, _, name = encoder.partition(":")
+    if copy.is_dir():
+        for path in sorted(copy.iterdir()):
+            check_regular(path)
+        shutil.copytree(copy, folder / checkpoint.ENCODER)
+        config["encoder"] = f"{kind}:{Path(name).name}"
+    elif kind == "diffusers" and (Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        raise ValueError(
+            f"the encoder {shown(encoder)} lies on this machine alone: train with --copy_encoder, which puts it beside"
+            " the tokenizer, or name an autoencoder on the hub"
+        )
+    config.pop("encoder_weights", None)
+    checkpoint.write_json(folder / checkpoint.CONFIG, config)
 
 
 def check(hub_id: str, license: str) -> None:

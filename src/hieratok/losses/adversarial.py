@@ -21,7 +21,7 @@ from hieratok.core.distributed import process, total
 from hieratok.core.layers import LayerNorm2d, init_weights
 from hieratok.core.plugins import DISCRIMINATORS
 from hieratok.losses.config import AdversarialConfig, GanLoss
-from hieratok.losses.vf import FoundationModel
+from hieratok.tokenizer.foundation import FoundationModel
 
 LEAK = 0.2  # slope of every LeakyReLU below zero, as in pix2pix, StyleGAN2 and StyleGAN-T
 DIFFAUGMENT_CUTOUT = 0.5  # of the side, in DiffAugment's paper and code

@@ -1,5 +1,6 @@
 """The page of a study, as HTML and Markdown: for every metric the paper's numbers and ours."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,10 +10,11 @@ from hieratok.analysis.density import Embedding
 from hieratok.analysis.meanings import lines
 from hieratok.analysis.report import LatentReport
 from hieratok.core.checkpoint import atomic_file
-from hieratok.core.glossary import ANALYSIS
+from hieratok.core.glossary import ANALYSIS, describe
 from hieratok.core.pictures import to_pil
 from hieratok.core.pixels import read_image
 from hieratok.core.tables import Table, digits, estimated, signed
+from hieratok.evaluation.results import Result
 from hieratok.reports import page as report
 from hieratok.reports.analysis import embedding_plots
 from hieratok.studies.config import RunStudy
@@ -23,6 +25,7 @@ from hieratok.studies.results import (
     ComparedCurves,
     ComparedRow,
     Comparison,
+    Curve,
     Measured,
     StudyResult,
 )
@@ -198,14 +201,76 @@ def shown_sections(result: StudyResult) -> list[Section]:
     first = {row.name: row.seeds[0].measured if row.seeds else Measured() for row in result.rows}
     density = {name: found.density for name, found in first.items() if found.density}
     commutation = {name: found.commutation for name, found in first.items() if found.commutation}
+    reconstruction = {name: found.reconstruction for name, found in first.items() if found.reconstruction}
+    spectrum = {name: found.spectrum for name, found in first.items() if found.spectrum}
     sections = []
+    if any(found.numbers.scales for found in reconstruction.values()):
+        sections.append(scales_section(reconstruction))
+    if spectrum:
+        sections.append(spectrum_section(spectrum))
     if result.speed_up:
         sections.append(speed_section(result.speed_up, result.options.seeds))
     if density:
         sections.append(density_section(density))
     if commutation:
         sections.append(commutation_section(commutation))
+    curves = {name: found.curves for name, found in first.items() if found.curves}
+    if curves and not result.speed_up:
+        sections.append(curves_section(curves))
     return sections + [samples_section(name, found.samples) for name, found in first.items() if found.samples]
+
+
+def scales_section(rows: Mapping[str, Result]) -> Section:
+    """Reconstructions: the finest scale's numbers, and every scale's PSNR beside one colour per token."""
+    numbers = dict.fromkeys(name for found in rows.values() for name in found.numbers.finest)
+    names = [name for name in numbers if describe(name) and not name.endswith("_identical")]
+    finest = [
+        [row, *(digits(found.numbers.finest[name]) if name in found.numbers.finest else "" for name in names)]
+        for row, found in rows.items()
+    ]
+    scales = [
+        [row, f"{side} px", digits(numbers["psnr"]), digits(numbers.get("baseline_psnr", math.nan))]
+        for row, found in rows.items()
+        for side, numbers in found.numbers.scales.items()
+    ]
+    return Section(
+        "Reconstruction",
+        tables=[
+            Table(
+                ["row", *(title(name) for name in names)], finest, "Held-out images at the finest scale; first seed."
+            ),
+            Table(
+                ["row", "scale", "PSNR (dB)", "one colour per token (dB)"],
+                scales,
+                "Each scale against the image reduced by area to its size; first seed. Tokens of several encoders may"
+                " stand for different numbers of pixels.",
+            ),
+        ],
+    )
+
+
+def title(name: str) -> str:
+    """A number's name in words, with its unit."""
+    metric = describe(name)
+    return metric.with_unit if metric else name
+
+
+def spectrum_section(rows: Mapping[str, LatentReport]) -> Section:
+    """Which frequencies latents hold, beside the images'."""
+    cells = []
+    for row, found in rows.items():
+        latent, rgb = found.spectra.get("latent"), found.spectra.get("rgb")
+        numbers = [one.power_slope if one else None for one in (latent, rgb)]
+        share = latent.high_frequency_share if latent else None
+        grid = found.latent_grid or ("?", "?")
+        cells.append([row, f"{found.latent_channels} x {grid[0]} x {grid[1]}", *map(estimated, [*numbers, share])])
+    table = Table(
+        ["row", "latent", "slope", "slope of the images", "high-frequency share"],
+        cells,
+        "Slope of the radial power spectrum on logarithmic axes: the steeper, the smoother. Share of the DCT's"
+        " coefficients above the middle. Means with 95% intervals, first seed; each channel is standardised.",
+    )
+    return Section("Spectrum of the latents", tables=[table])
 
 
 def speed_section(found: ComparedCurves, num_seeds: int) -> Section:
@@ -235,6 +300,23 @@ def speed_section(found: ComparedCurves, num_seeds: int) -> Section:
     )
     plot = report.line_plot(curves[: len(report.SERIES)], "steps", found.measured, "Lower is better.", log_y=True)
     return Section("How much sooner", tables=[table], pictures=[plot])
+
+
+def curves_section(rows: Mapping[str, Curve]) -> Section:
+    """A generator's distance during its training, on each row's latents."""
+    some = next(iter(rows.values())).points[0]
+    name = next(key for key in some if key == "fid" or key.startswith("fd-"))
+    lines = [
+        report.Line(row, [int(point["step"]) for point in found.points], [point[name] for point in found.points])
+        for row, found in rows.items()
+    ]
+    cells = [
+        [digits(step), *(digits(line.y[i]) if i < len(line.y) else "" for line in lines)]
+        for i, step in enumerate(lines[0].x)
+    ]
+    table = Table(["step", *rows], cells, f"{name} of samples during the generators' training; first seed.")
+    plot = report.line_plot(lines[: len(report.SERIES)], "steps", name, "Lower is better.", log_y=True)
+    return Section("Generators' distance over steps", tables=[table], pictures=[plot])
 
 
 def reached(value: float | None) -> str:

@@ -8,13 +8,13 @@ SizeName = Literal["tiny", "small", "paper"]
 
 @dataclass(kw_only=True)
 class RunStudy:
-    """Run one of the paper's tables or figures, and compare with the paper's numbers.
+    """Run one of the paper's tables or figures, and set the paper's numbers beside its own; or compare encoders.
 
     Example: hieratok study table3; hieratok study table2 --size small --data PHOTOS/train --val PHOTOS/val --plan
     """
 
     study: str
-    """table1 .. table7, figure4, figure5, appendix-b, appendix-d."""
+    """table1 .. table7, figure4, figure5, appendix-b, appendix-d; encoders, which is not the paper's."""
     size: SizeName | None = None
     """tiny: less than a minute per row on a CPU; small: minutes per row on one GPU; paper: the paper's settings.
     Default: tiny, and paper for table7, which trains nothing."""
@@ -45,6 +45,9 @@ class RunStudy:
     """File with the feature network's weights. Default: torch's cache."""
     lpips: list[str] = field(default_factory=list)
     """Trunks of LPIPS, each optionally =FILE, as for `hieratok evaluate`."""
+    encoders: list[str] = field(default_factory=list)
+    """Of study encoders: frozen ones, a row each beside the paper's ViT: timm:NAME, timm:NAME=FILE with its weights, or
+    diffusers:FOLDER."""
     reference: str | None = None
     """Real images to compare samples with, or an .npz of their statistics. Default: those of --val. Required for size
     paper: ADM's VIRTUAL_imagenet256_labeled.npz."""

@@ -4,7 +4,7 @@
 multi-scale tokenizer, by the same functions that build the recipes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,7 +18,9 @@ from hieratok.studies.recipes import single, with_kl, with_latent_channels, with
 from hieratok.training.config import GeneratorRun, TokenizerRun
 
 Build = Callable[[TokenizerRun], TokenizerRun]
-Need = Literal["reconstruction", "generation", "guided", "curves", "density", "commutation", "samples", "cost"]
+Need = Literal[
+    "reconstruction", "generation", "guided", "curves", "density", "commutation", "spectrum", "samples", "cost"
+]
 GeneratorName = Literal["scaled up", "xl", "l", "b"]
 
 
@@ -104,6 +106,8 @@ class Study:
     needs: tuple[Need, ...]
     note: str = ""
     """A note for the page."""
+    every_scale: bool = False
+    """Reconstructions are measured at every scale, and not at the finest alone."""
 
 
 # --- Rows' variants ---------------------------------------------------------------------------------------------------
@@ -343,6 +347,49 @@ APPENDIX_D = Study(
     "The paper shows pictures and gives no number.",
 )
 
+ENCODERS = Study(
+    "Encoders: one decoder on latents of several kinds",
+    ("encoder",),
+    (),
+    (Row(("the paper's ViT, trained with the decoder",), multi),),
+    ("reconstruction", "density", "spectrum", "curves"),
+    "Not in the paper. A frozen encoder has a row of its own by --encoders; its latents decide f, d and the scales, all"
+    " else is the base's.",
+    every_scale=True,
+)
+
+
+def with_encoders(study: Study, encoders: Sequence[str]) -> Study:
+    """The study with a row for each frozen encoder, beside the paper's.
+
+    Raises:
+        ValueError: a study that compares none, or an encoder twice.
+    """
+    if study.title != ENCODERS.title:
+        if encoders:
+            raise ValueError("--encoders is for the study encoders")
+        return study
+    if not encoders:
+        raise ValueError("encoders compares frozen ones with the paper's: name some by --encoders '[timm:NAME=FILE]'")
+    if len(set(encoders)) < len(encoders):
+        raise ValueError("--encoders names one twice")
+    rows = (Row((encoder.partition("=")[0],), on_encoder(encoder), against=0) for encoder in encoders)
+    return replace(study, rows=(*study.rows, *rows))
+
+
+def on_encoder(encoder: str) -> Build:
+    """The base on a frozen encoder, `timm:NAME=FILE` with its weights."""
+    name, _, weights = encoder.partition("=")
+
+    def build(run: TokenizerRun) -> TokenizerRun:
+        from hieratok.tokenizer.frozen import with_encoder  # it needs torch
+
+        model = with_encoder(run.model, name, encoder_weights=weights or None)
+        return replace(run, model=model, loss=replace(run.loss, kl_weight=0.0))
+
+    return build
+
+
 STUDIES: dict[str, Study] = {
     "table1": TABLE1,
     "table2": TABLE2,
@@ -355,6 +402,7 @@ STUDIES: dict[str, Study] = {
     "figure5": FIGURE5,
     "appendix-b": APPENDIX_B,
     "appendix-d": APPENDIX_D,
+    "encoders": ENCODERS,
 }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from hieratok.evaluation.features import load_network
 from hieratok.evaluation.protocols import load_perceptual
 from hieratok.evaluation.statistics import SetStatistics
 from hieratok.generation import diffusion, flow
+from hieratok.generation.config import DiTConfig
 from hieratok.generation.dit import DiT
 from hieratok.losses.reconstruction import ReconstructionLoss
 from hieratok.settings import load_run
@@ -93,7 +95,7 @@ def prepare(options: RunStudy) -> Setup:
     Raises:
         ValueError, FileNotFoundError: no such study, row or base, or no images.
     """
-    study = studies.get(options.study)
+    study = studies.with_encoders(studies.get(options.study), options.encoders)
     if options.features == "none" and set(study.needs) <= {"generation", "curves"}:
         raise ValueError(
             f"{options.study} needs a distance of samples: give --features NAME, and its weights with --weights FILE"
@@ -201,7 +203,7 @@ def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Plan
     shape, images = tokenizer.run.model, tokenizer.run.data.path
     run = with_steps(setup.size.generators[row.generator](), setup.options.steps_of_generators)
     classes = num_classes(images) if images else run.model.num_classes
-    model = replace(run.model, latent_channels=shape.latent_channels, latent_size=shape.scales[-1], num_classes=classes)
+    model = on_latents(run.model, shape.latent_channels, shape.scales[-1], classes)
     evaluation = GeneratorEval()
     if setup.options.features != "none" and reference(setup):  # a plan needs no images
         evaluation = GeneratorEval(
@@ -224,6 +226,17 @@ def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Plan
     return Planned(
         run, setup.out / "runs" / digest(settings | {"judged": plain(evaluation)})
     )  # figure 4 needs its curve
+
+
+def on_latents(model: DiTConfig, channels: int, side: int, num_classes: int) -> DiTConfig:
+    """A generator's shape for latents; with RAE's wide head and shift of times where they have more channels than its
+    tokens. [ours]"""
+    fitting: dict[str, Any] = {"latent_channels": channels, "latent_size": side, "num_classes": num_classes}
+    if channels > model.width:
+        width = math.ceil(channels / (4 * model.heads)) * 4 * model.heads
+        fitting |= {"wide_width": width, "wide_depth": 2, "wide_heads": model.heads}
+        fitting |= {"time_shift": "dimension"} if model.objective == "flow" else {}
+    return replace(model, **fitting)
 
 
 def planned_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:

@@ -414,6 +414,88 @@ def tiny_single_256() -> TokenizerRun:
     return single(tiny_multi_256())
 
 
+# --- decoders for latents that already exist [ours] -------------------------------------------------------------------
+
+
+@recipe("preview-sd")
+def preview_sd() -> TokenizerRun:
+    """One GPU, hours: a multi-scale decoder for Stable Diffusion's latents, f8, d 4: exact previews, coarse to fine.
+
+    hieratok train preview-sd --encoder diffusers:SD/vae --data PHOTOS --cache_latents
+    256 px, scales 1 to 32; any autoencoder of diffusers by --encoder, which sets f, d and the scales. The default is
+    looked for in the hub's cache. Cached latents take 0.26 MB a photo, and the encoder runs once. Not in the paper, not
+    measured here (benchmarks/encoders.py has small ones).
+    """
+    return TokenizerRun(
+        model=TokenizerConfig(
+            encoder="diffusers:stabilityai/sd-vae-ft-mse",
+            patch_size=8,
+            latent_channels=4,
+            scales=(1, 2, 4, 8, 16, 32),
+            decoder_width=512,
+            decoder_depth=8,
+            decoder_heads=8,
+            drop_path=0.0,
+        ),
+        data=DataConfig(crop="center"),
+        loss=LossConfig(kl_weight=0.0),
+        train=TrainConfig(steps=100_000, batch_size=128, learning_rate=3e-4, min_learning_rate=1e-5, ema_decay=0.999),
+    )
+
+
+@recipe("rae-dinov2")
+def rae_dinov2() -> TokenizerRun:
+    """RAE's representation autoencoder with our decoder: DINOv2-B's features, 16 x 16 x 768, frozen.
+
+    hieratok train rae-dinov2 --data IMAGENET/train
+    RAE (Zheng et al. 2025): the encoder sees 224 px, the decoder draws 256 px; noise of up to 0.8 on the features; 16
+    epochs at batch 512. DINOv2's weights with registers must lie in the hub's cache.
+    Its GAN begins at epoch 8, with a discriminator on DINO-S/8: add --gan.weight 0.75 --gan.discriminator dino. Not
+    measured here.
+    """
+    return TokenizerRun(
+        latent_noise=0.8,
+        model=TokenizerConfig(encoder="timm:vit_base_patch14_reg4_dinov2.lvd142m", latent_channels=768),
+        loss=LossConfig(kl_weight=0.0),
+        train=TrainConfig(steps=40_036, batch_size=512, learning_rate=2e-4, min_learning_rate=2e-5),
+    )
+
+
+@recipe("rae-tiny")
+def rae_tiny() -> TokenizerRun:
+    """A CPU, an hour: a decoder for a small ViT's features, 8 x 8 x 192, at 128 px.
+
+    hieratok train rae-tiny --encoder timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k --data PHOTOS --cache_latents
+    Weights in the hub's cache, or any file of that network's by --model.encoder_weights. Without a perceptual loss,
+    which needs weights too. Not measured here.
+    """
+    return TokenizerRun(
+        latent_noise=0.8,
+        model=TokenizerConfig(
+            encoder="timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+            image_size=128,
+            latent_channels=192,
+            scales=(1, 2, 4, 8),
+            decoder_width=192,
+            decoder_depth=4,
+            decoder_heads=3,
+            drop_path=0.0,
+            init_std=0.06,
+        ),
+        data=DataConfig(crop="center", num_workers=1),
+        loss=LossConfig(perceptual_weight=0.0, kl_weight=0.0),
+        train=TrainConfig(
+            steps=10_000,
+            batch_size=16,
+            learning_rate=1e-3,
+            min_learning_rate=1e-5,
+            ema_decay=0.999,
+            save_every=500,
+            picture_every=1_000,
+        ),
+    )
+
+
 # --- generators: the paper's, and smaller ones ------------------------------------------------------------------------
 
 
@@ -455,6 +537,33 @@ def with_flow(run: GeneratorRun) -> GeneratorRun:
 
 for _size, _build in (("xl", dit_xl), ("l", dit_l), ("b", dit_b)):
     add(f"dit-{_size}-flow", lambda b=_build: with_flow(b()), f"dit-{_size} by flow matching. Not in the paper.")
+
+
+@recipe("dit-rae")
+def dit_rae() -> GeneratorRun:
+    """DiT-XL with RAE's wide head, 838M, by flow matching on rae-dinov2's 768 x 16 x 16 latents of ImageNet.
+
+    hieratok latents runs/rae-dinov2 --data IMAGENET/train --out latents/rae-dinov2
+    hieratok train dit-rae --tokenizer runs/rae-dinov2 --data latents/rae-dinov2
+    RAE's DiT-DH-XL: two blocks of width 2048 on a trunk of width 1152, rotary positions, SwiGLU, RMSNorm, times shifted
+    by the latents' size, batch 1024, 80 epochs (its 800 reach gFID 1.51). Not measured here.
+    """
+    run = with_flow(dit_xl())
+    model = replace(
+        run.model,
+        latent_channels=768,
+        norm="rms",
+        mlp="swiglu",
+        positions="rotary",
+        wide_width=2048,
+        wide_depth=2,
+        wide_heads=16,
+        time_shift="dimension",
+    )
+    train = replace(
+        run.train, steps=100_091, batch_size=1024, learning_rate=2e-4, min_learning_rate=2e-5, ema_decay=0.9995
+    )
+    return replace(run, model=model, train=train)
 
 
 @recipe("dit-s")

@@ -98,6 +98,7 @@ class Measured:
     reconstruction: Result | None = None
     density: LatentReport | None = None
     commutation: LatentReport | None = None
+    spectrum: LatentReport | None = None
     generation: Result | None = None
     guided: Result | None = None
     samples: Agreement | None = None

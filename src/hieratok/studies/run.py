@@ -160,6 +160,8 @@ def run_row(setup: Setup, row: Row, seed: int, write_analysis: analyze.WritePage
         found = replace(found, density=density)
     if "commutation" in needs:
         found = replace(found, commutation=latent_analysis(setup, tokenizer, "ours", 0, write_analysis))
+    if "spectrum" in needs:
+        found = replace(found, spectrum=latent_analysis(setup, tokenizer, "ours", 0, write_analysis))
     if wants_generator(setup):
         found = measure_generator(setup, tokenizer, planned[-1], found)
     return Cell([finished(one) for one in planned], found, found.warnings)
@@ -207,6 +209,7 @@ def reconstruction(setup: Setup, tokenizer: Planned) -> Result:
     """Evaluate reconstructions of the held-out images."""
     options = setup.options
     chosen: dict[str, Any] = {"features": options.features, "weights": options.weights, "lpips": options.lpips}
+    chosen |= {"scales": True} if setup.study.every_scale else {}
 
     def measure(out: Path) -> None:
         evaluate_tokenizer(EvaluateReconstruction(run=str(tokenizer.folder), data=setup.val, out=str(out), **chosen))
@@ -353,7 +356,7 @@ def assemble(setup: Setup, cells: Cells) -> StudyResult:
 
 def compared_curves(setup: Setup, cells: Cells) -> ComparedCurves | None:
     """Figure 4: the distances during training of the first and second row's generators, and the speed-up."""
-    if "curves" not in setup.study.needs:
+    if setup.study.needs != ("curves",):
         return None
     points = [[curve_of(cells[i, seed]).points for seed in range(setup.options.seeds)] for i in (0, 1)]
     first = points[0][0]

@@ -48,8 +48,8 @@ from hieratok.core.progress import progress
 from hieratok.core.seeding import numpy_generator
 from hieratok.data.images import Source, open_source, to_float, to_uint8
 from hieratok.evaluation.images import batches
+from hieratok.tokenizer import autoencoders
 from hieratok.tokenizer.model import HieraTok
-from hieratok.tokenizer.pretrained import diffusers_class, load_diffusers
 from hieratok.tokenizer.scales import area_pool
 
 SHOWN = 4  # images in the page's pictures
@@ -208,9 +208,9 @@ def load_tokenizer(source: str, device: str | None) -> tuple[Codec, int | None, 
         FileNotFoundError, ValueError: missing files, or files that do not fit.
     """
     there = device or best_device()
-    kind = diffusers_class(source)
+    kind = autoencoders.class_of(source)
     if kind is not None:
-        model = load_diffusers(source, kind)
+        model = autoencoders.load(source, kind)
         return codec_of(model.to(there)), getattr(model.config, "sample_size", None), None
     model = HieraTok.from_pretrained(source, device=there)
     mean, std = model.latent_mean.double().cpu(), model.latent_std.double().cpu()

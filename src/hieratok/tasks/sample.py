@@ -35,7 +35,6 @@ from hieratok.core.pixels import read_image as read_pixels
 from hieratok.core.progress import progress
 from hieratok.data.images import to_uint8
 from hieratok.data.latents import whose
-from hieratok.evaluation.features import tensors_sha256
 from hieratok.generation.config import Sample, SampleConfig
 from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import Samples, class_labels, fitted, sample_latents
@@ -99,7 +98,7 @@ def check_models(generator: DiT, tokenizer: Tokenizer, run: str, source: str) ->
         raise ValueError(f"{run} makes latents {made}, but {source} takes {taken}")
     if generator.latents is None:
         raise ValueError(f"{run} does not name the tokenizer of its latents (no `latents` in config.json)")
-    if generator.latents.encoder_sha256 != tensors_sha256(tokenizer.encoder):
+    if generator.latents.encoder_sha256 != tokenizer.encoder_sha256:
         settings = read_run(Path(run)).settings if Path(run).is_dir() else {}
         raise ValueError(f"{run} was trained on latents of {whose(settings.get('tokenizer'), source)}")
 

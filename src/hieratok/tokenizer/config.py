@@ -1,5 +1,6 @@
 """The tokenizer's shape. Imports no torch, so that a command's help is fast."""
 
+import re
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -20,6 +21,15 @@ MOST = {
     "decoder_heads": 65_536,
 }
 MOST_SCALES = 64
+PAPERS_ENCODER = ("encoder_width", "encoder_depth", "encoder_heads")
+"""Settings of the paper's encoder, which a frozen one does not have."""
+FROZEN = re.compile(r"(timm|diffusers):.*[^/\s]")
+
+
+def check_name(encoder: str) -> None:
+    """Raise ValueError if it names no frozen encoder."""
+    if not (isinstance(encoder, str) and FROZEN.fullmatch(encoder)):
+        raise ValueError(f"model.encoder must be timm:NAME or diffusers:FOLDER, not {encoder!r}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,13 @@ class TokenizerConfig:
 
     init_std: float = 0.02
     """Standard deviation of the initial weights; small models learn sooner with about 1 / sqrt(width). [ours]"""
+    encoder: str | None = None
+    """An encoder that was trained elsewhere and stays as it is: `timm:NAME` or `diffusers:FOLDER`. None: the paper's,
+    which is trained. `--encoder` sets latent_channels, patch_size and scales as well. [ours]"""
+    encoder_weights: str | None = None
+    """File with the weights of a `timm:` encoder. None: the published ones in the hub's or torch's cache."""
+    encoder_sha256: str | None = None
+    """Of a frozen encoder's weights, which are refused if they have another. Training notes it."""
 
     def __post_init__(self):
         object.__setattr__(self, "scales", tuple(self.scales))
@@ -88,6 +105,7 @@ class TokenizerConfig:
                 f"model.scales {list(self.scales)} must end at the latent grid's side,"
                 f" image_size / patch_size = {self.image_size} / {self.patch_size} = {side}"
             )
+        self._check_encoder()
         for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
@@ -99,6 +117,18 @@ class TokenizerConfig:
                 raise ValueError(f"model.{name} must be positive and at most {most}, not {getattr(self, name)}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must be in [0, 1), not {self.drop_path}")
+
+    def _check_encoder(self) -> None:
+        if self.encoder is None:
+            if self.encoder_weights or self.encoder_sha256:
+                raise ValueError("model.encoder_weights and model.encoder_sha256 are for a frozen model.encoder")
+            return
+        check_name(self.encoder)
+        if self.encoder_weights and not self.encoder.startswith("timm:"):
+            raise ValueError("model.encoder_weights is for timm: encoders: diffusers:FOLDER holds its own weights")
+        for field in fields(self):
+            if field.name in PAPERS_ENCODER and getattr(self, field.name) != field.default:
+                raise ValueError(f"model.{field.name} is of the paper's encoder: leave it out beside model.encoder")
 
     @property
     def grid(self) -> tuple[int, int]:

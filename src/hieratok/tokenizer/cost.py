@@ -31,12 +31,14 @@ PAPER = {
 
 
 def measure(config: TokenizerConfig) -> Cost:
-    """Count on the meta device, which needs no memory and no arithmetic."""
+    """Count on the meta device: no memory, no arithmetic, whatever the model's size. Of what is trained: a frozen
+    encoder does not count."""
     with torch.device("meta"):
         model = HieraTok(config).eval()
         images = torch.empty(1, 3, config.image_size, config.image_size)
+        z = torch.empty(1, config.latent_channels, *config.grid)
         with FlopCounterMode(display=False) as counter:
-            model(images)
+            model.decode_pyramid(z) if config.encoder else model(images)
     by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     with_weights = sum(by_operator.get(f"aten.{name}", 0) for name in ("mm", "addmm", "convolution"))
     scales = Scales.of(config.scales, config.grid)

@@ -6,6 +6,7 @@ K scales (coarse to fine), h_k w_k token grid of scale k, N tokens of all scales
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from hieratok.core.plugins import DOWNSAMPLERS
 from hieratok.core.pretrained import Pretrained
 from hieratok.tokenizer.config import TokenizerConfig
 from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample
+from hieratok.tokenizer.frozen import FrozenEncoder
 from hieratok.tokenizer.photos import Photo, postprocess, preprocess
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
@@ -40,9 +42,7 @@ class HieraTok(Pretrained):
     def __init__(self, config: TokenizerConfig | None = None):
         super().__init__()
         self.config = c = config or TokenizerConfig()
-        self.encoder = Encoder(
-            c.grid, c.patch_size, c.latent_channels, c.encoder_width, c.encoder_depth, c.encoder_heads, c.mlp_ratio
-        )
+        self.encoder: nn.Module = FrozenEncoder(c) if c.encoder else papers_encoder(c)
         self.downsample: nn.Module
         if c.downsample in DOWNSAMPLERS:
             self.downsample = DOWNSAMPLERS[c.downsample](c.latent_channels, c.decoder_width, c.scales)
@@ -62,7 +62,8 @@ class HieraTok(Pretrained):
             c.attention,
         )
         self.apply(lambda module: init_weights(module, c.init_std))
-        for parameter in (self.encoder.positions, self.decoder.positions, self.decoder.scale_embeddings):
+        positions = [self.encoder.positions] if isinstance(self.encoder, Encoder) else []
+        for parameter in (*positions, self.decoder.positions, self.decoder.scale_embeddings):
             nn.init.normal_(parameter, std=0.02)
         # Statistics of the training images' latents, measured at the end of training.
         self.register_buffer("latent_mean", torch.full((c.latent_channels,), math.nan))
@@ -71,12 +72,33 @@ class HieraTok(Pretrained):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.encoder.positions.device
+        return self.decoder.positions.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.encoder.positions.dtype
+        return self.decoder.positions.dtype
+
+    @property
+    def encoder_sha256(self) -> str:
+        """Of what decides what the latents are: the encoder's weights."""
+        if isinstance(self.encoder, FrozenEncoder):
+            return self.encoder.sha256
+        return checkpoint.tensors_sha256(self.encoder)
+
+    def pin_encoder(self) -> None:
+        """Note in the configuration which weights a frozen encoder has; nothing to do for the paper's.
+
+        Raises:
+            FileNotFoundError, ValueError: they are not on this machine, or do not fit.
+        """
+        if isinstance(self.encoder, FrozenEncoder) and self.config.encoder_sha256 is None:
+            self.config = self.encoder.config = replace(self.config, encoder_sha256=self.encoder.sha256)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As of every model of ours; a frozen encoder is named with its weights' hash, and not written."""
+        self.pin_encoder()
+        super().save_pretrained(folder, state_dict)
 
     def preprocess(self, photos: Photo | Sequence[Photo], crop: bool = True) -> Tensor:
         """Photos -> what `encode` takes, on the tokenizer's device and in its dtype.
@@ -118,7 +140,9 @@ class HieraTok(Pretrained):
             (H, W).
 
         Raises:
-            ValueError: another type or shape.
+            ValueError: another type or shape. A frozen encoder's files that do not
+                fit.
+            FileNotFoundError: a frozen encoder's weights are not on this machine.
         """
         check_images(images)
         images = images.to(self.dtype)
@@ -184,13 +208,29 @@ class HieraTok(Pretrained):
 
     if TYPE_CHECKING:  # torch does not declare what calling a module returns
 
-        def __call__(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian, Tensor]: ...
+        def __call__(
+            self, images: Tensor, posterior: DiagonalGaussian | None = None, noise: float = 0.0
+        ) -> tuple[list[Tensor], DiagonalGaussian, Tensor]: ...
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], DiagonalGaussian, Tensor]:
-        """Training's pass: images (B, 3, H, W) -> pyramid of reconstructions of a sampled z, its posterior, and z."""
-        posterior = self.encode(images)
+    def forward(
+        self, images: Tensor, posterior: DiagonalGaussian | None = None, noise: float = 0.0
+    ) -> tuple[list[Tensor], DiagonalGaussian, Tensor]:
+        """Training's pass.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            posterior: of the images, where it is known; None: they are encoded.
+            noise: what the decoder sees is z plus normal noise, whose deviation is drawn for each image between 0 and
+                this, so that it learns to stand a generator's errors. RAE's code does so, with 0.8; its paper draws the
+                deviation from a half-normal.
+
+        Returns:
+            Pyramid of reconstructions of a sampled z, its posterior, and z without noise.
+        """
+        posterior = posterior or self.encode(images)
         z = posterior.sample()
-        return self.decode_pyramid(z), posterior, z
+        deviation = noise * torch.rand(len(z), 1, 1, 1, dtype=z.dtype, device=z.device) if noise else 0.0
+        return self.decode_pyramid(z + deviation * torch.randn_like(z) if noise else z), posterior, z
 
     def normalize(self, z: Tensor) -> Tensor:
         """z (B, d, h, w), with mean 0 and deviation 1 in each channel over the training images, as generators learn it.
@@ -226,6 +266,16 @@ class HieraTok(Pretrained):
 
     def _take_over(self, others: dict[str, Any], folder: Path) -> None:
         refuse_former_downsampling(folder)
+        if isinstance(self.encoder, FrozenEncoder) and (folder / checkpoint.ENCODER).is_dir():
+            self.encoder.folder = folder / checkpoint.ENCODER
+
+
+def papers_encoder(config: TokenizerConfig) -> Encoder:
+    """E of eq. 1."""
+    c = config
+    return Encoder(
+        c.grid, c.patch_size, c.latent_channels, c.encoder_width, c.encoder_depth, c.encoder_heads, c.mlp_ratio
+    )
 
 
 def check_images(images: object) -> None:

@@ -2,22 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hieratok.core import checkpoint
-from hieratok.core.extras import needs_extras
-from hieratok.core.files import check_regular, read_json_table, shown
+from hieratok.core.files import read_json_table
+from hieratok.tokenizer import autoencoders
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig
 from hieratok.tokenizer.posterior import DiagonalGaussian
-
-DIFFUSERS = ("AutoencoderKL", "AutoencoderDC")
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-MOST_LAYERS, MOST_NUMBER = 100, 1_000_000  # limits in a config: larger values are wrong
-LEAST_LOGVAR = -30.0  # the posterior's clamp: a deviation of 3e-7, practically zero
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,10 @@ class OneScaleConfig:
 
 
 class DiffusersTokenizer(nn.Module):
-    """diffusers' AutoencoderKL (SD-VAE, VA-VAE) or AutoencoderDC (DC-AE) with the interface of a one-scale `HieraTok`.
+    """diffusers' AutoencoderKL (SD-VAE, VA-VAE), AutoencoderDC (DC-AE) or AutoencoderTiny (TAESD) with the face of a
+    `HieraTok` of one scale.
 
-    Latents are raw: no scaling factor is applied, as generators normalise by measured statistics. A deterministic
-    autoencoder's log-variance is the smallest possible.
+    Latents are raw: no scaling factor is applied, as generators normalise by measured statistics.
 
     Args:
         model: the autoencoder.
@@ -71,26 +65,22 @@ class DiffusersTokenizer(nn.Module):
     def __init__(self, model: Any, image_size: int | None = None):
         super().__init__()
         self.model = model
-        channels = model.config.latent_channels
+        channels = autoencoders.latent_channels(model.config)
         size = image_size or model.config.get("sample_size")
         if not isinstance(size, int):
             raise ValueError(f"this {type(model).__name__} does not say how large its images are: give --size")
-        self.config = OneScaleConfig(size, patch_size(model), channels)
+        self.config = OneScaleConfig(size, autoencoders.patch_size(model.config), channels)
         self.register_buffer("latent_mean", torch.full((channels,), torch.nan))
         self.register_buffer("latent_std", torch.full((channels,), torch.nan))
 
     @property
-    def encoder(self) -> nn.Module:
-        """The part that the latents depend on."""
-        parts = {name: getattr(self.model, name, None) for name in ("encoder", "quant_conv")}
-        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+    def encoder_sha256(self) -> str:
+        """Of all that decides what the latents are."""
+        return checkpoint.tensors_sha256(autoencoders.encoding_parts(self.model))
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, 3, H, W) in [-1, 1], of sides divisible by f -> the distribution of z (B, d, h, w)."""
-        output = self.model.encode(images)
-        if hasattr(output, "latent_dist"):
-            return DiagonalGaussian(output.latent_dist.mean, output.latent_dist.logvar)
-        return DiagonalGaussian(output.latent, torch.full_like(output.latent, LEAST_LOGVAR))
+        return DiagonalGaussian(*autoencoders.moments(self.model, images))
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, d, h, w) -> images (B, 3, H, W), about [-1, 1]."""
@@ -103,12 +93,6 @@ class DiffusersTokenizer(nn.Module):
     def decode_progressive(self, z: Tensor) -> Iterator[Tensor]:
         """The one scale."""
         yield self.decode(z)
-
-
-def patch_size(model: Any) -> int:
-    """f of an autoencoder of diffusers, which halves the image after every block but the last."""
-    name = "block_out_channels" if "block_out_channels" in model.config else "encoder_block_out_channels"
-    return 2 ** (len(model.config[name]) - 1)
 
 
 Tokenizer = HieraTok | DiffusersTokenizer
@@ -131,11 +115,11 @@ def load_tokenizer(
     Raises:
         FileNotFoundError, ValueError: nothing there, files that do not fit, or an image size that is not its own.
     """
-    kind = diffusers_class(source)
+    kind = autoencoders.class_of(source)
     if kind is not None:
-        model = load_diffusers(source, kind)
+        model = autoencoders.load(source, kind)
         if latent_size is not None:
-            image_size = latent_size * patch_size(model)
+            image_size = latent_size * autoencoders.patch_size(model.config)
         return DiffusersTokenizer(model, image_size).to(device).eval()
     tokenizer = HieraTok.from_pretrained(source, device=device)
     if image_size not in (None, tokenizer.config.image_size):
@@ -143,50 +127,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def diffusers_class(source: str) -> str | None:
-    """The class in a folder's `config.json`, if diffusers wrote it.
-
-    Raises:
-        ValueError: not JSON, or a class other than the supported autoencoders.
-    """
-    path = Path(source) / checkpoint.CONFIG
-    if not path.is_file():
-        return None
-    kind = read_json_table(path).get("_class_name")
-    if kind is not None and kind not in DIFFUSERS:
-        raise ValueError(
-            f"{shown(path)} describes a {shown(kind)}; of diffusers' models {' and '.join(DIFFUSERS)} can be used"
-        )
-    return kind
-
-
-def load_diffusers(source: str, kind: str) -> Any:
-    """diffusers' own model from a local folder, never downloaded and never unpickled, in evaluation mode.
-
-    Raises:
-        ValueError: diffusers is not installed, or the files do not fit.
-    """
-    with needs_extras():
-        import diffusers
-    where, config = f"{source} cannot be loaded as {kind}", read_json_table(Path(source) / checkpoint.CONFIG)
-    for name, value in config.items():
-        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int | float)]
-        most = MOST_LAYERS if name.endswith("layers_per_block") else MOST_NUMBER
-        if any(n > most for n in numbers) or (isinstance(value, list) and len(value) > MOST_LAYERS):
-            raise ValueError(f"{where}: {name} {shown(value)[:80]} in its {checkpoint.CONFIG} is out of range")
-    check_regular(Path(source) / DIFFUSERS_WEIGHTS)
-    try:
-        return getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, local_files_only=True).eval()
-    except Exception as error:  # diffusers raises errors of any type for a wrong config or file
-        raise ValueError(f"{where}: {shown(' '.join(str(error).split()))[:300]}") from error
-
-
 def describe_tokenizer(source: str) -> tuple[str, dict[str, Any]]:
     """SHA-256 of a tokenizer's weights, and its configuration as written."""
     folder = checkpoint.find(source)
     config = read_json_table(folder / checkpoint.CONFIG)
-    if diffusers_class(source) is not None:
-        return checkpoint.file_sha256(folder / DIFFUSERS_WEIGHTS), config
+    if autoencoders.class_of(source) is not None:
+        return checkpoint.file_sha256(folder / autoencoders.WEIGHTS), config
     checkpoint.load_config(folder, "hieratok", TokenizerConfig)
     del config["model_type"]
     return checkpoint.file_sha256(folder / checkpoint.WEIGHTS), config

@@ -207,6 +207,14 @@ class TokenizerRun:
     image size, positions are interpolated; patch size and scales must keep their proportions."""
     freeze_encoder: bool = False
     """Train only the part after z, so that latents, and generators trained on them, stay valid."""
+    latent_noise: float = 0.0
+    """Largest deviation of the noise that is added to z in training, drawn evenly from 0 for each image, so that the
+    decoder stands a generator's errors. RAE's code has 0.8, with features of unit variance. 0: none."""
+    cache_latents: bool = False
+    """With a frozen `model.encoder`: encode all photos once, into the run's folder `latents`, and train on them; needs
+    data.crop center."""
+    copy_encoder: bool = False
+    """With a frozen `model.encoder`: put a copy of its weights into the finished tokenizer's folder."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -228,9 +236,26 @@ class TokenizerRun:
             raise ValueError("freeze_encoder needs a trained encoder: name it with --from RUN")
         if self.freeze_encoder and self.vf.weight:
             raise ValueError("vf.weight trains the encoder, which freeze_encoder forbids: use only one of them")
+        if not 0 <= self.latent_noise < math.inf:
+            raise ValueError(f"latent_noise must not be negative, it is {self.latent_noise}")
+        self._check_encoder()
         for name, config in (("gan", self.gan), ("vf", self.vf)):
             if config.weight and config.adaptive and self.train.parallel == "fsdp2":
                 raise ValueError(f"{name}.adaptive needs whole gradients of the last layer: not with fsdp2")
+
+    def _check_encoder(self) -> None:
+        frozen = self.model.encoder is not None
+        for name in ("cache_latents", "copy_encoder"):
+            if getattr(self, name) and not frozen:
+                raise ValueError(f"{name} is for a frozen model.encoder, and the paper's is trained")
+        if frozen and self.loss.kl_weight:
+            raise ValueError("loss.kl_weight must be 0 beside a frozen model.encoder, which learns nothing from it")
+        if frozen and self.vf.weight:
+            raise ValueError("vf.weight must be 0 beside a frozen model.encoder, which learns nothing from it")
+        if frozen and self.freeze_encoder:
+            raise ValueError("leave out freeze_encoder: model.encoder is frozen anyway")
+        if self.cache_latents and (self.data.crop, self.data.on_bad_image) != ("center", "error"):
+            raise ValueError("cache_latents needs data.crop center and data.on_bad_image error: one latent a photo")
 
 
 @dataclass(frozen=True)

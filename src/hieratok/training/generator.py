@@ -19,7 +19,7 @@ from hieratok.core.typed import plain
 from hieratok.data.images import ImageDataset, open_source, to_float, to_uint8
 from hieratok.data.latents import MANIFEST, LatentDataset, whose
 from hieratok.evaluation.distribution import distances
-from hieratok.evaluation.features import load_network, tensors_sha256
+from hieratok.evaluation.features import load_network
 from hieratok.evaluation.images import open_images
 from hieratok.evaluation.protocols import collect
 from hieratok.evaluation.statistics import FeatureSet, SetStatistics
@@ -55,7 +55,7 @@ def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = Fa
         Stopped: SIGTERM came; a checkpoint was saved.
     """
     with lock(out, "train"), process_group():
-        return _train_generator(run, RunFolder(out, plain(run), allow_changes))
+        return _train_generator(run, RunFolder(out, plain(run), allow_changes, plain(type(run)())))
 
 
 def _train_generator(run: GeneratorRun, folder: RunFolder) -> DiT:
@@ -102,7 +102,7 @@ def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Datase
         assert manifest.mean is not None
         assert manifest.std is not None
         latents = LatentSpace(manifest.tokenizer["encoder_sha256"], manifest.mean, manifest.std)
-        if tokenizer and tensors_sha256(tokenizer.encoder) != latents.encoder_sha256:
+        if tokenizer and tokenizer.encoder_sha256 != latents.encoder_sha256:
             assert run.tokenizer is not None
             raise ValueError(f"{path} holds latents of {whose(manifest.tokenizer['source'], run.tokenizer)}")
         check_model(run.model, path, manifest.shape, dataset.labels.tolist())
@@ -125,7 +125,7 @@ def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Datase
     check_model(run.model, path, shape, [source.label(i) for i in range(len(source))])
     size = tokenizer.config.image_size
     images = ImageDataset(source, size, data.crop, data.flip, run.train.seed, data.on_bad_image, data.min_area)
-    return images, LatentSpace(tensors_sha256(tokenizer.encoder), mean, std)
+    return images, LatentSpace(tokenizer.encoder_sha256, mean, std)
 
 
 def check_model(model: DiTConfig, path: str, shape: tuple[int, ...], labels: Sequence[int]) -> None:
@@ -192,7 +192,8 @@ class GeneratorObjective(Objective):
         if self.run.model.objective == "ddpm":
             loss, terms = diffusion.loss(networks["generator"], z, y)
         else:
-            loss, terms = flow.loss(networks["generator"], z, y, time_sampling=self.run.time_sampling)
+            times: Any = {"time_sampling": self.run.time_sampling, "shift": self.run.model.shift}
+            loss, terms = flow.loss(networks["generator"], z, y, **times)
         backward(loss)
         return {"loss": loss.detach(), **terms}
 

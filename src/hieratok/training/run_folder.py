@@ -24,7 +24,7 @@ from hieratok.training.trackers import open_tracker
 logger = logging.getLogger(__name__)
 
 # Settings of models that do not change the weights' shapes.
-SHAPELESS = {"drop_path", "init_std"}
+SHAPELESS = {"drop_path", "init_std", "encoder_weights", "encoder_sha256"}
 # Settings that change outputs or speed, never the weights: a run may resume with other values.
 HARMLESS = {
     "name",
@@ -72,12 +72,19 @@ class RunFolder:
         path: made by `prepare`.
         settings: the resolved config as plain values.
         allow_changes: resume a run that has other settings.
+        defaults: what settings were before they existed, where an older version began the run.
 
     Raises:
         ValueError: the folder holds a run with other settings; the message names them. Or a damaged config.yaml.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], allow_changes: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        settings: dict[str, Any],
+        allow_changes: bool = False,
+        defaults: dict[str, Any] | None = None,
+    ):
         self.path = Path(path)
         self.settings = settings
         self.checkpoints = self.path / "checkpoints"
@@ -85,7 +92,7 @@ class RunFolder:
         self.evaluations_file = self.path / EVALUATIONS
         config_file = self.path / CONFIG
         if config_file.exists():
-            before = flatten(read_config(config_file))
+            before = flatten(defaults or {}) | flatten(read_config(config_file))
             now = flatten(settings)
             changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
             if changed:

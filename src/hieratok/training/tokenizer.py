@@ -7,8 +7,10 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from hieratok.core import checkpoint
+from hieratok.core.devices import best_device
 from hieratok.core.distributed import merge_processes, process, process_group
 from hieratok.core.errors import NotFinite, TrainingError
 from hieratok.core.layers import resize_positions
@@ -16,6 +18,7 @@ from hieratok.core.lock import lock
 from hieratok.core.pictures import pyramid_sheet
 from hieratok.core.progress import progress
 from hieratok.core.typed import plain
+from hieratok.data import latent_writer
 from hieratok.data.images import (
     ImageDataset,
     Source,
@@ -25,7 +28,7 @@ from hieratok.data.images import (
     to_float,
     to_uint8,
 )
-from hieratok.data.latents import LatentStatistics
+from hieratok.data.latents import ImagesAndLatents, LatentDataset, LatentStatistics
 from hieratok.evaluation.features import load_network
 from hieratok.evaluation.protocols import load_perceptual
 from hieratok.evaluation.reconstruction import ReconstructionMetrics
@@ -42,11 +45,13 @@ from hieratok.losses.adversarial import (
 from hieratok.losses.reconstruction import ReconstructionLoss
 from hieratok.losses.vf import VF_MAX_WEIGHT, VFLoss
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_downsampling
+from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
+from hieratok.tokenizer.vit import Encoder
 from hieratok.training import parallel
 from hieratok.training.config import EvalConfig, Optimization, TokenizerRun
 from hieratok.training.loop import fit
-from hieratok.training.run_folder import RunFolder
+from hieratok.training.run_folder import SHAPELESS, RunFolder
 from hieratok.training.step import Backward, Objective
 
 PICTURE_IMAGES = 6
@@ -73,7 +78,7 @@ def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = Fa
         Stopped: SIGTERM came; a checkpoint was saved.
     """
     with lock(out, "train"), process_group():
-        return _train_tokenizer(run, RunFolder(out, plain(run), allow_changes))
+        return _train_tokenizer(run, RunFolder(out, plain(run), allow_changes, plain(type(run)())))
 
 
 def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
@@ -81,17 +86,23 @@ def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
         raise ValueError("no images: give --data PATH (a folder of images, WebDataset shards, or `bundled`)")
     size, data = run.model.image_size, run.data
     source = open_source(run.data.path)
-    dataset = ImageDataset(source, size, data.crop, data.flip, run.train.seed, data.on_bad_image, data.min_area)
+    dataset: Dataset = ImageDataset(
+        source, size, data.crop, data.flip, run.train.seed, data.on_bad_image, data.min_area
+    )
     held_out = open_source(data.val_path) if data.val_path else None
     if run.eval.every and held_out is None:
         raise ValueError("eval.every needs images that are not trained on: set --data.val_path")
     shown = picture_images(ImageDataset(held_out or source, size, "center", False, 0, data.on_bad_image))
     for saved in folder.saved():
         refuse_former_downsampling(saved / "tokenizer")
-    objective = TokenizerObjective(run, initial_tokenizer(run, resumes=bool(folder.saved())))
+    tokenizer = initial_tokenizer(run, resumes=bool(folder.saved()))
+    tokenizer.pin_encoder()  # what is missing is found out before hours of training
+    if run.cache_latents:
+        dataset = ImagesAndLatents(dataset, cached_latents(run, tokenizer, source, folder.path / "latents"))
+    objective = TokenizerObjective(run, tokenizer)
     evaluate = Evaluation(run.eval, held_out, size) if run.eval.every and held_out else None
 
-    tokenizer: Any = fit(
+    trained: Any = fit(
         objective,
         dataset,
         run.train,
@@ -102,17 +113,31 @@ def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
         evaluate_every=run.eval.every,
     )
     try:
-        measure_latents(tokenizer, evenly_spread(source, STATISTICS_IMAGES), size, data.on_bad_image)
+        measure_latents(trained, evenly_spread(source, STATISTICS_IMAGES), size, data.on_bad_image)
     except NotFinite as error:
         raise TrainingError(
             f"the run in {folder.path} diverged: the latents of the trained tokenizer are not finite. Train it again"
             f" with a lower learning rate"
         ) from error
-    weights = parallel.whole_weights(tokenizer)
+    weights = parallel.whole_weights(trained)
     if process()[0] == 0:
         with checkpoint.atomic_folder(folder.path / "tokenizer") as finished:
-            tokenizer.save_pretrained(finished, weights)
-    return tokenizer
+            trained.save_pretrained(finished, weights)
+            if run.copy_encoder:
+                trained.encoder.save(finished / checkpoint.ENCODER)
+    return trained
+
+
+def cached_latents(run: TokenizerRun, tokenizer: HieraTok, source: Source, out: Path) -> LatentDataset:
+    """The photos' latents by the frozen encoder, from `out`, where they are written first if need be; every process
+    must call."""
+    assert run.data.path is not None
+    sha256 = tokenizer.encoder_sha256
+    facts = {"source": run.model.encoder, "sha256": sha256, "encoder_sha256": sha256, "config": plain(run.model)}
+    shape = (run.model.latent_channels, *run.model.grid)
+    manifest = latent_writer.describe(facts, source, run.data.path, run.model.image_size, shape)
+    latent_writer.write(out, tokenizer, source, run.model.image_size, manifest, run.eval.batch_size, best_device())
+    return LatentDataset(out, run.data.flip, run.train.seed)
 
 
 def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
@@ -133,12 +158,16 @@ def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; name the weights to start from with --from RUN") from error
     weights = before.state_dict()
-    shape = [f.name for f in fields(TokenizerConfig) if f.name not in ("drop_path", "init_std")]
+    shape = [f.name for f in fields(TokenizerConfig) if f.name not in SHAPELESS]
     changed = [name for name in shape if getattr(before.config, name) != getattr(run.model, name)]
     if changed and in_proportion(before.config, run.model):
         changed = [name for name in changed if name not in ("image_size", "scales")]
-        for name in ("encoder.positions", "decoder.positions"):
+        for name in {"encoder.positions", "decoder.positions"} & weights.keys():
             weights[name] = resize_positions(weights[name], run.model.grid)
+    if run.model.encoder and not changed:
+        tokenizer.pin_encoder()
+        if before.encoder_sha256 != tokenizer.encoder_sha256:
+            raise ValueError(f"{run.start_from} was trained with other weights of {run.model.encoder}")
     if changed:
         differences = ", ".join(
             f"model.{name} {getattr(before.config, name)!r} -> {getattr(run.model, name)!r}" for name in changed
@@ -211,10 +240,12 @@ class TokenizerObjective(Objective):
     ) -> dict[str, Tensor]:
         """The tokenizer's loss, then the discriminator's on the same reconstructions."""
         images = to_float(batch["image"])
-        pyramid, posterior, z = networks["tokenizer"](images)
+        known = DiagonalGaussian(batch["mean"], batch["logvar"]) if "mean" in batch else None
+        pyramid, posterior, z = networks["tokenizer"](images, known, self.run.latent_noise)
         loss, finest, terms = self.criterion.to(images.device)(pyramid, images, posterior)
         if "vf" in networks:
             vf, vf_terms = networks["vf"](z, images)
+            assert isinstance(self.tokenizer.encoder, Encoder)
             c, last_layer = self.run.vf, self.tokenizer.encoder.head.weight
             loss = loss + self.weight(c.weight, c.adaptive, finest, vf, last_layer, VF_MAX_WEIGHT) * vf
             terms |= {"vf": vf.detach(), **vf_terms}
