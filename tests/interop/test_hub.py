@@ -268,7 +268,7 @@ def test_a_copied_encoder_is_published_and_found_again(tmp_path):
 
 def test_an_encoder_that_nobody_else_has_is_not_published(tmp_path):
     run = on_frozen(tmp_path / "run", on_autoencoder(save_autoencoder(tmp_path / "vae")), copied=False)
-    with pytest.raises(ValueError, match=r"lies on this machine alone: train with --copy_encoder"):
+    with pytest.raises(ValueError, match=r"is only on this machine: train with --copy_encoder"):
         write_folder(run, "alice/preview", "mit", tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
     vit = on_frozen(tmp_path / "vit", on_vit(save_vit(tmp_path / "vit.safetensors")), copied=False)

@@ -790,7 +790,7 @@ def test_encoders_compares_frozen_ones_with_the_papers(small_generators, base, t
 def test_encoders_that_cannot_be_compared(base):
     with pytest.raises(ValueError, match="--encoders is for the study encoders"):
         prepare(RunStudy(study="table3", base=base, encoders=["timm:x"]))
-    with pytest.raises(ValueError, match="encoders compares frozen ones with the paper's: name some by --encoders"):
+    with pytest.raises(ValueError, match="encoders compares frozen ones with the paper's: name some with --encoders"):
         prepare(RunStudy(study="encoders", base=base))
     with pytest.raises(ValueError, match="--encoders names one twice"):
         prepare(RunStudy(study="encoders", base=base, encoders=["timm:x", "timm:x"]))

@@ -226,7 +226,7 @@ def file_sha256(path: Path) -> str:
 
 
 def tensors_sha256(module: nn.Module) -> str:
-    """SHA-256 over a module's names and values, for weights that come from no file."""
+    """SHA-256 over a module's names and values, for weights that are not from a file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -164,14 +164,14 @@ def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> No
 
 
 def publish_encoder(model: Path, folder: Path) -> None:
-    """Copy a frozen encoder that lies beside the tokenizer, and name it without this machine's paths.
+    """Copy a frozen encoder from the tokenizer's folder, and name it without this machine's paths.
 
     Args:
         model: the tokenizer's folder.
         folder: what is published; its config.json is changed.
 
     Raises:
-        ValueError: nobody else could find the encoder.
+        ValueError: the encoder is only on this machine.
     """
     config = read_json_table(folder / checkpoint.CONFIG)
     encoder = config.get("encoder")
@@ -186,8 +186,8 @@ def publish_encoder(model: Path, folder: Path) -> None:
         config["encoder"] = f"{kind}:{Path(name).name}"
     elif kind == "diffusers" and (Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise ValueError(
-            f"the encoder {shown(encoder)} lies on this machine alone: train with --copy_encoder, which puts it beside"
-            " the tokenizer, or name an autoencoder on the hub"
+            f"the encoder {shown(encoder)} is only on this machine: train with --copy_encoder, which copies it into the"
+            " tokenizer's folder, or name an autoencoder on the hub"
         )
     config.pop("encoder_weights", None)
     checkpoint.write_json(folder / checkpoint.CONFIG, config)

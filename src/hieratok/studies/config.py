@@ -46,8 +46,8 @@ class RunStudy:
     lpips: list[str] = field(default_factory=list)
     """Trunks of LPIPS, each optionally =FILE, as for `hieratok evaluate`."""
     encoders: list[str] = field(default_factory=list)
-    """Of study encoders: frozen ones, a row each beside the paper's ViT: timm:NAME, timm:NAME=FILE with its weights, or
-    diffusers:FOLDER."""
+    """For study encoders: frozen encoders, each a row next to the paper's ViT: timm:NAME, timm:NAME=FILE with its
+    weights, or diffusers:FOLDER."""
     reference: str | None = None
     """Real images to compare samples with, or an .npz of their statistics. Default: those of --val. Required for size
     paper: ADM's VIRTUAL_imagenet256_labeled.npz."""

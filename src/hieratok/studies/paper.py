@@ -353,7 +353,7 @@ ENCODERS = Study(
     (),
     (Row(("the paper's ViT, trained with the decoder",), multi),),
     ("reconstruction", "density", "spectrum", "curves"),
-    "Not in the paper. A frozen encoder has a row of its own by --encoders; its latents decide f, d and the scales, all"
+    "Not in the paper. A frozen encoder has its own row with --encoders; its latents decide f, d and the scales, all"
     " else is the base's.",
     every_scale=True,
 )
@@ -370,7 +370,7 @@ def with_encoders(study: Study, encoders: Sequence[str]) -> Study:
             raise ValueError("--encoders is for the study encoders")
         return study
     if not encoders:
-        raise ValueError("encoders compares frozen ones with the paper's: name some by --encoders '[timm:NAME=FILE]'")
+        raise ValueError("encoders compares frozen ones with the paper's: name some with --encoders '[timm:NAME=FILE]'")
     if len(set(encoders)) < len(encoders):
         raise ValueError("--encoders names one twice")
     rows = (Row((encoder.partition("=")[0],), on_encoder(encoder), against=0) for encoder in encoders)

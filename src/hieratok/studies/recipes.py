@@ -422,7 +422,7 @@ def preview_sd() -> TokenizerRun:
     """One GPU, hours: a multi-scale decoder for Stable Diffusion's latents, f8, d 4: exact previews, coarse to fine.
 
     hieratok train preview-sd --encoder diffusers:SD/vae --data PHOTOS --cache_latents
-    256 px, scales 1 to 32; any autoencoder of diffusers by --encoder, which sets f, d and the scales. The default is
+    256 px, scales 1 to 32; any autoencoder of diffusers with --encoder, which sets f, d and the scales. The default is
     looked for in the hub's cache. Cached latents take 0.26 MB a photo, and the encoder runs once. Not in the paper, not
     measured here (benchmarks/encoders.py has small ones).
     """
@@ -466,7 +466,7 @@ def rae_tiny() -> TokenizerRun:
     """A CPU, an hour: a decoder for a small ViT's features, 8 x 8 x 192, at 128 px.
 
     hieratok train rae-tiny --encoder timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k --data PHOTOS --cache_latents
-    Weights in the hub's cache, or any file of that network's by --model.encoder_weights. Without a perceptual loss,
+    Weights in the hub's cache, or any file of that network's with --model.encoder_weights. Without a perceptual loss,
     which needs weights too. Not measured here.
     """
     return TokenizerRun(

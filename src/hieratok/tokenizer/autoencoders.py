@@ -17,7 +17,7 @@ CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MOST_LAYERS, MOST_NUMBER = 100, 1_000_000  # limits in a config: larger values are wrong
 LEAST_LOGVAR = -30.0
-"""Of a latent without a variance: the posterior's clamp, a deviation of 3e-7, which is as good as none."""
+"""For a latent without a variance: the posterior's clamp, a deviation of 3e-7, practically zero."""
 
 
 def class_of(source: str | Path) -> str | None:

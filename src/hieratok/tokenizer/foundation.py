@@ -1,4 +1,4 @@
-"""Frozen vision foundation models of timm, which losses look through and whose features can be the latents."""
+"""Frozen vision foundation models of timm, for losses, and as encoders whose features are the latents."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
