@@ -71,8 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     result = {}
     for precision in args.precision:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        machine = Machine(torch.device(best_device()), dtype, args.batch_size, args.rounds, compile=False)
+        machine = Machine(torch.device(best_device()), precision, args.batch_size, args.rounds, compile=False)
         result[precision] = side_by_side(machine, args.recipe)
         print(f"\n{precision}\n{table(result[precision])}", flush=True)
     if args.out:

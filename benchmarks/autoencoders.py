@@ -19,6 +19,7 @@ from hieratok import HieraTok
 from hieratok.bench.suite import Machine, measure, table
 from hieratok.bench.timing import Call
 from hieratok.core.devices import best_device
+from hieratok.core.precision import autocast
 from hieratok.core.typed import as_json
 from hieratok.studies import recipes
 
@@ -50,8 +51,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--out", help="JSON file to write the figures to")
     args = parser.parse_args()
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    machine = Machine(torch.device(best_device()), dtype, args.batch_size, args.rounds, compile=False)
+    machine = Machine(torch.device(best_device()), args.precision, args.batch_size, args.rounds, compile=False)
     ours = HieraTok(recipes.get(args.recipe).model)
     models = {args.recipe: ours, "SD-VAE": sd_vae(), "DC-AE": dc_ae()}
     encode: dict[str, Callable[[Tensor], Tensor]] = {
@@ -61,7 +61,7 @@ def main() -> None:
     }
     images = torch.rand(args.batch_size, 3, args.size, args.size, device=machine.device) * 2 - 1
     calls: dict[str, Call] = {}
-    with torch.inference_mode(), machine.autocast():
+    with torch.inference_mode(), autocast(machine.device, machine.precision):
         for name, model in models.items():
             model.to(machine.device).eval()
             z = encode[name](images)

@@ -56,7 +56,7 @@ def tiny_autoencoder(values: int, batch_size: int) -> tuple[AutoencoderTiny, Ten
 @torch.inference_mode()
 def side_by_side(recipe: str, batch_size: int, rounds: int, folder: Path) -> list[Timed]:
     """Rows: encode, decode and preview in every runtime, as ratios to PyTorch; AutoencoderTiny to our preview."""
-    machine = Machine(CPU, torch.float32, batch_size, rounds, compile=False)
+    machine = Machine(CPU, "fp32", batch_size, rounds, compile=False)
     tokenizer = HieraTok(recipes.get(recipe).model).eval()
     c = tokenizer.config
     images = torch.rand(batch_size, 3, c.image_size, c.image_size) * 2 - 1

@@ -18,6 +18,7 @@ from PIL import Image
 from hieratok import HieraTok
 from hieratok.bench.suite import Machine, Timed, measure, table
 from hieratok.core.devices import best_device
+from hieratok.core.precision import autocast
 from hieratok.core.typed import as_json
 from hieratok.studies import recipes
 from hieratok.tokenizer.model import TokenizerConfig
@@ -61,7 +62,7 @@ def decoding(machine: Machine, config: TokenizerConfig, side: int, batch_size: i
     z = torch.randn(batch_size, config.latent_channels, grid, grid, device=machine.device)
 
     def decode() -> None:
-        with machine.autocast():
+        with autocast(machine.device, machine.precision):
             model.decode(z)
 
     name = f"{side} px, scales {', '.join(map(str, config.scales))}, batch {batch_size}"
@@ -113,8 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     from hieratok.core.devices import hardware
 
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    machine = Machine(torch.device(best_device()), dtype, 1, args.rounds, compile=False)
+    machine = Machine(torch.device(best_device()), args.precision, 1, args.rounds, compile=False)
     config = recipes.get(args.recipe).model
     side = config.image_size
     result = {

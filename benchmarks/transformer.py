@@ -20,6 +20,7 @@ from hieratok.bench.suite import Machine, measure, table
 from hieratok.bench.timing import Call
 from hieratok.core.devices import best_device
 from hieratok.core.layers import Blocks
+from hieratok.core.precision import autocast
 from hieratok.core.typed import as_json
 from hieratok.studies import recipes
 from hieratok.tokenizer.scales import Scales
@@ -50,8 +51,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file to write the figures to")
     args = parser.parse_args()
     c = recipes.get(args.recipe).model
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    machine = Machine(torch.device(best_device()), dtype, args.batch_size, args.rounds, args.compile)
+    machine = Machine(torch.device(best_device()), args.precision, args.batch_size, args.rounds, args.compile)
     tokens = Scales.of(c.scales, c.grid).num_tokens
     x = torch.randn(args.batch_size, tokens, c.decoder_width, device=machine.device)
     calls: dict[str, Call] = {}
@@ -59,7 +59,7 @@ def main() -> None:
         module = machine.model(blocks.eval())
 
         def call(module: nn.Module = module) -> None:
-            with torch.set_grad_enabled(args.backward), machine.autocast():
+            with torch.set_grad_enabled(args.backward), autocast(machine.device, machine.precision):
                 out = module(x)
             if args.backward:
                 out.float().sum().backward()

@@ -1,7 +1,9 @@
 """Zips, and Arrow and Parquet files, beside the libraries that write them."""
 
 import json
+import os
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -248,9 +250,9 @@ def test_parquet(tmp_path, cache, compression):
     check_rows(source, data)
     assert source.name(3) == "x.parquet/00000003"
     (unpacked,) = cache.glob("parquet/*.arrow")
-    before = unpacked.stat().st_mtime_ns
+    before = unpacked.stat().st_ino
     check_rows(open_source(str(tmp_path / "x.parquet")), data)
-    assert unpacked.stat().st_mtime_ns == before, "unpacked again"
+    assert unpacked.stat().st_ino == before, "unpacked again"
     dataset(3, first=9).to_parquet(tmp_path / "x.parquet")
     check_rows(open_source(str(tmp_path / "x.parquet")), dataset(3, first=9))
 
@@ -298,6 +300,30 @@ def test_tables_that_cannot_serve_are_refused(tmp_path):
     assert [open_source(str(write_arrow(path, table))).label(i) for i in range(3)] == [-1, -1, 3]
     (tmp_path / "n.parquet").write_bytes(b"PAR1" + bytes(40) + b"PAR1")
     assert "n.parquet cannot be read as a Parquet file" in refusal(str(tmp_path / "n.parquet"))
+
+
+def test_what_is_unused_for_a_month_leaves_the_cache(tmp_path, cache):
+    def unpack(name: str) -> Path:
+        before = set(cache.glob("parquet/*.arrow"))
+        dataset(2).to_parquet(tmp_path / name)
+        open_source(str(tmp_path / name))
+        (new,) = set(cache.glob("parquet/*.arrow")) - before
+        return new
+
+    used, unused = unpack("used.parquet"), unpack("unused.parquet")
+    halfway, foreign = cache / "index" / f"{'a' * 40}.part", cache / "parquet" / "notes.arrow"
+    halfway.parent.mkdir()
+    for file in (halfway, foreign):
+        file.touch()
+    a_month_ago = time.time() - 31 * 86_400
+    for file in (used, unused, unused.with_suffix(".lock"), halfway, foreign):
+        os.utime(file, (a_month_ago, a_month_ago))
+    open_source(str(tmp_path / "used.parquet"))
+    assert unused.exists()  # nothing was made
+    unpack("new.parquet")
+    assert used.exists()
+    assert foreign.exists()  # not hieratok's
+    assert not any(file.exists() for file in (unused, unused.with_suffix(".lock"), halfway))
 
 
 def test_parquet_that_grows_out_of_proportion_is_refused(tmp_path, cache):

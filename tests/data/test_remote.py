@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers.object_stores import WebServer, jpeg, samples, write_tar, write_zip
+from helpers.runs import assert_same_run, command, environment, last_step
 from hieratok.core.pixels import BadImageError
 from hieratok.data import packed, remote
 from hieratok.data.images import (
@@ -423,37 +424,47 @@ def test_a_dataset_on_the_hub(hub):
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
+STEPS = 60
 SMALL = """
 model: {image_size: 16, patch_size: 4, latent_channels: 4, scales: [1, 2, 4], encoder_width: 16, encoder_depth: 1,
         encoder_heads: 2, decoder_width: 16, decoder_depth: 1, decoder_heads: 2}
 data: {num_workers: 1}
 loss: {perceptual_weight: 0.0}
-train: {steps: 4, batch_size: 4, precision: fp32, picture_every: 0, save_every: 2, log_every: 1}
-"""
+train: {steps: STEPS, batch_size: 4, precision: fp32, picture_every: 0, save_every: 7, log_every: 1}
+""".replace("STEPS", str(STEPS))
 
 
-def test_a_run_on_a_bucket_is_the_run_on_files_and_resumes(bucket, tmp_path):
+def test_a_killed_run_on_a_bucket_ends_as_the_run_on_files(bucket, tmp_path):
+    """kill -9 in the middle, resume: weights, optimiser and log bit for bit."""
     (tmp_path / "small.yaml").write_text(SMALL)
     bucket(write_tar(tmp_path / "x.tar", samples(10)), "x.tar")
 
-    def train(data: str, out: str, *options: str) -> str:
-        command = [sys.executable, "-m", "hieratok", "train", "small.yaml", "--data", data, "--out", out, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout + done.stderr
+    def start(data: str, out: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command("train", "small.yaml", "--data", data, "--out", out),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
-    train("x.tar", "here")
-    train("s3://photos/x.tar", "there", "--train.steps", "2")
-    printed = train("s3://photos/x.tar", "there", "--allow-changes")
-    assert "SECRETOFATEST" not in printed
-    weights = [(tmp_path / out / "tokenizer" / "model.safetensors").read_bytes() for out in ("here", "there")]
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
-        for out in ("here", "there")
-    ]
-    assert losses[0][:2] == losses[1][:2]
-    assert len(losses[1]) == 4
-    assert len(weights[0]) == len(weights[1])
+    def finish(process: subprocess.Popen[str]) -> str:
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed[-2000:]
+        return printed
+
+    finish(start("x.tar", "here"))
+    killed = start("s3://photos/x.tar", "there")
+    while last_step(tmp_path / "there") < 0.4 * STEPS and killed.poll() is None:
+        time.sleep(0.005)
+    killed.kill()
+    printed, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, printed[-2000:]
+    assert last_step(tmp_path / "there") < STEPS
+    resumed = finish(start("s3://photos/x.tar", "there"))
+    assert f"| 0/{4 * STEPS} " not in resumed, "started again from nothing"
+    assert_same_run(tmp_path / "here", tmp_path / "there")
+    assert "SECRETOFATEST" not in printed + resumed
     for file in (tmp_path / "there").rglob("*"):
         assert not file.is_file() or b"SECRETOFATEST" not in file.read_bytes()

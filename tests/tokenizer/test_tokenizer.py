@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hieratok import HieraTok, TokenizerConfig
-from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample, strides
+from hieratok.tokenizer.downsample import AreaDownsample, ConvDownsample, SmallMapConv2d, strides
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales, area_pool
 
@@ -161,26 +161,32 @@ def test_information_flow(attention):
             assert torch.equal(before[k], after[k]) != sees(k, j), (k, j)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 9])  # coarse scales in passes of three, two and one
 @pytest.mark.parametrize("grid", [(8, 8), (6, 11)])
 @pytest.mark.parametrize("attention", MODES)
 @torch.no_grad()
-def test_progressive_decoding_equals_the_pyramid(attention, grid):
+def test_progressive_decoding_equals_the_pyramid(attention, grid, batch_size):
     model = small_model(attention=attention).double()
-    z = torch.randn(2, 6, *grid, dtype=torch.float64)
+    z = torch.randn(batch_size, 6, *grid, dtype=torch.float64)
     for progressive, whole in zip(model.decode_progressive(z), model.decode_pyramid(z), strict=True):
         torch.testing.assert_close(progressive, whole, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("batch_size", "passes"), [(1, [21]), (2, [5, 16]), (9, [1, 4, 16])])
 @torch.no_grad()
-def test_progressive_decoding_computes_only_what_was_asked(monkeypatch):
+def test_progressive_decoding_computes_only_what_was_asked(batch_size, passes, monkeypatch):
     model = small_model()
     tokens_seen = []
     block = model.decoder.blocks[0]
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda x, attend: tokens_seen.append(x.shape[1]) or forward(x, attend))
-    images = model.decode_progressive(torch.randn(1, 6, 8, 8))
-    assert [next(images).shape[-1] for _ in range(3)] == [4, 8, 16]
-    assert tokens_seen == [1, 4, 16]
+    images = model.decode_progressive(torch.randn(batch_size, 6, 8, 8))
+    assert next(images).shape[-1] == 4
+    assert tokens_seen == passes[:1]
+    assert [next(images).shape[-1] for _ in range(2)] == [8, 16]
+    assert tokens_seen == passes
+    assert next(images).shape[-1] == 32
+    assert tokens_seen == [*passes, 64]
 
 
 # --- scales and down-sampling -----------------------------------------------------------------------------------------
@@ -260,6 +266,22 @@ def test_conv_downsampling_takes_any_grid_and_keeps_its_layout(grid):
         assert (reach.abs().sum(1) > 0).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("geometry", [dict(kernel_size=2, stride=2), dict(kernel_size=3, stride=2, padding=1)])
+@pytest.mark.parametrize(("size", "is_small"), [((2, 12, 9), True), ((2, 24, 17), False)])
+def test_a_convolution_of_few_positions_is_one_product(size, is_small, geometry, monkeypatch):
+    conv = SmallMapConv2d(3, 5, bias=False, **geometry).double()
+    x = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
+    unfolded = []
+    unfold = F.unfold
+    monkeypatch.setattr(F, "unfold", lambda *args, **options: unfolded.append(1) or unfold(*args, **options))
+    trained = conv(x)
+    assert trained.requires_grad
+    assert not unfolded
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), trained, rtol=1e-12, atol=1e-12)
+    assert bool(unfolded) == is_small
+
+
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 24), st.integers(1, 24))
 @settings(max_examples=40, deadline=None)
 def test_area_pool_is_the_mean_of_the_covered_area(h, w, out_h, out_w):
@@ -288,6 +310,16 @@ def test_scales_of_any_grid(h, w):
     pieces = scales.split(torch.arange(scales.num_tokens)[None])
     assert [p.shape[1] for p in pieces] == list(scales.lengths)
     assert scales.num_coarse == scales.num_tokens - h * w
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 400))
+@settings(deadline=None)
+def test_passes_are_all_scales_in_order_and_as_few_as_fit(h, w, tokens):
+    scales = Scales.of((1, 2, 4, 8, 16), (h, w))
+    passes = scales.passes(tokens)
+    assert sum((p.grids for p in passes), ()) == scales.grids
+    assert all(len(p) == 1 or p.num_tokens <= tokens for p in passes)
+    assert all(one.num_tokens + other.lengths[0] > tokens for one, other in itertools.pairwise(passes))
 
 
 def test_mask_of_two_scales():

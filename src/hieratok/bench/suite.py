@@ -270,7 +270,7 @@ def bench_attention(machine: Machine, run: TokenizerRun) -> list[Timed]:
 
 @torch.inference_mode()
 def bench_decode(machine: Machine, run: TokenizerRun) -> list[Timed]:
-    """Encoding, the decoder's transformer alone, and decoding whole, scale by scale, and up to each scale.
+    """Encoding, down-sampling and the decoder's transformer alone, and decoding whole, by scale, and up to each scale.
 
     Each pass of the decoder reads its weights: the time for that, at the rate of a copy, is shown too.
     """
@@ -294,6 +294,7 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[Timed]:
 
     calls: dict[str, Call] = {
         "encode": lambda: model.encode(images),
+        "decode: down-sampling alone": lambda: list(model.downsample(z, scales)),
         "decode: transformer alone": lambda: model.decoder.blocks(tokens, attend),
         "decode": lambda: model.decode(z),
         READING: lambda: copied.copy_(half),

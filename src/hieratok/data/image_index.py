@@ -1,8 +1,11 @@
 """The index of images within a larger file, and its cache for files that are read over the network."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,8 @@ from hieratok.data.ranges import Version
 FORMAT = 1
 """Version of the cached files; those of another version are not found and made again."""
 MAX_NAME_LENGTH = 1024
+UNUSED_DAYS = 30
+"""Days after which unused files of the cache are removed."""
 
 
 class ImageIndex(NamedTuple):
@@ -58,7 +63,8 @@ def cache_folder() -> Path:
 def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callable[[Path], None]) -> Path:
     """A cached file that belongs to one version of a source file; made if missing.
 
-    Other processes wait while one makes it; it is written atomically.
+    Other processes wait while one makes it; it is written atomically. Whenever one is made, files that were not used for
+    30 days are removed.
 
     Args:
         kind: sub-folder of the cache.
@@ -74,6 +80,8 @@ def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callabl
     key = hashlib.sha256(json.dumps([FORMAT, path, *version]).encode(errors="surrogateescape")).hexdigest()[:40]
     place = cache_folder() / kind / f"{key}{suffix}"
     if place.is_file():
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            os.utime(place)  # it is in use
         return place
     with needs_extras():
         from filelock import FileLock
@@ -86,7 +94,17 @@ def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callabl
                 os.replace(part, place)
             finally:
                 part.unlink(missing_ok=True)
+            _remove_unused()
     return place
+
+
+def _remove_unused() -> None:
+    """Remove this module's files of the cache, whole or not, that were not used for 30 days."""
+    oldest = time.time() - UNUSED_DAYS * 86_400
+    for file in cache_folder().glob("*/*"):
+        with contextlib.suppress(OSError):  # another process was faster, or it is not ours to remove
+            if re.fullmatch(r"[0-9a-f]{40}\.(npz|arrow|lock|part)", file.name) and file.stat().st_mtime < oldest:
+                file.unlink()
 
 
 def kept_index(path: str, version: Version, make: Callable[[], ImageIndex]) -> ImageIndex:

@@ -32,9 +32,9 @@ def scale_attention(scales: Scales, mode: AttentionMode, device: torch.device) -
 
 
 class KeyValueCache:
-    """One block's keys and values of the scales decoded so far; `attend` serves the next scale's queries.
+    """One block's keys and values of the scales decoded so far; `attend` serves the next pass's queries.
 
-    Progressive decoding calls it scale by scale, coarse to fine: eq. 7 in causal mode, eq. 6 in independent mode,
+    Progressive decoding calls it pass by pass, coarse to fine: eq. 7 in causal mode, eq. 6 in independent mode,
     which keeps nothing. In full mode coarse tokens attend to finer ones, so nothing can be cached.
     """
 
@@ -44,10 +44,24 @@ class KeyValueCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries, keys and values of one scale, (B, heads, N_k, C / heads) each -> the same shape."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Queries, keys and values of one pass's scales, (B, heads, N, C / heads) each -> the same shape.
+
+        `mask` (N, M), as `pass_mask` makes it, tells the pass's scales apart.
+        """
         if self.keep:
             self.keys.append(k)
             self.values.append(v)
             k, v = torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def pass_mask(scales: Scales, done: int, mode: AttentionMode, device: torch.device) -> Tensor | None:
+    """Who may look at whom in a pass of `scales` after one of `done` tokens: bool (N, M); None: everybody.
+
+    The M keys are those of `KeyValueCache`: in causal mode all tokens so far, else the pass's own.
+    """
+    if len(scales) == 1:
+        return None
+    mask = scales.mask(mode, device)
+    return F.pad(mask, (done, 0), value=True) if mode == "causal" else mask

@@ -7,6 +7,7 @@ before finer maps are computed.
 import math
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,9 +74,9 @@ class ConvBranch(nn.Module):
         first, second, third = strides
         self.patch = nn.Conv2d(latent_channels, width, kernel_size=first, stride=first, bias=False)
         self.patch_norm = LayerNorm2d(width, eps=1e-6)
-        self.merge = nn.Conv2d(width, width, kernel_size=2, stride=second, bias=False)
+        self.merge = SmallMapConv2d(width, width, kernel_size=2, stride=second, bias=False)
         self.merge_norm = LayerNorm2d(width, eps=1e-6)
-        self.mix = nn.Conv2d(width, width, kernel_size=3, stride=third, padding=1, bias=False)
+        self.mix = SmallMapConv2d(width, width, kernel_size=3, stride=third, padding=1, bias=False)
         self.mix_norm = LayerNorm2d(width, eps=1e-6)
 
     def forward(self, z: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -84,6 +85,31 @@ class ConvBranch(nn.Module):
         x = F.gelu(self.patch_norm(self.patch(x)))
         x = F.gelu(self.merge_norm(self.merge(x)))
         return self.mix_norm(self.mix(x))
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A convolution without bias, as one matrix product where it gives few positions and nothing is trained.
+
+    On a CPU a convolution first rearranges its weights. A few positions, as of one image's coarse scales, need less
+    time than that.
+    """
+
+    FEW = 64
+    """Positions of a batch, up to which the product was faster (docs/performance.md)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', h', w')."""
+        stride, padding = self.stride, tuple(int(p) for p in self.padding)
+        size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(input.shape[2:], padding, self.kernel_size, stride)]
+        if (
+            input.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()  # also while it is exported, for any batch size
+            or len(input) * math.prod(size) > self.FEW
+        ):
+            return super().forward(input)
+        patches = F.unfold(input, self.kernel_size, padding=padding, stride=stride)  # (B, C k k, h' w')
+        return F.linear(patches.transpose(1, 2), self.weight.flatten(1)).transpose(1, 2).unflatten(2, size)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

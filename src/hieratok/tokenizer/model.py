@@ -187,13 +187,14 @@ class HieraTok(Pretrained):
         """The images of `decode_pyramid`, each yielded as soon as it is decoded.
 
         In causal mode scale k's pixels depend on scales <= k alone, so a preview costs only its prefix; keys and values
-        are kept for the next scale. In full mode all scales come at the end.
+        are kept for the next scale. Coarse scales of a few images, which cost little besides reading the weights, are
+        computed together. In full mode all scales come at the end.
         """
         scales = self.scales_of(z)
         if self.config.attention == "full":
             yield from self.decode_pyramid(z, image_size)
         else:
-            for image in self.decoder.progressive(self.downsample(z.to(self.dtype), scales), scales):
+            for image in self.decoder.progressive(self.downsample(z.to(self.dtype), scales), scales, len(z)):
                 yield self._crop(image, scales.grids[-1], image_size)
 
     def _crop(self, image: Tensor, grid: tuple[int, int], image_size: tuple[int, int] | None) -> Tensor:

@@ -49,6 +49,17 @@ class Scales:
         """Scales 0 .. k."""
         return Scales(self.grids[: k + 1])
 
+    def passes(self, tokens: int) -> "list[Scales]":
+        """The scales in groups, coarse to fine: neighbours are together while they have `tokens` at most."""
+        groups: list[Scales] = []
+        for grid in self.grids:
+            joined = Scales((*groups[-1].grids, grid)) if groups else None
+            if joined and joined.num_tokens <= tokens:
+                groups[-1] = joined
+            else:
+                groups.append(Scales((grid,)))
+        return groups
+
     def split(self, tokens: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
         """A sequence (..., N, ...) -> one piece per scale, coarse to fine."""
         return tokens.split(self.lengths, dim)

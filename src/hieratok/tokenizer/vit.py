@@ -1,6 +1,7 @@
 """The two transformers: encoder (image -> latent moments) and decoder (token maps -> images), paper appendix E."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hieratok.core.layers import Attend, Attention, Blocks, DropPath, Mlp, resize_positions
-from hieratok.tokenizer.attention import AttentionMode, KeyValueCache, scale_attention
+from hieratok.tokenizer.attention import AttentionMode, KeyValueCache, pass_mask, scale_attention
 from hieratok.tokenizer.scales import Scales
 
 NORM_EPS = 1e-6
+FEW_TOKENS = 32
+"""Of a batch: a pass of the decoder over no more takes about as long as reading its weights."""
 
 
 class Block(nn.Module):
@@ -102,13 +105,23 @@ class Decoder(nn.Module):
         patches = self.head(self.norm(x))  # (B, N, 3 f^2)
         return [self.unpatchify(p, grid) for p, grid in zip(scales.split(patches), scales.grids)]
 
-    def progressive(self, token_maps: Iterable[Tensor], scales: Scales) -> Iterator[Tensor]:
-        """The images of `forward`, each yielded before any finer scale is computed (not in full mode)."""
+    def progressive(self, token_maps: Iterable[Tensor], scales: Scales, batch_size: int) -> Iterator[Tensor]:
+        """The images of `forward`, coarse to fine, each yielded before any later pass is computed (not in full mode).
+
+        A pass is one scale, or several that have so few tokens together that reading the weights costs most.
+        """
+        sequences = self.embed(token_maps, scales)
         caches = [KeyValueCache(self.attention) for _ in self.blocks]
-        for x, grid in zip(self.embed(token_maps, scales), scales.grids):  # x (B, N_k, C)
+        done = 0
+        for together in scales.passes(FEW_TOKENS // batch_size):
+            x = torch.cat(list(islice(sequences, len(together))), dim=1)  # (B, N, C)
+            mask = pass_mask(together, done, self.attention, x.device)
             for block, cache in zip(self.blocks, caches):
-                x = block(x, cache.attend)
-            yield self.unpatchify(self.head(self.norm(x)), grid)
+                x = block(x, partial(cache.attend, mask=mask))
+            done += together.num_tokens
+            patches = self.head(self.norm(x))  # (B, N, 3 f^2)
+            for p, grid in zip(together.split(patches), together.grids):
+                yield self.unpatchify(p, grid)
 
     def embed(self, token_maps: Iterable[Tensor], scales: Scales) -> Iterator[Tensor]:
         """Token maps -> sequences (B, N_k, C) with their positions (P, area-pooled) and scale embedding added."""
