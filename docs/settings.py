@@ -26,18 +26,18 @@ TASKS = {  # heading: commands
 INTRODUCTION = """\
 # Every setting
 
-Made from the docstrings in the code by `make docs`; do not edit. Three ways to the same text: this page,
-`hieratok train RECIPE --help` (and `--help` of any other command), and the dataclasses themselves.
+Generated from docstrings by `make docs`; do not edit. `hieratok train RECIPE --help` (and `--help` of any other
+command) shows the same text.
 
 - A setting of a run is a flag, `--train.steps 2000`, and a line of a YAML file (`steps: 2000` under `train:`);
   `hieratok recipes NAME` prints a recipe as such a file. A flag wins over the file, the file over the default.
 - Lists are written `'[1,2,4]'`, "none" is `null`, booleans are `true` and `false`.
-- A misspelt name is refused, and the nearest one offered; so is a value of another type or out of range.
-- The settings that a run has come to are in its `config.yaml`.
+- A misspelt name is refused, and the nearest one offered. Values of a wrong type or out of range are refused too.
+- All settings of a run are in its `config.yaml`.
 
 Short forms of `hieratok train`: `--data PATH` for `--data.path PATH`, `--from RUN` for `--start_from RUN`. Two
-options are of the command and no settings: `--out DIR` (default: `runs/NAME`) and `--allow-changes`, to resume a
-run in `--out` that had other settings.
+options are not settings: `--out DIR` (default: `runs/NAME`) and `--allow-changes`, to resume a run in `--out` that
+had other settings.
 """
 
 

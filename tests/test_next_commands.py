@@ -145,7 +145,7 @@ def test_a_tokenizer_that_was_trained_on_is_not_called_another_one(hieratok):
     assert "dit was trained on latents of another tokenizer, run, than other" in error
 
     save_tokenizer("run", seed=2)
-    changed = "run as it was before: its weights have changed since"
+    changed = "run with other weights than it has now"
     assert f"latents holds latents of {changed}" in hieratok(*write)[1]
     assert f"latents holds latents of {changed}" in hieratok(*train)[1]
     assert f"dit was trained on latents of {changed}" in hieratok(*sample)[1]
@@ -153,7 +153,7 @@ def test_a_tokenizer_that_was_trained_on_is_not_called_another_one(hieratok):
 
 def test_one_folder_has_many_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "weights have changed" in whose("runs/a", f"{tmp_path}/runs/a/")
+    assert "other weights than it has now" in whose("runs/a", f"{tmp_path}/runs/a/")
     assert whose("runs/a", "runs/b") == "another tokenizer, runs/a, than runs/b"
     assert whose(None, "runs/b") == "another tokenizer than runs/b"
 

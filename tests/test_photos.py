@@ -192,7 +192,7 @@ def test_postprocess_refuses_what_decode_does_not_give(tok, images, message):
     ids=repr,
 )
 def test_encode_given_anything_else_names_preprocess(tok, images):
-    with pytest.raises(ValueError, match=r"encode takes .* not .*: make them by preprocess\(photos\)$") as error:
+    with pytest.raises(ValueError, match=r"encode takes .* not .*: preprocess\(photos\) makes them$") as error:
         tok.encode(images)
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""The command line: one table of commands. None of them imports torch before it has understood its arguments."""
+"""The command line: one table of commands. No command imports torch before its arguments are parsed."""
 
 import io
 import sys
@@ -60,7 +60,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit status 2, a failed run 1."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no UTF-8
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are not UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             return fail("interrupted: the same command does the rest", 130)
         return fail("interrupted" + ": the same command resumes from the last checkpoint" * resumes, 130)
     except Stopped as error:
-        return fail(str(error), 143)  # as a process ended by SIGTERM, so that no script takes the run for finished
+        return fail(str(error), 143)  # as of a process ended by SIGTERM: no script then takes the run for finished
     except (ValueError, FileNotFoundError) as error:
         return fail(str(error), 2)
     except (TrainingError, OSError) as error:
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(message: str, status: int) -> int:
-    """Print one line, without what a terminal would take for an order; return the exit status."""
+    """Print one line, without terminal control characters; return the exit status."""
     print(f"hieratok: {shown(' '.join(message.split()))}", file=sys.stderr)
     return status
 

@@ -1,4 +1,4 @@
-"""Dataclasses as flags, help and YAML: one way for every command, with the check of types of `hieratok.core.typed`."""
+"""Dataclasses as flags, help and YAML, for every command; types are checked by `hieratok.core.typed`."""
 
 import argparse
 import ast
@@ -29,39 +29,39 @@ KINDS: dict[str, type[Run]] = {"tokenizer": TokenizerRun, "generator": Generator
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 HELP = {"-h", "--help"}
 LEFT, WIDEST = 30, 120
-"""Columns of the help's left side, and of all of it at most."""
+"""Width of the help's left column, and the largest total width, in characters."""
 
 
 class Option(NamedTuple):
-    """One flag, or one word without a flag, of a command line."""
+    """One flag or positional argument of a command line."""
 
     name: str
-    """Of its field, after the groups that it is in: train.steps."""
+    """The field's name after those of its groups: train.steps."""
     kind: Any
     """The field's type."""
     text: str
     """What it does."""
     default: Any = MISSING
-    """MISSING: it must be given."""
+    """MISSING: the option is required."""
     is_positional: bool = False
     alias: str = ""
     """A shorter flag, without its dashes."""
     value: str = ""
-    """What stands for its value in help; default: made from its type."""
+    """Placeholder of the value in help; default: made from the type."""
 
     @property
     def flags(self) -> list[str]:
-        """As they are typed, the shorter one first."""
+        """The flags as typed, the short one first."""
         return [f"--{name}" for name in (self.alias, self.name) if name]
 
     @property
     def placeholder(self) -> str:
-        """What stands for its value in help: nothing for a boolean."""
+        """Placeholder of the value in help; empty for a boolean."""
         return self.value or placeholder(self.kind, self.name.rpartition(".")[2].upper())
 
     @property
     def how(self) -> str:
-        """How it is given, for messages: RUN or --data."""
+        """Its name in messages: RUN or --data."""
         return self.name.upper() if self.is_positional else f"--{self.name}"
 
 
@@ -71,23 +71,23 @@ class Command(NamedTuple):
     summary: str
     """One sentence."""
     main: Callable[[list[str]], object]
-    """Takes what follows the command's name."""
+    """Called with the arguments after the command's name."""
     options: type | None = None
     """The dataclass of its options."""
     positionals: tuple[str, ...] = ()
-    """Those of its options that have no flag."""
+    """The options that are positional."""
     kinds: Mapping[str, "Command"] = {}
-    """Commands of a second word, such as `evaluate samples`."""
+    """Sub-commands, such as `evaluate samples`."""
 
 
 def command(name: str, options: type[Options], run: Callable[[Options], object], *positionals: str) -> Command:
     """A command whose options are a dataclass.
 
     Args:
-        name: what stands after `hieratok`.
+        name: the word after `hieratok`.
         options: a dataclass; the first sentence of its docstring says what the command does.
         run: what it does.
-        positionals: fields that come without a flag.
+        positionals: fields that are positional.
     """
 
     def main(arguments: list[str]) -> None:
@@ -111,7 +111,7 @@ def load_options(
 
     Args:
         options_class: a dataclass, a flag per field.
-        positionals: the fields that have no flag.
+        positionals: the fields that are positional.
         prog: the command, for messages.
         arguments: the command line.
 
@@ -138,7 +138,7 @@ def load_run(source: str, arguments: Sequence[str] = ()) -> TrainCommand:
     """The run that a recipe's name or a YAML file describes, and where it is written.
 
     Args:
-        source: recipe name or path of a YAML file; what the file leaves out has the dataclasses' defaults.
+        source: recipe name or path of a YAML file; missing settings get the dataclasses' defaults.
         arguments: `--group.name value` overrides, `--data PATH` for `--data.path PATH`, `--from RUN` for `--start_from
             RUN`, `--out DIR`, `--allow-changes`.
 
@@ -180,10 +180,10 @@ def following(given: dict[str, Any], in_file: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(source: str) -> dict[str, Any]:
-    """A recipe's or a YAML file's settings as they stand there, not checked yet."""
+    """A recipe's or a YAML file's settings, not checked yet."""
     if not source.endswith((".yaml", ".yml")):
         return plain(recipes.get(source))
-    from hieratok.core.files import read_yaml  # it needs numpy, for which a recipe's help need not wait
+    from hieratok.core.files import read_yaml  # imported here: it needs numpy, which a recipe's help does not
 
     return {"name": Path(source).stem, **read_yaml(source)}
 
@@ -192,7 +192,7 @@ def kind_of(settings: dict[str, Any], source: str) -> type[Run]:
     """The class of the run that settings describe: a tokenizer's unless they say otherwise.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: unknown kind.
     """
     kind = settings.get("kind", "tokenizer")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -202,10 +202,10 @@ def kind_of(settings: dict[str, Any], source: str) -> type[Run]:
 
 
 def check_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
-    """A file's settings by their whole names, as their types want them.
+    """A file's settings by full name, converted to their types.
 
     Raises:
-        ValueError: a name that no run has (the nearest is offered), a value of another type, or code.
+        ValueError: an unknown name (the nearest is offered), a value of the wrong type, or a setting that names code.
     """
     run_class = kind_of(settings, source)
     types, groups = field_types(run_class), get_type_hints(run_class)
@@ -229,7 +229,7 @@ def check_settings(settings: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _with_exponents(value: Any, wanted: Any) -> Any:
-    """YAML 1.1 takes 3e-4, without a dot, for text: where numbers are wanted, it is one."""
+    """YAML 1.1 reads 3e-4, without a dot, as text: read it as a number where one is wanted."""
     kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
     if isinstance(value, list):
         items = [get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)]
@@ -243,14 +243,14 @@ def _with_exponents(value: Any, wanted: Any) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are a user's mistakes as any other."""
+    """argparse that raises ValueError, as for any other mistake of a user."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')} (`{self.prog} --help` shows how)")
 
 
 def parse(prog: str, options: Sequence[Option], arguments: Sequence[str]) -> dict[str, Any]:
-    """The values of the options that a command line gives, by name and as their types want them.
+    """The values of the options that a command line gives, by name and converted to their types.
 
     Raises:
         ValueError: unknown options (the nearest is offered), too many words, values of a wrong type.
@@ -260,7 +260,7 @@ def parse(prog: str, options: Sequence[Option], arguments: Sequence[str]) -> dic
     for option in flagged:
         parser.add_argument(*option.flags, dest=option.name, default=argparse.SUPPRESS)
     words = list(arguments)
-    end = words.index("--") if "--" in words else len(words)  # behind it there are no flags
+    end = words.index("--") if "--" in words else len(words)  # no flags after it
     booleans = {flag for option in flagged if option.kind is bool for flag in option.flags}
     found, others = parser.parse_known_args(_normalized(words[:end], booleans))
     for word in others:
@@ -277,7 +277,7 @@ def parse(prog: str, options: Sequence[Option], arguments: Sequence[str]) -> dic
 
 
 def _positionals(prog: str, options: Sequence[Option], words: list[str]) -> dict[str, str | list[str]]:
-    """Words without a flag, in order; a list takes all that are left."""
+    """Positional words in order; a list takes all that remain."""
     given: dict[str, str | list[str]] = {}
     for option in options:
         if option.is_positional and words:
@@ -308,7 +308,7 @@ def _normalized(words: Sequence[str], booleans: set[str]) -> list[str]:
 
 
 def _plain_value(text: str | list[str], wanted: Any) -> Any:
-    """What words of a command line stand for: as YAML reads a word where the type has such a value, else itself."""
+    """The value of a word: as YAML reads it where the type allows that, else the word itself."""
     if isinstance(text, list):
         return text
     import yaml
@@ -325,13 +325,13 @@ def _plain_value(text: str | list[str], wanted: Any) -> Any:
 def options_of(
     config: Any, positionals: Sequence[str] = (), prefix: str = "", with_texts: bool = False
 ) -> list[Option]:
-    """An option for each field of a dataclass and of those in it.
+    """An option for each field of a dataclass and of its nested dataclasses.
 
     Args:
         config: the class; or an instance, whose values are then the defaults.
         positionals: fields that have no flag.
         prefix: of the options' names.
-        with_texts: what each does, for help; it takes reading the source.
+        with_texts: read each option's help text, which means parsing the source.
     """
     config_class = config if isinstance(config, type) else type(config)
     types, options = get_type_hints(config_class), []
@@ -372,7 +372,7 @@ def _default(field: Field) -> Any:
 
 
 def usage(prog: str, options: Sequence[Option]) -> str:
-    """The line that shows how a command is called: what it takes without a flag, and the flags that it needs."""
+    """The usage line: positional arguments and required flags."""
     parts = [prog]
     for option in options:
         if option.is_positional:
@@ -384,9 +384,9 @@ def usage(prog: str, options: Sequence[Option]) -> str:
 
 
 def help_text(usage: str, about: str, groups: Sequence[tuple[str, Sequence[Option]]]) -> str:
-    """A command's help: how it is called, what it does with an example, and its options by group."""
+    """A command's help: usage, description with an example, and options by group."""
     parts = [f"usage: {usage}"]
-    for paragraph in about.split("\n"):  # an example stays on one line, so that it can be copied
+    for paragraph in about.split("\n"):  # an example stays on one line, to be copied
         parts.append(paragraph if paragraph.startswith("Example:") else textwrap.fill(paragraph, columns()))
     for title, options in groups:
         if options:
@@ -395,12 +395,12 @@ def help_text(usage: str, about: str, groups: Sequence[tuple[str, Sequence[Optio
 
 
 def columns() -> int:
-    """How wide help is: as the terminal, within reason."""
+    """Width of the help: the terminal's, within limits."""
     return min(shutil.get_terminal_size().columns, WIDEST)
 
 
 def overview(usage: str, description: str, example: str, title: str, commands: Mapping[str, Command], last: str) -> str:
-    """The help of what is divided into commands: a line each."""
+    """The help of a group of commands: one line each."""
     left = max(map(len, commands)) + 4
     entries = (entry(name, command.summary, left) for name, command in commands.items())
     return "\n".join(
@@ -409,7 +409,7 @@ def overview(usage: str, description: str, example: str, title: str, commands: M
 
 
 def entry(head: str, text: str, left: int) -> str:
-    """A name and what it is, side by side; the text begins after `left` columns, on a line of its own if need be."""
+    """A name and its description side by side; the text starts after `left` columns, on a new line if needed."""
     lines = textwrap.wrap(text, max(20, columns() - left), break_on_hyphens=False) or [""]
     if len(head) + 4 > left:
         lines.insert(0, "")
@@ -428,13 +428,13 @@ def _entry(option: Option) -> str:
 
 
 def about(config_class: type) -> str:
-    """What a class's docstring says, a line each paragraph, but for what it raises."""
+    """A class's docstring without its Raises section, one line for each paragraph."""
     paragraphs = inspect.cleandoc(config_class.__doc__ or "").split("\n\n")
     return "\n".join(" ".join(p.split()) for p in paragraphs if not p.startswith("Raises:"))
 
 
 def field_texts(config_class: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass and of those that it inherits from, by the field's name."""
+    """The docstring under each field of a dataclass and of its base classes, by the field's name."""
     texts: dict[str, str] = {}
     for one in reversed(config_class.__mro__):
         if is_dataclass(one):
@@ -461,7 +461,7 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 
 
 def placeholder(kind: Any, name: str = "TEXT") -> str:
-    """What stands for a value in help: N for a whole number, X for another, nothing for a boolean."""
+    """Placeholder of a value in help: N for a whole number, X for another number, empty for a boolean."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "|".join(parts)
@@ -476,7 +476,7 @@ def placeholder(kind: Any, name: str = "TEXT") -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value as typed on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

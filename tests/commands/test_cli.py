@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -279,7 +280,7 @@ def test_bad_flags(refused, flags, message):
         ("modle: {patch_size: 4}", "x.yaml: unknown setting 'modle'; did you mean 'model'?"),
         ("modle: {}", "x.yaml: unknown setting 'modle'; did you mean 'model'?"),
         ("out: here", "x.yaml: unknown setting 'out'"),
-        ("on: 1", "x.yaml: the name True is no text: put it in quotes"),  # YAML's idea of `on`
+        ("on: 1", "x.yaml: the name True is not text: put it in quotes"),  # YAML's idea of `on`
         ("train: {stpes: 3}", "x.yaml: unknown setting 'train.stpes'; did you mean 'train.steps'?"),
         ("train: {steps: {a: 3}}", "x.yaml: unknown setting 'train.steps.a'; did you mean 'train.steps'?"),
         ("train: {steps: many}", "x.yaml: train.steps must be a whole number, not 'many'"),
@@ -318,8 +319,8 @@ def test_files_that_are_none(refused):
 
 
 def test_what_to_train_comes_first(refused):
-    assert refused("train").startswith("what to train comes first: hieratok train RECIPE|FILE.yaml")
-    assert refused("train", "--data", "photos", "tiny-multi").startswith("what to train comes first")
+    assert refused("train").startswith("say what to train: hieratok train RECIPE|FILE.yaml")
+    assert refused("train", "--data", "photos", "tiny-multi").startswith("say what to train")
     assert refused("train", "f16d16-multi").startswith("no images: give --data PATH")
 
 
@@ -412,7 +413,7 @@ def test_train_writes_a_run_and_goes_on_with_it(trained, config, photos, hierato
 def test_another_run_is_not_overwritten(trained, config, photos, refused):
     line = refused("train", config, "--data", photos, "--out", trained, "--train.seed", "1")
     assert "train.seed 0 -> 1" in line
-    assert line.endswith("choose another --out, or resume with the new ones by --allow-changes")
+    assert line.endswith("choose another --out, or resume with the new ones with --allow-changes")
 
 
 def test_a_run_that_diverges_says_so(config, photos, hieratok):
@@ -502,9 +503,42 @@ def test_reconstruct_names_an_unreadable_image(trained, hieratok):
     assert not list(Path("out").glob("*.tmp"))
 
 
-# --- evaluate ---------------------------------------------------------------------------------------------------------
+# --- killed processes -------------------------------------------------------------------------------------------------
 
 PIXELS_ALONE = ("--features", "none", "--lpips", "[]")
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (
+            ["evaluate", "reconstruction", "runs/small", "--data", "PHOTOS", *PIXELS_ALONE],
+            ["evaluation/reconstructions.png", "evaluation/index.html", "evaluation/metrics.json"],
+        ),
+        (
+            ["analyze", "runs/small", "--data", "PHOTOS", "--draws", "0"],
+            ["analysis/index.html", "analysis/metrics.json"],
+        ),
+        (["report", "runs/small"], ["report.html"]),
+        (["push", "runs/small", "alice/photos", "--license", "mit", "--dry_run"], ["hub"]),
+    ],
+)
+def test_temporary_files_of_a_killed_command_are_removed(trained, photos, hieratok, words, written):
+    """Those of what it writes, and no others, which a living process may need."""
+    run = Path("runs/small")
+    shutil.copytree(trained, run)
+    before = set(run.rglob(".*"))
+    names = [run / name for name in (*written, "pictures/step-00000002.png")]
+    leftovers = [name.with_name(f".{name.name}.12345678.tmp") for name in names]
+    for leftover in leftovers:
+        leftover.parent.mkdir(exist_ok=True)
+        leftover.write_bytes(b"half")
+    assert hieratok(*(photos if word == "PHOTOS" else word for word in words))[0] == 0
+    assert all((run / name).exists() for name in written)
+    assert set(run.rglob(".*")) - before == {leftovers[-1]}
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
 def mean_psnr(originals: list[torch.Tensor], reconstructions: list[torch.Tensor]) -> float:

@@ -117,7 +117,7 @@ def test_nothing_is_left_of_a_folder_that_nothing_was_written_to(tmp_path):
 
 
 def test_another_hosts_process_that_is_dead(tmp_path, patient, caplog):
-    """The system's lock is free, which on some network file systems means nothing; but no sign of life comes."""
+    """The system's lock is free, which on some network file systems means nothing; but there is no heartbeat."""
     write_facts(tmp_path, "elsewhere")
     with lock(tmp_path, "train"):
         pass

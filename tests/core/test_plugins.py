@@ -221,7 +221,7 @@ def test_names():
     with pytest.raises(ValueError, match="there is a thing called 'new' already"):
         registry.register("new")(print)
     for name in ("", "New", "a b", "a:b", "-a", "../a"):
-        with pytest.raises(ValueError, match="a thing is called by lower-case letters"):
+        with pytest.raises(ValueError, match="the name of a thing has lower-case letters"):
             registry.register(name)
     with pytest.raises(ValueError, match=r"a\.thing must be one of old, new, not 'nwe'; did you mean 'new'\?"):
         registry["nwe"]

@@ -157,7 +157,7 @@ def test_shards_and_images_are_not_mixed(tmp_path):
     write_tar(tmp_path / "0.tar", samples(1))
     write(tmp_path / "1.jpg")
     assert "holds both shards (0.tar) and images (1.jpg)" in refusal(str(tmp_path))
-    assert "give one kind or the other" in refusal([str(tmp_path / "0.tar"), str(tmp_path / "1.jpg")])
+    assert "give only one kind" in refusal([str(tmp_path / "0.tar"), str(tmp_path / "1.jpg")])
 
 
 def test_bad_files_are_named_when_read(tmp_path):
@@ -432,10 +432,10 @@ def test_names_that_lead_outside_are_refused(tmp_path):
 def test_members_of_one_name_are_refused(tmp_path):
     for twice in ("0.jpg", "0.cls"):
         path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", b"1"), (twice, b"2")])
-        assert refusal(str(path)) == f"{path} has two members called {twice}"
+        assert refusal(str(path)) == f"{path} has two members named {twice}"
     for text in (b"tench", b"", b"-3", b"1.5", b"9" * 30):
         path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg(0)), ("0.cls", text)])
-        assert "x.tar/0.cls holds no class index" in refusal(str(path))
+        assert "x.tar/0.cls is not a class index" in refusal(str(path))
 
 
 def test_bad_images_in_shards_are_named(tmp_path):
@@ -548,7 +548,7 @@ def test_suffixes_and_what_has_none(tmp_path, caplog):
     source = open_source(str(tmp_path))
     assert names_of(source) == ["a.jfif", "b.jpe", "c.JPG", "d.jpeg", "i.ppm", "no suffix"]
     assert source.image(4)[:, 0, 0].tolist() == [1, 2, 3]
-    counted = dict.fromkeys([".txt", "no suffix", "long suffixes", "links to nothing", "special files"], 1)
+    counted = dict.fromkeys([".txt", "no suffix", "long suffixes", "broken links", "special files"], 1)
     for kind, count in {**counted, ".heic": 2, "hidden files": 1}.items():
         assert f"{kind} ({count})" in said(caplog)
     assert ".heic: convert them to JPEG" in said(caplog)
@@ -570,7 +570,7 @@ def test_folders_linked_to_each_other_are_read_once(tmp_path, caplog):
     (tmp_path / "a" / "l").symlink_to(tmp_path / "b")
     (tmp_path / "b" / "l").symlink_to(tmp_path / "a")
     assert names_of(open_source(str(tmp_path))) == ["a/x.jpg", "b/y.jpg"]
-    assert "links to folders that are read already (2)" in said(caplog)
+    assert "links to folders that are read anyway (2)" in said(caplog)
 
 
 def test_of_several_links_to_a_folder_the_first_is_read(tmp_path):
@@ -619,7 +619,7 @@ def test_links_in_archives_count_as_what_they_lead_to(tmp_path, caplog):
     source = PackedImages([str(path)])
     assert names_of(source) == ["x.tar/a/early.jpg", "x.tar/b/1.jpg", "x.tar/hard.jpg"]
     assert {shade(source.image(i)) for i in range(len(source))} == {5}
-    assert "links to nothing (3)" in said(caplog)
+    assert "broken links (3)" in said(caplog)
     assert "special files (1)" in said(caplog)
 
 

@@ -367,7 +367,7 @@ def test_adms_reference_file_is_read_as_it_is(tmp_path: Path) -> None:
     assert any("no kid, precision, recall" in warning for warning in only["warnings"])
     # Neither file names a network, so they are of FID's; nothing else may be compared with them.
     for name in ("VIRTUAL.npz", "only.npz"):
-        with pytest.raises(ValueError, match=f"{name} does not say of which network.*tiny"):
+        with pytest.raises(ValueError, match=f"{name} does not name its network.*tiny"):
             evaluate_samples(samples_options(samples, str(tmp_path / name)))
 
 

@@ -362,7 +362,7 @@ def test_a_network_of_ones_own() -> None:
     for name, message in (
         ("nowhere:means", "cannot be imported"),
         (f"{__name__}:nothing", "cannot be imported"),
-        (f"{__name__}:not_a_network", "is not called"),
+        (f"{__name__}:not_a_network", "cannot be used"),
     ):
         with pytest.raises(ValueError, match=message):
             load_network(name)

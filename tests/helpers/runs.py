@@ -20,6 +20,7 @@ from hieratok.core.typed import plain
 from hieratok.losses.reconstruction import LossConfig
 from hieratok.training import step as step_module
 from hieratok.training.config import DataConfig, TrainConfig
+from hieratok.training.run_folder import read_log
 from hieratok.training.tokenizer import TokenizerRun
 
 
@@ -55,10 +56,6 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def read_log(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def assert_same_run(a: Path, b: Path) -> None:
     """Weights, optimisers and counters bit by bit, and the means in the log; evaluations and pictures too."""
     first, second = final_state(a), final_state(b)
@@ -66,7 +63,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     for name in first:
         assert same(first[name], second[name]), name
     timing = ("images_per_second", "data_wait")
-    logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(p)] for p in (a, b)]
+    logs = [[{k: v for k, v in r.items() if k not in timing} for r in read_log(p / "log.jsonl")] for p in (a, b)]
     assert logs[0] == logs[1]
 
 
@@ -106,8 +103,8 @@ def command(*args: str) -> list[str]:
 
 
 def last_step(out: Path) -> int:
-    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+    """Of the log; 0 before its first line. A line that is being written does not count."""
+    return max((record["step"] for record in read_log(out / "log.jsonl")), default=0)
 
 
 FORKED = multiprocessing.get_context("forkserver")  # of which each process starts at once: nothing is imported anew

@@ -424,7 +424,7 @@ def test_generators_come_from_runs_too(tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("bundled:photos", FileNotFoundError, "bundled:photos: no models come with this version"),
+        ("bundled:photos", FileNotFoundError, "bundled:photos: this version comes without models"),
         ("nothing", FileNotFoundError, "nothing: no such folder"),
         ("empty", FileNotFoundError, "empty holds no model"),
         ("dit", ValueError, "does not describe a hieratok model"),

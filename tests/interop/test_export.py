@@ -260,7 +260,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path, photos, cap
     assert json.loads((tmp_path / "before" / MANIFEST).read_text())["format"] == "torch"
     capsys.readouterr()
     assert main([*arguments, str(tmp_path / "mine")]) == 2
-    assert "mine holds something else than an export: give --out a new or empty folder" in capsys.readouterr().err
+    assert "mine holds something other than an export: give --out a new or empty folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
 
 
@@ -284,7 +284,7 @@ def test_bad_options_are_one_line(tmp_path, capsys, arguments, message):
 def test_a_run_that_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["export", "nobody", "--format", "torch"]) == 2
-    assert "nobody is no folder here: give --out FOLDER" in capsys.readouterr().err
+    assert "nobody is not a folder here, give --out FOLDER" in capsys.readouterr().err
     assert main(["export"]) == 2
     assert "hieratok export needs RUN" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--format", "torch"]) == 2

@@ -153,19 +153,22 @@ def test_an_unfinished_run_and_a_bare_model_say_so(tmp_path):
     assert "Its training is not finished (step 20 of 40)" in (run / "hub" / "README.md").read_text()
     bare = run / "checkpoints" / "step-00000020" / "tokenizer"
     assert main(["push", str(bare), "a/b", "--license", "mit", "--dry-run"]) == 0
-    assert "Not known: the model came without its run." in (bare / "hub" / "README.md").read_text()
+    assert "Not known: the model was published without its run." in (bare / "hub" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["RUN", "a/b"], "needs --license"),
-        (["RUN", "a/b", "--license", "MIT"], "'MIT' is no licence's identifier; did you mean 'mit'?: one of SPDX's"),
-        (["RUN", "a/b", "--license", "apache"], "'apache' is no licence's identifier"),
-        (["RUN", "a/b", "--license", "my-own"], "'my-own' is no licence's identifier"),
-        (["RUN", "a/b", "--license", "mit or isc"], "'mit or isc' is no licence's identifier"),
-        (["RUN", "a/b", "--license", "licenseref-x"], "'licenseref-x' is no licence's identifier"),
-        (["RUN", "photos", "--license", "mit"], "'photos' is no hub id: NAME/MODEL"),
+        (
+            ["RUN", "a/b", "--license", "MIT"],
+            "'MIT' is not a licence's identifier; did you mean 'mit'?: give",
+        ),
+        (["RUN", "a/b", "--license", "apache"], "'apache' is not a licence's identifier"),
+        (["RUN", "a/b", "--license", "my-own"], "'my-own' is not a licence's identifier"),
+        (["RUN", "a/b", "--license", "mit or isc"], "'mit or isc' is not a licence's identifier"),
+        (["RUN", "a/b", "--license", "licenseref-x"], "'licenseref-x' is not a licence's identifier"),
+        (["RUN", "photos", "--license", "mit"], "'photos' is not a hub id: NAME/MODEL"),
         (["RUN/none", "a/b", "--license", "mit", "--dry_run"], "none: no such folder"),
         (["RUN/pictures", "a/b", "--license", "mit", "--dry_run"], "pictures holds no model"),
         (["RUN", "a/b", "--license", "mit"], "hf auth login"),
@@ -215,7 +218,7 @@ def test_a_run_that_learned_nothing_is_refused(run, capsys):
     records = [json.loads(line) for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps(r | {"skipped_steps": r["step"]}) + "\n" for r in records))
     assert main(["push", str(run), "a/b", "--license", "mit", "--dry_run"]) == 2
-    assert "learned nothing: all of its 40 steps were left out as not finite" in capsys.readouterr().err
+    assert "learned nothing: all of its 40 steps were skipped as not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_a_copied_encoder_is_published_and_found_again(tmp_path):
 
 def test_an_encoder_that_nobody_else_has_is_not_published(tmp_path):
     run = on_frozen(tmp_path / "run", on_autoencoder(save_autoencoder(tmp_path / "vae")), copied=False)
-    with pytest.raises(ValueError, match=r"lies on this machine alone: train with --copy_encoder"):
+    with pytest.raises(ValueError, match=r"is only on this machine: train with --copy_encoder"):
         write_folder(run, "alice/preview", "mit", tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
     vit = on_frozen(tmp_path / "vit", on_vit(save_vit(tmp_path / "vit.safetensors")), copied=False)

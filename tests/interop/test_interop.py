@@ -248,7 +248,7 @@ def test_latents_are_denormalised_by_the_autoencoder_if_the_generator_is_silent(
     found = pipe([1], num_inference_steps=3, latents=start, output_type="pt").images
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     pipe.vae = AutoencoderHieraTok(**TOKENIZER.__dict__).eval()
-    with pytest.raises(ValueError, match="no statistics"):
+    with pytest.raises(ValueError, match="has statistics of latents"):
         pipe([1], num_inference_steps=3)
 
 
@@ -443,7 +443,7 @@ def test_folders_that_cannot_be_used(workplace, tmp_path, tokenizer):
     save_kl(tmp_path / "sd")
     status, error = workplace("latents", "sd", "--data", "photos", "--stats-only", "--device", "cpu")
     assert status == 2
-    assert "--stats-only is for tokenizers of ours" in error
+    assert "--stats-only is for our tokenizers" in error
     shutil.copytree("sd", "damaged")
     Path("damaged/diffusion_pytorch_model.safetensors").unlink()
     status, error = workplace("latents", "damaged", "--data", "photos", "--out", "cache")

@@ -392,7 +392,7 @@ def test_dino_reloads_without_its_backbone():
 def test_dino_without_weights_or_backbone(tmp_path: Path):
     with pytest.raises(ValueError, match=r"gan\.backbone: timm has no model 'test_vitt'; did you mean 'test_vit'"):
         make_discriminator(AdversarialConfig(discriminator="dino", backbone="test_vitt"), 64)
-    with pytest.raises(ValueError, match=r"gan\.backbone 'test_vit2' has no class token: take one that has"):
+    with pytest.raises(ValueError, match=r"gan\.backbone 'test_vit2' has no class token: choose one that has"):
         make_discriminator(AdversarialConfig(discriminator="dino", backbone="test_vit2", random_backbone=True), 64)
     with pytest.raises(FileNotFoundError, match=r"none\.pth, given as gan\.backbone_weights, does not exist"):
         make_discriminator(AdversarialConfig(discriminator="dino", backbone_weights=str(tmp_path / "none.pth")), 64)

@@ -308,7 +308,7 @@ def test_no_weights_and_no_network(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", refuse)
     with pytest.raises(
         FileNotFoundError,
-        match=r"the weights of vit_large_patch14_dinov2\.lvd142m are not on this machine: give their file by"
+        match=r"the weights of vit_large_patch14_dinov2\.lvd142m are not on this machine: give the file with"
         r" --vf\.model_weights FILE, or run `hf download timm/vit_large_patch14_dinov2\.lvd142m",
     ):
         VFLoss(VFConfig(weight=0.1), 16)

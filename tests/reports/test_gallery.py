@@ -165,7 +165,7 @@ def test_six_runs_have_curves(tmp_path):
     document = (tmp_path / "index.html").read_text()
     legend = re.findall(r'<li style="--color: var\(--series-(\d)\)">(\w+)</li>', document)
     assert legend == [(str(i), name) for i, name in enumerate(["r0", "r1", "r2", "r5", "r6", "r7"])]
-    assert "The 6 runs whose logs grew last" in document
+    assert "Only the 6 runs with the newest logs" in document
 
 
 def test_a_line_without_points_keeps_its_colour():

@@ -69,7 +69,8 @@ def test_what_comes_from_outside_is_escaped_and_what_is_ours_is_not():
     ("text", "expected"),
     [
         ("train.learning_rate", ["train.", "learning_", "rate"]),
-        ("runs/a", ["runs/", "a"]),
+        ("runs/photos", ["runs/", "photos"]),
+        ("images/s", ["images/s"]),
         ("1,234.5 of 0.25", ["1,234.5 of 0.25"]),
         ("reconstruction", ["reconstruction"]),
         ("0123456789abcdef" * 4, ["0123456789abcdef"] * 4),
@@ -77,4 +78,9 @@ def test_what_comes_from_outside_is_escaped_and_what_is_ours_is_not():
     ],
 )
 def test_lines_end_between_the_parts_of_a_name(text, expected):
-    assert pieces(text) == expected
+    assert ["".join(piece) for piece in pieces(text)] == expected
+
+
+def test_flags_and_numbers_are_not_broken():
+    assert pieces("needs --features, 1e-05") == [["needs ", "--features", ", ", "1e-05", ""]]
+    assert '<span class="unbroken">--features</span>' in block("blocks.html", "paragraph", text="needs --features")

@@ -706,11 +706,11 @@ def test_size_paper_compares_samples_with_adms_statistics(tmp_path, many_images)
     setup = prepare(options)
     assert study_runs.reference(setup) is None
     with pytest.raises(
-        ValueError, match=r"VIRTUAL_imagenet256_labeled\.npz from https://.*: give it by --reference FILE"
+        ValueError, match=r"VIRTUAL_imagenet256_labeled\.npz from https://.*: give it with --reference FILE"
     ):
         study.run_study(options)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(ValueError, match=r"adm\.npz does not say of which network it is, so of FID's Inception"):
+    with pytest.raises(ValueError, match=r"adm\.npz does not name its network, so it is FID's Inception"):
         study.run_study(replace(options, reference=str(tmp_path / "adm.npz")))
     assert not (tmp_path / "out").exists()
     given = replace(options, reference="real")
@@ -734,8 +734,8 @@ def test_size_paper_compares_samples_with_adms_statistics(tmp_path, many_images)
         (["table3", "--data", "photos"], "give --val PATH"),
         (["table3", "--size", "huge"], "size"),
         (["table3", "--seeds", "0"], "--seeds must be at least 1"),
-        (["table3", "--base", "dit-tiny"], "variants of a tokenizer"),
-        (["table3", "--base", "tiny-single"], "variants of a tokenizer"),
+        (["table3", "--base", "dit-tiny"], "rows need a tokenizer of several scales"),
+        (["table3", "--base", "tiny-single"], "rows need a tokenizer of several scales"),
         (["table3", "--sede", "3"], "did you mean 'seeds'?"),
         (["figure4"], "give --features NAME"),
         (["figure4", "--features", "squeezenet", "--steps", "2"], "at least 3 steps"),
@@ -790,7 +790,7 @@ def test_encoders_compares_frozen_ones_with_the_papers(small_generators, base, t
 def test_encoders_that_cannot_be_compared(base):
     with pytest.raises(ValueError, match="--encoders is for the study encoders"):
         prepare(RunStudy(study="table3", base=base, encoders=["timm:x"]))
-    with pytest.raises(ValueError, match="encoders compares frozen ones with the paper's: name some by --encoders"):
+    with pytest.raises(ValueError, match="encoders compares frozen ones with the paper's: name some with --encoders"):
         prepare(RunStudy(study="encoders", base=base))
     with pytest.raises(ValueError, match="--encoders names one twice"):
         prepare(RunStudy(study="encoders", base=base, encoders=["timm:x", "timm:x"]))

@@ -155,7 +155,7 @@ def test_every_number_has_a_meaning(run, photos, command, tmp_path):
     stems = {re.sub("_(low|high|std)$", "", stem) for stem in stems}
     assert stems <= set(ANALYSIS)
     assert not any("density" in key for key in result)
-    assert "How evenly latents fill" not in (tmp_path / "a" / "index.html").read_text()
+    assert "Density of the latents" not in (tmp_path / "a" / "index.html").read_text()
 
 
 def test_batches_do_not_change_the_numbers(run, photos, command, tmp_path):

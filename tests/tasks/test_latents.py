@@ -326,7 +326,7 @@ def test_a_tokenizer_that_gives_nan_is_named_by_its_image(photos, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "say where to write by --out DIR, or --stats-only"),
+        ([], "say where to write with --out DIR, or --stats-only"),
         (["--out", "x", "--stats-only"], "leave out --out"),
         (["--out", "x", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["--oot", "x"], "unknown option --oot; did you mean 'out'?"),

@@ -198,7 +198,7 @@ def test_the_page_is_there_before_the_generator_trains(finished, run, tmp_path, 
     first = (out / "index.html").read_text(encoding="utf-8")
     assert_self_contained(first)
     assert "sample 0" not in first
-    assert "They come when the generator is trained" in first
+    assert "They follow when the generator is trained" in first
     assert "generator" not in json.loads((out / "metrics.json").read_text())
     before, after = (page.index("<h2>Samples</h2>") for page in (first, complete))
     assert first[:before] == complete[:after], "nothing else changes"

@@ -334,7 +334,7 @@ def test_models_that_do_not_fit(options, tokenizer, tmp_path):
     model = DiT.from_pretrained(options.run)
     model.latents = None
     model.save_pretrained(foreign)
-    with pytest.raises(ValueError, match="does not say whose latents it makes"):
+    with pytest.raises(ValueError, match="does not name the tokenizer of its latents"):
         sample(replace(options, run=str(foreign)))
     (foreign / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.runs import assert_same_run, crash_in_step, read_log, small_run
+from helpers.runs import assert_same_run, crash_in_step, small_run
 from hieratok.core.errors import TrainingError
 from hieratok.core.precision import autocast, dtype_of
 from hieratok.training.config import TrainConfig
+from hieratok.training.run_folder import read_log
 from hieratok.training.tokenizer import train_tokenizer
 
 
@@ -27,19 +28,19 @@ def test_fp16_trains_as_fp32_does_to_its_precision(photos, tmp_path):
     losses = {}
     for precision in ("fp32", "fp16"):
         train_tokenizer(small_run(photos, precision=precision), tmp_path / precision)
-        losses[precision] = [record["loss"] for record in read_log(tmp_path / precision)]
+        losses[precision] = [record["loss"] for record in read_log(tmp_path / precision / "log.jsonl")]
     assert losses["fp16"] != losses["fp32"]
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert counters(tmp_path / "fp16")["scaler"]["scale"] == 65536.0
     assert counters(tmp_path / "fp32")["scaler"] == {}
-    assert [record["skipped_steps"] for record in read_log(tmp_path / "fp16")] == [0] * 6
+    assert [record["skipped_steps"] for record in read_log(tmp_path / "fp16" / "log.jsonl")] == [0] * 6
 
 
 def test_gradients_are_unscaled_before_they_are_clipped(photos, tmp_path):
     norms = {}
     for precision in ("fp32", "fp16"):
         train_tokenizer(small_run(photos, precision=precision, steps=2, log_every=1), tmp_path / precision)
-        norms[precision] = [record["gradient_norm"] for record in read_log(tmp_path / precision)]
+        norms[precision] = [record["gradient_norm"] for record in read_log(tmp_path / precision / "log.jsonl")]
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)
 
 
@@ -60,15 +61,15 @@ def test_an_overflow_halves_the_scale_and_is_no_divergence(photos, tmp_path, mon
     overflowing(monkeypatch, largest=1024.0)
     train_tokenizer(small_run(photos, precision="fp16", max_bad_steps=2), tmp_path)
     assert counters(tmp_path)["scaler"]["scale"] == 1024.0  # after 6 halvings
-    assert read_log(tmp_path)[-1]["skipped_steps"] == 6
-    assert read_log(tmp_path)[-1]["rollbacks"] == 0
+    assert read_log(tmp_path / "log.jsonl")[-1]["skipped_steps"] == 6
+    assert read_log(tmp_path / "log.jsonl")[-1]["rollbacks"] == 0
     assert max((tmp_path / "checkpoints").iterdir()).name == "step-00000012"
 
 
 def test_a_run_may_end_with_an_overflow(photos, tmp_path, monkeypatch):
     overflowing(monkeypatch, largest=1024.0)
     train_tokenizer(small_run(photos, precision="fp16", steps=4, max_bad_steps=1), tmp_path)
-    assert read_log(tmp_path)[-1]["skipped_steps"] == 4
+    assert read_log(tmp_path / "log.jsonl")[-1]["skipped_steps"] == 4
 
 
 def test_what_no_scale_cures_is_a_divergence(photos, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 import helpers
 from helpers.models import save_photos, save_tokenizer
-from helpers.runs import FEATURES, TORCHRUN, crash_in_step, read_log, same
+from helpers.runs import FEATURES, TORCHRUN, crash_in_step, same
 from hieratok import HieraTok, cli
 from hieratok.core import checkpoint
 from hieratok.core.typed import plain
@@ -32,6 +32,7 @@ from hieratok.tasks.latents import WriteLatents, write_latents
 from hieratok.training import generator as module
 from hieratok.training.config import DataConfig, GeneratorEval, TrainConfig
 from hieratok.training.generator import GeneratorObjective, GeneratorRun, train_generator
+from hieratok.training.run_folder import read_log
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def final_state(out: Path) -> dict[str, object]:
 
 
 def losses(out: Path) -> list[float]:
-    return [record["loss"] for record in read_log(out)]
+    return [record["loss"] for record in read_log(out / "log.jsonl")]
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def test_a_run_leaves_what_it_promises(tokenizer, latents, tmp_path):
     run = small_run(tokenizer, latents, steps=60, picture_every=30, learning_rate=5e-3, log_every=20, batch_size=16)
     trained = train_generator(run, tmp_path)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == plain(run)
-    records = read_log(tmp_path)
+    records = read_log(tmp_path / "log.jsonl")
     assert records[-1]["loss"] < records[0]["loss"]
     assert {"loss", "mse", "gradient_norm", "learning_rate"} <= records[0].keys()
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["step-00000030.png", "step-00000060.png"]
@@ -305,7 +306,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tokenizer, latents, photos, tm
         (replace(run, data=replace(run.data, path=None)), "no latents: give --data DIR"),
         (replace(run, tokenizer=str(other)), "holds latents of another tokenizer"),
         (replace(run, data=replace(run.data, crop="random-resized")), "data.crop must be center"),
-        (replace(run, tokenizer=None, data=replace(run.data, path=str(photos))), "say which tokenizer encodes them"),
+        (replace(run, tokenizer=None, data=replace(run.data, path=str(photos))), "name the tokenizer that"),
         (
             replace(run, tokenizer=str(other), data=replace(run.data, path=str(photos))),
             "were not measured: .*stats-only",

@@ -24,7 +24,6 @@ from helpers.runs import (
     environment,
     final_state,
     last_step,
-    read_log,
     small_run,
     write_run,
 )
@@ -37,6 +36,7 @@ from hieratok.losses.vf import VFConfig
 from hieratok.studies import recipes
 from hieratok.training import step as step_module
 from hieratok.training.config import Optimization
+from hieratok.training.run_folder import read_log
 from hieratok.training.step import learning_rate
 from hieratok.training.tokenizer import EvalConfig, TokenizerObjective, TokenizerRun, train_tokenizer
 
@@ -74,7 +74,7 @@ def test_stage_2_starts_from_stage_1(photos, stage1, tmp_path):
     before = HieraTok.from_pretrained(stage1)
     run = stage2_run(photos, stage1)
     train_tokenizer(run, tmp_path)
-    records = read_log(tmp_path)
+    records = read_log(tmp_path / "log.jsonl")
     assert {"discriminator/loss", "discriminator/lecam", "logits/real", "logits/fake", "loss"} <= records[0].keys()
     assert "adversarial" not in records[0]  # steps 1 and 2: the generator does not feel it yet
     assert [r.get("adversarial_weight", 0) > 0 for r in records] == [False, True, True, True, True, True]
@@ -143,7 +143,7 @@ def test_adaptive_weight_balances_gradients_at_the_pixel_head(photos, stage1):
 def test_vf_loss_in_a_run(photos, tmp_path):
     vf = VFConfig(weight=0.5, model="vit_tiny_patch16_224", random_model=True)
     train_tokenizer(replace(small_run(photos, steps=2, batch_size=2, log_every=1), vf=vf), tmp_path)
-    record = read_log(tmp_path)[-1]
+    record = read_log(tmp_path / "log.jsonl")[-1]
     assert record["vf"] == pytest.approx(record["vf_cosine"] + record["vf_distance"], rel=1e-5)
     assert record["vf/gradient_norm"] > 0
     assert final_state(tmp_path)["vf.project.weight"].shape == (192, 4, 1, 1)
@@ -215,7 +215,7 @@ def test_compiled_training_gives_the_same_losses(photos, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("hieratok.tokenizer.posterior.DiagonalGaussian.sample", lambda self: self.mode())
             train_tokenizer(run, tmp_path / name)
-        losses.append([record["loss"] for record in read_log(tmp_path / name)])
+        losses.append([record["loss"] for record in read_log(tmp_path / name / "log.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -325,7 +325,7 @@ def test_two_processes_equal_two_micro_batches(photos, stage1, tmp_path, strateg
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")  # as if killed in step 4, 5 or 6
     run_two(config, tmp_path / "resumed")
     assert_same_run(tmp_path / "two", tmp_path / "resumed")
-    assert_same_losses(read_log(tmp_path / "one"), read_log(tmp_path / "two"))
+    assert_same_losses(read_log(tmp_path / "one" / "log.jsonl"), read_log(tmp_path / "two" / "log.jsonl"))
     first, second = final_state(tmp_path / "one"), final_state(tmp_path / "two")
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -333,7 +333,7 @@ def test_two_processes_equal_two_micro_batches(photos, stage1, tmp_path, strateg
             torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
     # what two processes saved, one goes on with
     train_tokenizer(replace(run, train=replace(run.train, steps=7)), tmp_path / "two", allow_changes=True)
-    assert read_log(tmp_path / "two")[-1]["step"] == 7
+    assert read_log(tmp_path / "two" / "log.jsonl")[-1]["step"] == 7
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -345,11 +345,11 @@ def test_what_does_not_fit_is_refused(photos, stage1, tmp_path):
         train_tokenizer(replace(run, model=replace(run.model, latent_channels=8)), tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         train_tokenizer(replace(run, start_from="nowhere"), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"runs/none: no such folder; say where .* by --from RUN"):
+    with pytest.raises(FileNotFoundError, match=r"runs/none: no such folder; name the weights .* with --from RUN"):
         train_tokenizer(replace(run, start_from="runs/none"), tmp_path)  # and the hub is not asked
-    with pytest.raises(ValueError, match="say which by --from RUN"):
+    with pytest.raises(ValueError, match="name it with --from RUN"):
         replace(run, start_from=None, freeze_encoder=True)
-    with pytest.raises(ValueError, match="leave out one of them"):
+    with pytest.raises(ValueError, match="use only one of them"):
         replace(run, freeze_encoder=True, vf=VFConfig(weight=0.1))
     with pytest.raises(ValueError, match=r"gan\.adaptive needs whole gradients"):
         replace(run, gan=replace(GAN, adaptive=True), train=replace(run.train, parallel="fsdp2"))

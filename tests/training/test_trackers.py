@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from helpers.runs import read_log, small_run
+from helpers.runs import small_run
 from hieratok.core.extras import MissingPackageError
-from hieratok.training.run_folder import HARMLESS
+from hieratok.training.run_folder import HARMLESS, read_log
 from hieratok.training.tokenizer import train_tokenizer
 from hieratok.training.trackers import WeightsAndBiases, open_tracker
 
@@ -65,7 +65,7 @@ def test_weights_and_biases_gets_what_the_log_gets(offline, photos, tmp_path):
     train_tokenizer(run, out)
     lines = history(out)
     logged = {line["step"]: line for line in lines if "loss" in line}
-    records = {record["step"]: record for record in read_log(out)}
+    records = {record["step"]: record for record in read_log(out / "log.jsonl")}
     assert list(logged) == list(records) == [2, 4, 6, 8, 10, 12]
     for step, record in records.items():
         for name, value in record.items():
@@ -103,7 +103,7 @@ def test_tensorboard_is_the_default(photos, tmp_path):
     train_tokenizer(small_run(photos, steps=4, picture_every=4), tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [
-        (record["step"], record["loss"]) for record in read_log(tmp_path)
+        (record["step"], record["loss"]) for record in read_log(tmp_path / "log.jsonl")
     ]
     assert [e.step for e in events.Images("pictures")] == [4]
     assert not (tmp_path / "wandb").exists()

@@ -29,7 +29,6 @@ from helpers.runs import (
     environment,
     final_state,
     last_step,
-    read_log,
     same,
     small_run,
     start_process,
@@ -47,7 +46,7 @@ from hieratok.settings import load_run
 from hieratok.training import step as step_module
 from hieratok.training.config import DataConfig, Optimization, TrainConfig
 from hieratok.training.generator import GeneratorRun
-from hieratok.training.run_folder import Log, RunFolder
+from hieratok.training.run_folder import Log, RunFolder, read_log
 from hieratok.training.runs import read_run
 from hieratok.training.step import learning_rate
 from hieratok.training.tokenizer import EvalConfig, TokenizerRun, train_tokenizer
@@ -72,7 +71,7 @@ def test_a_run_leaves_what_it_promises(photos, tmp_path):
     tokenizer = train_tokenizer(run, tmp_path / "run")
     out = tmp_path / "run"
     assert yaml.safe_load((out / "config.yaml").read_text()) == plain(run)
-    records = read_log(out)
+    records = read_log(out / "log.jsonl")
     assert [r["step"] for r in records] == [2, 4, 6, 8, 10, 12]
     assert records[-1]["loss"] < records[0]["loss"]
     expected = {"loss", "l1", "mse", "kl", "l1/4", "l1/8", "l1/16", "mse/4", "mse/8", "mse/16", "gradient_norm"}
@@ -141,7 +140,7 @@ def test_counts_do_not_depend_on_interruptions(photos, tmp_path, monkeypatch):
     bad |= {7}  # step 5 again: the calls went on to 6
     train_tokenizer(run, tmp_path / "crashed")
     assert_same_run(tmp_path / "whole", tmp_path / "crashed")
-    last = read_log(tmp_path / "crashed")[-1]
+    last = read_log(tmp_path / "crashed" / "log.jsonl")[-1]
     assert last["skipped_steps"] == 2
     assert last["bad_images"] > 0
 
@@ -312,7 +311,7 @@ def test_two_processes_equal_one_with_two_micro_batches(photos, tmp_path):
         env=environment(),
         timeout=300,
     )
-    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    one, two = read_log(tmp_path / "one" / "log.jsonl"), read_log(tmp_path / "two" / "log.jsonl")
     assert len(one) == len(two) == 6
     for a, b in zip(one, two):
         for name in ("loss", "l1/4", "mse/16", "kl", "gradient_norm"):
@@ -340,7 +339,7 @@ def test_a_bad_step_is_left_out_counted_and_logged(photos, tmp_path, monkeypatch
     run = small_run(photos, steps=6, log_every=1, save_every=1, keep_checkpoints=6)
     poison(monkeypatch, lambda call: call == 3)
     train_tokenizer(run, tmp_path)
-    records = read_log(tmp_path)
+    records = read_log(tmp_path / "log.jsonl")
     assert [r["skipped_steps"] for r in records] == [0, 0, 1, 1, 1, 1]
     assert "loss" not in records[2]
     assert records[3]["loss"] < 10
@@ -363,13 +362,13 @@ def test_bad_steps_in_a_row_go_back_to_the_last_checkpoint(photos, tmp_path, mon
     calls = poison(monkeypatch, lambda call: 6 <= call <= 8)
     train_tokenizer(run, tmp_path)
     assert len(calls) == 12 + 4
-    records = read_log(tmp_path)
+    records = read_log(tmp_path / "log.jsonl")
     assert [r["step"] for r in records] == list(range(1, 13))
     assert [r["rollbacks"] for r in records] == [0] * 4 + [1] * 8
     assert "not finite from step 6 on; the last checkpoint before that is" in capsys.readouterr().err
     monkeypatch.undo()
     train_tokenizer(small_run(photos, log_every=1, max_bad_steps=3), tmp_path / "healthy")
-    healthy = read_log(tmp_path / "healthy")
+    healthy = read_log(tmp_path / "healthy" / "log.jsonl")
     assert all(a["loss"] == b["loss"] for a, b in zip(records[:4], healthy[:4]))
     assert records[5]["loss"] != healthy[5]["loss"]
 
@@ -424,7 +423,7 @@ def test_a_run_of_skipped_steps_ends_in_an_error(photos, tmp_path, monkeypatch, 
             train_tokenizer(run, tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer").exists()
     assert main(["push", str(tmp_path / "out"), "a/b", "--license", "mit", "--dry_run"]) == 2
-    assert "learned nothing: all of its 10 steps were left out as not finite" in capsys.readouterr().err
+    assert "learned nothing: all of its 10 steps were skipped as not finite" in capsys.readouterr().err
 
 
 def test_a_bad_last_step_is_done_again(photos, tmp_path, monkeypatch):
@@ -432,7 +431,7 @@ def test_a_bad_last_step_is_done_again(photos, tmp_path, monkeypatch):
     calls = poison(monkeypatch, lambda call: call == 12)
     train_tokenizer(small_run(photos, log_every=1), tmp_path)
     assert len(calls) == 12 + 4
-    assert [r["rollbacks"] for r in read_log(tmp_path)] == [0] * 8 + [1] * 4
+    assert [r["rollbacks"] for r in read_log(tmp_path / "log.jsonl")] == [0] * 8 + [1] * 4
 
 
 def test_checkpoints_from_before_a_bad_streak_stay(photos, tmp_path, monkeypatch):
@@ -475,7 +474,7 @@ def test_other_settings_are_refused_by_name(photos, tmp_path):
     train_tokenizer(replace(run, train=replace(run.train, log_every=3)), tmp_path)
     longer = replace(run, train=replace(run.train, steps=14))
     train_tokenizer(longer, tmp_path, allow_changes=True)
-    assert read_log(tmp_path)[-1]["step"] == 14
+    assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 14
     config = (tmp_path / "config.yaml").read_text()
     assert yaml.safe_load(config) == plain(longer)
     wider = replace(longer, model=replace(run.model, encoder_width=2 * run.model.encoder_width))
@@ -509,7 +508,7 @@ def test_what_is_not_a_checkpoint_of_this_run_does_not_count(photos, tmp_path, c
     assert checkpoint.find(out, inside="tokenizer") == own / "tokenizer"
 
     train_tokenizer(run, out)
-    assert "step-00000099 is not a checkpoint of this run, and left alone" in caplog.text
+    assert "step-00000099 is not a checkpoint of this run: ignored" in caplog.text
     assert [path.name for path in checkpoint.step_folders(out)] == ["step-00000012"]
     for name in ("step-00000008", "step-00000012"):
         (aside,) = checkpoints.glob(f"not-this-runs-{name}-*")
@@ -568,7 +567,7 @@ def test_damaged_checkpoints_take_no_good_ones_place(photos, tmp_path):
 def test_a_name_leads_to_no_other_place(photos, tmp_path, name):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"name": name, "data": {"path": str(photos)}}))
-    with pytest.raises(ValueError, match="does not lead to a folder in runs/: choose another, or say where by --out"):
+    with pytest.raises(ValueError, match="does not lead to a folder in runs/: choose another, or set --out"):
         load_run(str(path))
     with pytest.raises(ValueError, match="does not lead to a folder in runs/"):
         GeneratorRun(name=name)
@@ -674,7 +673,7 @@ def test_unreadable_image_is_named_or_counted(photos, tmp_path):
     with pytest.raises(ValueError, match=r"4\.png"):
         train_tokenizer(run, tmp_path / "strict")
     train_tokenizer(replace(run, data=replace(run.data, on_bad_image="skip")), tmp_path / "lenient")
-    assert read_log(tmp_path / "lenient")[-1]["bad_images"] > 0
+    assert read_log(tmp_path / "lenient" / "log.jsonl")[-1]["bad_images"] > 0
 
 
 def test_batch_must_divide():

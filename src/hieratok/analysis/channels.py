@@ -1,9 +1,9 @@
-"""What the latent channels do: their moments, how many of them matter, and what each costs in nats."""
+"""The latent channels: moments, effective number, and KL in nats."""
 
 import torch
 from torch import Tensor
 
-ACTIVE_VARIANCE = 0.01  # of the posterior mean; below it a channel says nothing of the image (Burda et al. 2016)
+ACTIVE_VARIANCE = 0.01  # of the posterior mean; a channel below it carries nothing about the image (Burda et al. 2016)
 
 
 def channel_moments(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def channel_moments(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardize(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(N, d, h, w) -> every channel with the moments (d,) taken out. A channel that never varies becomes 0.
+    """(N, d, h, w) -> every channel standardised with the moments (d,). A constant channel becomes 0.
 
     Raises:
         ValueError: moments of another number of channels.
@@ -35,7 +35,7 @@ def standardize(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def correlation(covariance: Tensor) -> Tensor:
-    """Covariance (d, d) of the latents -> that of the standardised latents; zero for channels that never vary."""
+    """Covariance (d, d) of the latents -> that of the standardised latents; zero for constant channels."""
     std = covariance.diagonal().sqrt()
     scale = torch.where(std > 0, std, 1.0)
     return covariance / scale[:, None] / scale[None, :]
@@ -74,6 +74,6 @@ def channel_kl(mean: Tensor, logvar: Tensor) -> Tensor:
         mean, logvar: (N, d, h, w).
 
     Returns:
-        (N, d); its sum over d is what the KL loss averages over images.
+        (N, d); the KL loss is the mean over images of its sum over d.
     """
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((2, 3))

@@ -1,4 +1,4 @@
-"""Any image tokenizer as the functions that the analysis needs, and the latents of a set of images."""
+"""Any image tokenizer as functions for the analysis, and the latents of a set of images."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ DecodePyramid = Callable[[Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Codec:
-    """A tokenizer: what the analysis knows of it. All tensors are float32 on the CPU.
+    """A tokenizer for the analysis. All tensors are float32 on the CPU.
 
-    Any functions will do; `codec_of` makes them from a model of this package or of diffusers.
+    The functions may be any; `codec_of` makes them from a model of this package or of diffusers.
     """
 
     encode: Encode
     decode: Decode
     decode_pyramid: DecodePyramid | None = None
-    """Where a tokenizer has several scales."""
+    """For a tokenizer of several scales, else None."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Latents:
     """(N, d, h, w); None for a tokenizer without a posterior."""
 
     def sample(self, seed: int) -> Tensor:
-        """One draw of every posterior, (N, d, h, w); the mean where there is no posterior."""
+        """One sample of every posterior, (N, d, h, w); the mean if there is no posterior."""
         if self.logvar is None:
             return self.mean
         noise = torch.randn(self.mean.shape, generator=generator("posterior", seed))
@@ -55,7 +55,7 @@ def codec_of(model: Any) -> Codec:
     Args:
         model: on any device and of any precision. Its `encode` returns something with `latent_dist`, `latent` or
             `latents`, or a distribution with `mean` and `logvar`, or a tensor; its `decode` a tensor or something with
-            `sample`. Latents are taken as they are: no scaling factor is applied.
+            `sample`. Latents are raw: no scaling factor is applied.
     """
     parameter = next(model.parameters())
     there = {"device": parameter.device, "dtype": parameter.dtype}
@@ -66,7 +66,7 @@ def codec_of(model: Any) -> Codec:
     @torch.no_grad()
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
         output = model.encode(images.to(**there))
-        padded_from = getattr(output, "image_size", None)  # a HieraTok pads what is measured here pixel by pixel
+        padded_from = getattr(output, "image_size", None)  # a HieraTok pads, but here pixels are compared
         if padded_from and any(side % model.config.patch_size for side in padded_from):
             raise ValueError(f"image sides {padded_from} must be multiples of the patch size {model.config.patch_size}")
         for name in ("latent_dist", "latent", "latents"):
@@ -96,7 +96,7 @@ def encode_all(encode: Encode, batches: Iterable[tuple[Sequence[str], Tensor]]) 
         batches: names, and uint8 (B, 3, H, W) of one size.
 
     Raises:
-        ValueError: no images; latents that are no maps, are not finite (names the image) or change their shape.
+        ValueError: no images; latents that are not maps, not finite (names the image) or of different shapes.
     """
     means, logvars = [], []
     for names, images in batches:

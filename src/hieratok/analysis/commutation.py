@@ -1,7 +1,6 @@
-"""Does decoding commute with shrinking and turning? Appendix B's approximation, and EQ-VAE's equivariance, as numbers.
+"""Whether decoding commutes with reducing and rotating: appendix B's approximation, and EQ-VAE's equivariance.
 
-Every function takes one batch and gives one number per image for each quantity; `Quantity.key` is its name in
-`metrics.json`.
+Functions take one batch and give one number per image for each quantity; `Quantity.key` is its name in `metrics.json`.
 """
 
 from collections.abc import Callable
@@ -31,13 +30,13 @@ def commutation_error(coarse: Tensor, full: Tensor) -> Tensor:
 def target_mse(coarse: Tensor, images: Tensor) -> Tensor:
     """Mean of |D(T_k z) - T_k x|^2 over pixels (eq. 10): (B, 3, H_k, W_k) and (B, 3, H, W) -> (B,).
 
-    Stands beside the commutation error, which is small for a blurred reconstruction too, and then means nothing.
+    Reported with the commutation error, which is also small for a blurred reconstruction and then means nothing.
     """
     return (coarse - area_pool(images, (coarse.shape[-2], coarse.shape[-1]))).square().flatten(1).mean(1)
 
 
 def commutation(decode: Decode, z: Tensor, images: Tensor, grids: list[tuple[int, int]]) -> dict[Quantity, Tensor]:
-    """Commutation of any tokenizer: z area-pooled to each grid and decoded by itself.
+    """Commutation of any tokenizer: z area-pooled to each grid and decoded on its own.
 
     Args:
         decode: z -> images.
@@ -71,7 +70,7 @@ def halve(x: Tensor) -> Tensor:
     return area_pool(x, (x.shape[-2] // 2, x.shape[-1] // 2))
 
 
-# tau of EQ-VAE (arXiv 2502.09509), on images and on latents alike
+# tau of EQ-VAE (arXiv 2502.09509), for images and latents
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "rotate_90": lambda x: torch.rot90(x, 1, (-2, -1)),
     "rotate_180": lambda x: torch.rot90(x, 2, (-2, -1)),
@@ -80,7 +79,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def equivariance(encode: Encode, decode: Decode, z: Tensor, images: Tensor, std: Tensor) -> dict[Quantity, Tensor]:
-    """How far transforming latents is from transforming images: root mean squares, one per image.
+    """Differences between transforming latents and transforming images: root mean squares, one per image.
 
     Args:
         encode, decode: of the tokenizer.
@@ -90,8 +89,8 @@ def equivariance(encode: Encode, decode: Decode, z: Tensor, images: Tensor, std:
 
     Returns:
         `equivariance_decoder/{tau}`: |D(tau z) - tau x|, in pixel units of [-1, 1]; `equivariance_encoder/{tau}`:
-        |E(tau x) - tau E(x)|; and `reconstruction_rms`: |D(z) - x|, below which the former hardly falls. Halving is
-        left out where the latent grid has an odd side.
+        |E(tau x) - tau E(x)|; and `reconstruction_rms`: |D(z) - x|, a floor of the first. Halving is left out if the
+        latent grid has an odd side.
     """
     scale = torch.where(std > 0, std, 1.0).to(z)[:, None, None]
     errors = {Quantity("reconstruction_rms"): rms(decode(z) - images)}

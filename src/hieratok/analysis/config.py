@@ -17,25 +17,25 @@ class Analyze:
     data: str | None = None
     """Images, best never trained on: a folder, a pattern, WebDataset shards, or `bundled:val`."""
     latents: str | None = None
-    """Instead of a run: a .npy of latents, (N, d) or (N, d, h, w), for the density alone."""
+    """Instead of a run: a .npy of latents, (N, d) or (N, d, h, w), for the density only."""
     embedding: str | None = None
     """Instead of a run: a .npy of points in the plane, (N, 2), for the density without t-SNE."""
     protocol: Literal["ours", "vavae"] = "ours"
-    """ours: posterior mean, images as they are, statistics of the training images where the tokenizer has them. vavae:
-    posterior sample, image or mirror image, statistics of the images at hand."""
+    """ours: posterior mean, no mirror images, statistics of the training images if the tokenizer has them. vavae:
+    posterior sample, image or mirror image, statistics of the analysed images."""
     num: int = 10_000
-    """Images, and so points of the density, at most; a random choice of those there are."""
+    """Largest number of images, and so of the density's points; chosen at random."""
     decoded: int = 256
-    """Of these, how many to use for what needs decoding, and for spectra, at most."""
+    """Largest number of these images for metrics that need decoding, and for spectra."""
     draws: int = 10
-    """Sets of points that the density is averaged over, each with as large a set of noise; 10,000 points take a minute
-    or two a set. 0: no density."""
+    """Sets of points that the density is averaged over, each with a set of noise of the same size; 10,000 points take a
+    minute or two per set. 0: no density."""
     size: int | None = None
-    """Side that images are cut to, in pixels. Default: the tokenizer's own."""
+    """Image size in pixels, to which images are cropped. Default: the tokenizer's own."""
     batch_size: int = 16
-    """Images at a time. It changes the speed, not the result."""
+    """Batch size in images. It changes the speed, not the result."""
     seed: int = 0
-    """Of the choice of images, positions and noise."""
+    """Seed of the choice of images, positions and noise."""
     device: str | None = None
     """Where to run the tokenizer, such as cuda:0 or cpu. Default: the GPU if there is one."""
     out: str | None = None

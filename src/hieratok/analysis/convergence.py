@@ -1,8 +1,7 @@
-"""How much sooner one training curve reaches what another reaches: figure 4's "1.38x faster", defined. [ours]
+"""How much sooner one training curve reaches the level of another: a definition of figure 4's "1.38x faster". [ours]
 
-A curve is log gFID over log step, made to fall monotonically (isotonic regression) and joined by straight lines. Both
-are asked for the first step at which they reach a level of the baseline's; the speed-up is the ratio. A curve that
-does not reach the level is not extrapolated.
+A curve is log gFID over log step, made monotone (isotonic regression), with linear interpolation. The speed-up is the
+ratio of the first steps at which both curves reach a level of the baseline. Curves are not extrapolated.
 """
 
 import math
@@ -15,28 +14,28 @@ from hieratok.core.extras import needs_extras
 from hieratok.core.seeding import numpy_generator
 
 SHARES = (0.5, 0.75, 1.0)
-"""Levels are what the baseline has reached after these shares of its steps."""
+"""Levels: the baseline's values after these shares of its steps."""
 REPLICATES = 1_000
 CONFIDENCE = 0.95
 
 
 class SpeedUp(NamedTuple):
-    """At one level of the baseline's curve."""
+    """The speed-up at one level of the baseline's curve."""
 
     level: float
-    """gFID that both must reach."""
+    """gFID to reach."""
     baseline_step: float
-    """First step at which the baseline's curve is there."""
+    """First step at which the baseline's curve reaches the level."""
     step: float | None
-    """The same of the other; None: not reached."""
+    """The same for the other curve; None: not reached."""
     ratio: float | None
     """baseline_step / step: above 1, the other is faster; None: not reached."""
     low: float | None
-    """Lower end of the ratio's 95% bootstrap interval; None: in that case not reached."""
+    """Lower end of the ratio's 95% bootstrap interval; None: not reached."""
     high: float | None
     """Its upper end."""
     at_least: bool
-    """The other is there at its first evaluation already: the ratio is a lower bound."""
+    """The other curve reaches the level at its first evaluation: the ratio is a lower bound."""
 
 
 def speed_up(
@@ -44,13 +43,13 @@ def speed_up(
 ) -> list[SpeedUp]:
     """The speed-up at several levels, with intervals.
 
-    The bootstrap draws whole curves where there are several seeds, and with one seed the deviations of its points from
-    a smooth curve, which knows nothing of how other seeds would differ.
+    The bootstrap resamples whole curves if there are several seeds, and with one seed the deviations of its points from
+    a smooth curve, which say nothing about other seeds.
 
     Args:
-        steps: at which both were evaluated, ascending, at least three.
+        steps: of both curves' evaluations, ascending, at least three.
         baseline: positive values, (seeds, steps).
-        other: the same of what may be faster.
+        other: the curve that may be faster, likewise.
         seed: of the bootstrap.
 
     Raises:
@@ -72,7 +71,7 @@ def speed_up(
     for share in SHARES:
         at = int(np.searchsorted(steps, share * steps[-1]))
         first, second = reach(x, fitted[0], fitted[1], at)
-        # A replicate that is not reached counts as slower than any that is.
+        # A replicate that does not reach the level counts as the slowest.
         drawn = sorted(_ratio(*reach(x, a, b, at)) for a, b in resampled)
         tail = (1 - CONFIDENCE) / 2
         low, high = drawn[math.floor(tail * REPLICATES)], drawn[math.ceil((1 - tail) * REPLICATES) - 1]
@@ -91,7 +90,7 @@ def speed_up(
 
 
 def reach(x: np.ndarray, baseline: np.ndarray, other: np.ndarray, at: int) -> tuple[float, float | None]:
-    """First log step at which each of two falling curves over x is at the baseline's level at index `at`."""
+    """First log step at which each of two falling curves over x reaches the baseline's level at index `at`."""
     first = first_step(x, baseline, baseline[at])
     assert first is not None
     return first, first_step(x, other, baseline[at])
@@ -106,8 +105,8 @@ def monotone(values: np.ndarray) -> np.ndarray:
 
 
 def first_step(x: np.ndarray, falling: np.ndarray, level: float) -> float | None:
-    """Where a falling curve over x first is at or below `level`; at x[0] if it begins there, None if it never is."""
-    below = np.flatnonzero(falling <= level + 1e-9)  # rounding must not hide a level that is just reached
+    """Where a falling curve over x first reaches `level`; x[0] if it begins there, None if it never does."""
+    below = np.flatnonzero(falling <= level + 1e-9)  # tolerance for rounding
     if not len(below):
         return None
     i = int(below[0])
@@ -120,8 +119,8 @@ def first_step(x: np.ndarray, falling: np.ndarray, level: float) -> float | None
 def resample(x: np.ndarray, curves: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One bootstrap replicate of the mean of log curves (seeds, steps) over x.
 
-    Of one seed: a parabola in log-log, or with fewer than five steps a line, and its deviations drawn anew, enlarged
-    for what the fit has taken.
+    With one seed: a parabola in log-log, or with fewer than five steps a line, plus resampled deviations, scaled up for
+    the fit's degrees of freedom.
     """
     seeds, steps = curves.shape
     if seeds > 1:

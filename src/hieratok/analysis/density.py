@@ -1,8 +1,8 @@
-"""How evenly latent vectors fill their space: t-SNE, kernel density, CV, Gini, entropy (the paper's table 5).
+"""Evenness of the distribution of latent vectors: t-SNE, kernel density, CV, Gini, entropy (table 5).
 
 The procedure is VA-VAE's: one latent vector per image, standardised per channel, is embedded in the plane by t-SNE;
-each point's density there is estimated with a Gaussian kernel; three numbers say how uneven the densities are.
-Uniform is not Gaussian, so each comes with a floor: what as many vectors of N(0, I) in as many dimensions give.
+each point's density is estimated with a Gaussian kernel; three numbers say how uneven the densities are. Each has a
+floor for comparison: its value for as many vectors of N(0, I) in as many dimensions.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,24 +21,24 @@ from hieratok.core.seeding import numpy_generator
 
 PERPLEXITY = 30
 ITERATIONS = 1_000
-MIN_POINTS = 3 * PERPLEXITY + 2  # t-SNE looks at 3 x perplexity + 1 neighbours of every point
+MIN_POINTS = 3 * PERPLEXITY + 2  # t-SNE uses 3 x perplexity + 1 neighbours of every point
 ENTROPY_EPSILON = 1e-10
 
 
 class DensityMetrics(NamedTuple):
-    """How uneven densities are."""
+    """Unevenness of densities."""
 
     density_cv: float
     """Coefficient of variation: standard deviation over mean; 0 when all are equal."""
     gini: float
-    """Gini coefficient: 0 when all are equal, towards 1 when few points have it all."""
+    """Gini coefficient: 0 when all are equal, towards 1 when few points have almost all density."""
     normalized_entropy: float
     """Entropy of the densities' shares over that of equal shares: 1 when all are equal."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """t-SNE's points with what colours them."""
+    """t-SNE's points with their densities and classes."""
 
     points: np.ndarray
     """(N, 2)."""
@@ -47,17 +47,17 @@ class Embedding:
     labels: np.ndarray | None = None
     """(N,) class indices, -1: none; or None."""
     classes: Sequence[str] = ()
-    """Names of the classes, where they have any."""
+    """Names of the classes, if any."""
 
     def save(self, path: Path) -> None:
-        """Write an .npz whole or not at all, without the classes' names."""
+        """Write an .npz atomically, without the classes' names."""
         labels = self.labels if self.labels is not None else np.full(len(self.points), -1)
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, points=self.points, density=self.density, labels=labels)
 
     @classmethod
     def load(cls, path: Path) -> "Embedding":
-        """What `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             FileNotFoundError, PermissionError, ValueError: missing, unreadable, or not such a file.
@@ -126,7 +126,7 @@ def kernel_density(embedding: ArrayLike) -> np.ndarray:
 def embed(points: ArrayLike, seed: int = 0) -> np.ndarray:
     """t-SNE of vectors (N, d) to (N, 2): perplexity 30, 1,000 iterations, started from the principal components.
 
-    Takes about a minute for 10,000 points. The seed hardly changes the densities; which points are drawn does.
+    Takes about a minute for 10,000 points. The choice of points changes the densities more than the seed.
 
     Raises:
         ValueError: another shape, too few points, or values that are not finite or all the same.
@@ -152,9 +152,9 @@ def draw_points(latents: np.ndarray, num: int, seed: int, draw: int, mirrored: n
 
     Args:
         latents: (N, d, h, w).
-        num: at most so many images, drawn without replacement.
-        seed, draw: each draw of a seed has its own images and positions.
-        mirrored: latents of the mirrored images, which then take an image's place with probability one half.
+        num: largest number of images, drawn without replacement.
+        seed, draw: images and positions depend on both.
+        mirrored: latents of the mirrored images, each of which replaces its image with probability one half.
 
     Returns:
         (min(N, num), d).
@@ -176,10 +176,10 @@ def gaussian_points(num: int, channels: int, seed: int, draw: int) -> np.ndarray
 
 
 def measure_density(point_sets: Iterable[np.ndarray], total: int, title: str = "t-SNE") -> DensityReport:
-    """The metrics of every set of points (N, d), their mean and deviation; shows progress.
+    """The metrics of every set of points (N, d), their mean and deviation, with a progress bar.
 
     Raises:
-        ValueError: no sets, or points that `embed` refuses.
+        ValueError: no sets, or as `embed`.
     """
     metrics, first = [], None
     for points in progress(point_sets, total=total, title=title, unit="draws"):

@@ -1,4 +1,4 @@
-"""One number per image -> a mean with its interval; and such means in a file, under names like `noise_psnr/0.1`."""
+"""Means over images with their intervals, and their names in files, such as `noise_psnr/0.1`."""
 
 import math
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from hieratok.core.typed import typed
 
 
 class Quantity(NamedTuple):
-    """What a number is of."""
+    """The name of a number."""
 
     stem: str
     """Its name in the glossary, such as `noise_psnr`."""
     detail: str | float = ""
-    """Which scale or transform, or how much noise; empty where there is but one."""
+    """Scale, transform or level of noise; empty if there is only one."""
 
     @property
     def detail_text(self) -> str:
-        """The detail as it stands in a file."""
+        """The detail in a file."""
         return self.detail if isinstance(self.detail, str) else f"{self.detail:g}"
 
     @property
@@ -50,8 +50,8 @@ def summarize(values: Tensor) -> Estimate:
     """The mean over images, and the 95% interval of that mean (Student's t).
 
     Args:
-        values: (N,). Infinite ones (the PSNR of identical images) are left out; if there are none but these, the mean
-            is infinite. The interval of fewer than two images is NaN.
+        values: (N,). Infinite ones (the PSNR of identical images) are left out; if all are infinite, so is the mean.
+            The interval of fewer than two images is NaN.
     """
     found = Estimate.of(values.double().tolist())
     return found if found.low is not None else Estimate(found.mean, math.nan, math.nan)
@@ -63,7 +63,7 @@ def summarize_columns(values: Tensor) -> list[Estimate]:
 
 
 def to_json(values: Mapping[Quantity, Estimate]) -> dict[str, float | None]:
-    """Means and the ends of their intervals by name, three for each."""
+    """Means and the ends of their intervals by name, three numbers each."""
     return {
         name: number
         for quantity, value in values.items()
@@ -78,15 +78,14 @@ def columns_to_json(stem: str, values: list[Estimate]) -> dict[str, list[float |
 
 
 def from_json(table: Mapping[str, Any], where: str) -> dict[Quantity, Estimate]:
-    """Every mean in a table that has an interval beside it, in order. A number that is not finite is null in a file,
-    and NaN here.
+    """Every mean in a table that has an interval, in order. null is read as NaN.
 
     Args:
-        table: as `to_json` gives it, among other values.
+        table: from `to_json`, with other values.
         where: its file, for messages.
 
     Raises:
-        ValueError: something that is no number, or an end that is missing.
+        ValueError: a value that is not a number, or a missing end.
     """
     found = {}
     for key in table:
@@ -107,10 +106,10 @@ def columns_from_json(table: Mapping[str, Any], stem: str, where: str) -> list[E
 
 
 def read_number(table: Mapping[str, Any], key: str, where: str) -> float:
-    """A number of a table; NaN for null. A whole one stays one.
+    """A number of a table; NaN for null. Whole numbers stay whole.
 
     Raises:
-        ValueError: it is missing, or no number.
+        ValueError: it is missing, or not a number.
     """
     if key not in table:
         raise ValueError(f"{where} lacks {shown(key)}")

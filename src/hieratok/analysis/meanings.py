@@ -1,4 +1,4 @@
-"""The numbers of an analysis, each with its meaning and what it is compared with."""
+"""The numbers of an analysis with their meanings and references."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,30 +17,30 @@ class Line:
 
     quantity: Quantity
     value: Estimate
-    """With the interval over images, where there is one."""
+    """The value, with the interval over images if there is one."""
     deviation: float | None = None
-    """Standard deviation over draws of points; None: not of draws."""
+    """Standard deviation over draws of points; None: not from draws."""
     floor: float | None = None
-    """What Gaussian noise gives; None: it was not measured."""
+    """Value for Gaussian noise; None: not measured."""
 
     @property
     def metric(self) -> Metric:
-        """What the number is."""
+        """The number's entry in the glossary."""
         return ANALYSIS[self.quantity.stem]
 
     @property
     def detail(self) -> str:
-        """Which scale, transform or sigma, in words; empty where there is but one."""
+        """Scale, transform or sigma, in words; empty if there is only one."""
         return self.quantity.detail_text.replace("_", " ")
 
     @property
     def label(self) -> str:
-        """What the number is, and of what."""
+        """Label with the detail."""
         return ", ".join(filter(None, (self.metric.with_unit, self.detail)))
 
     @property
     def spread(self) -> str:
-        """± the deviation, or the interval, as text; may be empty."""
+        """± the deviation, or the interval, as text; possibly empty."""
         if self.deviation is not None:
             return f"± {digits(self.deviation, DIGITS)}"
         if self.value.low is None or self.value.high is None:
@@ -54,7 +54,7 @@ HEADS = ["number", "value", "± or 95% interval", "Gaussian floor", "better"]
 
 
 def lines(report: LatentReport, stems: Iterable[str] = ANALYSIS) -> list[Line]:
-    """The numbers of a report that are called by `stems`, in their order."""
+    """The numbers of a report whose names have these stems, in their order."""
     found = list(_numbers(report))
     return [line for stem in stems for line in found if line.quantity.stem == stem]
 
@@ -78,7 +78,7 @@ def _numbers(report: LatentReport) -> Iterator[Line]:
 
 
 def table(found: Iterable[Line], caption: str = "") -> Table:
-    """Numbers under `HEADS`; a column that all of them would leave empty is left out."""
+    """A table of numbers under `HEADS`, without empty columns."""
     cells = [
         [
             line.label,

@@ -1,7 +1,7 @@
-"""What an analysis finds: the numbers as typed values, and the `metrics.json` that holds them.
+"""Results of an analysis: the numbers as typed values, and their `metrics.json`.
 
-In the file all numbers lie side by side under their names: `hieratok.core.glossary` says what each is; `_low` and
-`_high` are the ends of a mean's 95% interval, `_std` is a deviation over draws, `floor_` is of Gaussian noise.
+The file is flat: numbers by their names in `hieratok.core.glossary`; `_low` and `_high` are the ends of a mean's 95%
+interval, `_std` is a deviation over draws, `floor_` is of Gaussian noise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ from hieratok.core.files import read_json_table, shown
 from hieratok.core.typed import as_json, typed
 
 Maps = Literal["latent", "rgb"]
-"""What has a spectrum: latents, and the images."""
+"""Maps with a spectrum: latents, and images."""
 MAPS: tuple[Maps, ...] = get_args(Maps)
 
 
 @dataclass(frozen=True)
 class Density:
-    """How evenly latents fill their space, beside Gaussian noise of the same number and channels."""
+    """Density of latents, and of Gaussian noise of the same number and channels."""
 
     draws: int
     """Sets of points."""
@@ -39,7 +39,7 @@ class Density:
     std: DensityMetrics | None = None
     """Over draws; None for a single one."""
     floor: DensityMetrics | None = None
-    """Of the noise; None: it was not measured."""
+    """Metrics of the noise; None: not measured."""
     floor_std: DensityMetrics | None = None
 
     def to_json(self) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Density:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any], where: str) -> "Density | None":
-        """Of a file's table; None where it has none."""
+        """From a file's table; None if it has none."""
 
         def metrics(prefix: str, suffix: str) -> DensityMetrics | None:
             names = [f"{prefix}{name}{suffix}" for name in DensityMetrics._fields]
@@ -71,14 +71,14 @@ class Density:
 
 @dataclass(frozen=True)
 class Channels:
-    """What the latent channels do."""
+    """Metrics of the latent channels."""
 
     effective_rank: float
     participation_ratio: float
     active_channels: int
     dead_channels: int
     channel_std: list[float]
-    """Of the posterior mean, one for each channel."""
+    """Standard deviation of the posterior mean, one for each channel."""
     kl: Estimate | None = None
     """Nats per image; None for a tokenizer without a posterior."""
     channel_kl: list[Estimate] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Channels:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any], where: str) -> "Channels | None":
-        """Of a file's table; None where it has none."""
+        """From a file's table; None if it has none."""
         if "effective_rank" not in table:
             return None
         return cls(
@@ -109,7 +109,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Which frequencies maps hold."""
+    """Frequencies of maps."""
 
     power_slope: Estimate
     dct: list[Estimate] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Spectrum:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any], maps: Maps, where: str) -> "Spectrum | None":
-        """Of a file's table; None where it has none."""
+        """From a file's table; None if it has none."""
         found = from_json(table, where)
         slope = found.get(Quantity(f"{maps}_power_slope"))
         if slope is None:
@@ -146,38 +146,38 @@ DECODED = (
     "equivariance_encoder",
     "noise_psnr",
 )
-"""Stems of what needs decoding."""
+"""Stems of the metrics that need decoding."""
 
 
 @dataclass(frozen=True)
 class LatentReport:
-    """The numbers of an analysis; what was not measured is None or empty."""
+    """The numbers of an analysis; None or empty if not measured."""
 
     n: int
-    """Images, or latents or points of a file."""
+    """Number of images, or of latents or points of a file."""
     manifest: dict[str, Any]
-    """What the numbers depend on."""
+    """Facts that the numbers depend on."""
     latent_channels: int | None = None
     latent_grid: tuple[int, int] | None = None
     """(h, w)."""
     density: Density | None = None
     channels: Channels | None = None
     decoded_images: int | None = None
-    """That `decoded` and `spectra` are means over."""
+    """Number of images that `decoded` and `spectra` are means over."""
     decoded: Mapping[Quantity, Estimate] = field(default_factory=dict)
     """Of `DECODED`."""
     spectra: Mapping[Maps, Spectrum] = field(default_factory=dict)
     inputs: Mapping[str, str] | None = None
-    """Options that say of what."""
+    """Options that name the tokenizer and images."""
     folder: str | None = None
-    """That its page lies in, of a study."""
+    """Folder of its page, in a study."""
 
     def of(self, stem: str) -> dict[str | float, Estimate]:
-        """What was decoded for one number, by detail."""
+        """The values of one decoded metric, by detail."""
         return {quantity.detail: value for quantity, value in self.decoded.items() if quantity.stem == stem}
 
     def to_json(self) -> dict[str, Any]:
-        """What `metrics.json` holds."""
+        """The content of `metrics.json`."""
         spectra = [spectrum.to_json(maps) for maps, spectrum in self.spectra.items()]
         table = {
             "n": self.n,
@@ -227,16 +227,16 @@ class LatentReport:
 
     @classmethod
     def read(cls, path: Path) -> "LatentReport":
-        """Of a `metrics.json`. Raises as `read_json_table` and `from_json`."""
+        """Read a `metrics.json`. Raises as `read_json_table` and `from_json`."""
         return cls.from_json(read_json_table(path), shown(path))
 
 
 @dataclass(frozen=True)
 class CommutationImages:
-    """What commutation looks like, for a few images."""
+    """Pictures of commutation for a few images."""
 
     names: Sequence[str]
-    """Of the B images."""
+    """Names of the B images."""
     originals: Tensor
     """uint8 (B, 3, H, W)."""
     coarse: Sequence[Tensor]
@@ -247,7 +247,7 @@ class CommutationImages:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that an analysis gives: its numbers, and what its page shows beside them."""
+    """An analysis's numbers and pictures."""
 
     title: str
     report: LatentReport

@@ -1,4 +1,4 @@
-"""How much noise in the latents a decoder bears: a generator's latents are never quite the encoder's."""
+"""A decoder's robustness to noise in the latents, as a generator's latents differ from the encoder's."""
 
 from collections.abc import Sequence
 
@@ -25,10 +25,10 @@ def noise_psnr(
         images: (B, 3, H, W) in [-1, 1].
         noise: eps, of z's shape; the same for every sigma.
         std: of the latent channels, (d,): sigma is in standard deviations of each.
-        sigmas: how much noise.
+        sigmas: levels of noise.
 
     Returns:
-        PSNR for each sigma, (B,); infinite where nothing differs.
+        PSNR for each sigma, (B,); infinite for identical images.
 
     Raises:
         ValueError: an image that is not finite.
@@ -39,5 +39,5 @@ def noise_psnr(
 
 
 def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Standard normal noise of a shape, on the CPU: the same whatever the batches."""
+    """Standard normal noise of a shape, on the CPU, independent of batches."""
     return torch.randn(*shape, generator=generator("noise", seed))

@@ -1,7 +1,7 @@
-"""Which frequencies images and latents hold: blockwise cosine transform and radial power spectrum.
+"""Frequencies of images and latents: blockwise cosine transform and radial power spectrum.
 
-After Skorokhodov et al. (arXiv 2502.14831), who find latents with too much high frequency hard to learn for a diffusion
-model; natural images are the yardstick.
+After Skorokhodov et al. (arXiv 2502.14831), who find that latents with too much high frequency are hard to learn for a
+diffusion model; natural images are the reference.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 8
-MIN_SIDE = 6  # of a map whose spectrum has a slope: three frequencies
+MIN_SIDE = 6  # smallest map with a slope: three frequencies
 
 
 @cache
@@ -60,7 +60,7 @@ def dct_profile(x: Tensor) -> Tensor:
 
 
 def high_frequency_share(x: Tensor) -> Tensor:
-    """Share of the energy beside DC in the 28 coefficients with u + v >= 8: (N, C, H, W) -> (N,). [ours]
+    """Share of the energy, without DC, in the 28 coefficients with u + v >= 8: (N, C, H, W) -> (N,). [ours]
 
     White noise has 28 / 63 = 0.44. Raises ValueError for a side below 8.
     """
@@ -77,7 +77,7 @@ def radial_power(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Frequencies in cycles per map, 1 to half the smaller side, (F,), and power (N, F): means over the rings of
-        frequencies that round to each. Each map's mean is taken out; no window is applied.
+        frequencies that round to each. Each map's mean is subtracted; no window is applied.
 
     Raises:
         ValueError: a side below 6, which leaves fewer than three frequencies.
@@ -98,7 +98,7 @@ def radial_power(x: Tensor) -> tuple[Tensor, Tensor]:
 def power_slope(x: Tensor) -> Tensor:
     """Slope of log power over log frequency, by least squares: (N, C, H, W) -> (N,).
 
-    0 for white noise, -2 to -3 for photos. An image without any power gives NaN. Raises ValueError as `radial_power`.
+    0 for white noise, -2 to -3 for photos. A constant image gives NaN. Raises ValueError as `radial_power`.
     """
     frequencies, power = radial_power(x)
     log_f = frequencies.double().log()

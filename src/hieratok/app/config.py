@@ -5,23 +5,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ServeApp:
-    """Show what a tokenizer keeps of photos, and what a generator makes, in the browser.
+    """Show a tokenizer's reconstructions of photos, and a generator's samples, in the browser.
 
     Example: hieratok app runs/quickstart --generator runs/quickstart/dit
     """
 
     run: str
-    """The tokenizer: a run's folder, a tokenizer's folder or a hub id."""
+    """Tokenizer: a run's folder, a tokenizer's folder or a hub id."""
     generator: str | None = None
-    """A generator of its latents: a run's folder, a generator's folder or a hub id. Default: no samples."""
+    """Generator of its latents: a run's folder, a generator's folder or a hub id. Default: no samples."""
     host: str = "127.0.0.1"
-    """Address to listen on: this machine alone. 0.0.0.0 listens to everybody who reaches it; there is no password."""
+    """Address to listen on; the default is this machine only. 0.0.0.0 opens it to the network, without a password."""
     port: int = 7860
     """Port to listen on."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names under which others reach the app, such as '[photos.example.org]'. Requests for any other name than these,
-    localhost and --host are refused."""
+    """Host names of the app, such as '[photos.example.org]'. Requests for other names than these, localhost and --host
+    are refused."""
     time_limit: float = 120.0
-    """Seconds that one request may take; then it is stopped."""
+    """Largest time of one request, in seconds; then it is stopped."""
     device: str | None = None
     """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""

@@ -1,8 +1,8 @@
-"""What stands between the network and gradio's server: of its routes those that the page needs, uploads by our own
-rules, requests of known hosts only, and a queue without those who have left.
+"""A gate in front of gradio's server: only the routes that the page needs, uploads by our own rules, requests of known
+hosts, and a queue without visitors who have left.
 
-gradio serves much more than a page: files, proxies, streams, recordings, its own monitoring. A list of what may pass is
-easier to keep right than a list of what may not.
+gradio also serves files, proxies, streams, recordings and its own monitoring. A list of allowed routes is easier to
+keep right than a list of forbidden ones.
 """
 
 import asyncio
@@ -41,25 +41,25 @@ PASSED = (
     "/gradio_api/info",
     "/gradio_api/heartbeat/{session}",
 )
-HANDLERS = {"photo": ["photo"], "two_photos": ["photo", "photo"], "generate": ["number"] * 4}  # and what they take
+HANDLERS = {"photo": ["photo"], "two_photos": ["photo", "photo"], "generate": ["number"] * 4}  # and their arguments
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LOCAL = ("localhost", "127.0.0.1", "::1")
 ENVELOPE = 2**16  # bytes of an upload besides the file
-CALL_BYTES = 2**14  # of a call; two photos are named in less than 1 kB
-ARRIVING_BYTES = 400 * 2**20  # of all uploads that are on their way
+CALL_BYTES = 2**14  # of a call; the names of two photos take less than 1 kB
+ARRIVING_BYTES = 400 * 2**20  # of all uploads in progress
 UPLOAD_SECONDS = 180
 CALL_SECONDS = 20
-GRACE_SECONDS = 2.0  # browsers ask for the answer at once; who has not asked by then does not want it
-STALLED_SECONDS = 30  # without reading anything of an answer
+GRACE_SECONDS = 2.0  # browsers listen for the answer at once; after this time the visitor has left
+STALLED_SECONDS = 30  # without reading from an answer
 HANG_UP_SECONDS = 0.01
 CLEANING_SECONDS = 30
 
 
 class KnownHosts:
-    """Refuses requests under a host name that is not ours, against DNS rebinding, and those that pages of others send.
+    """Refuses requests under foreign host names (DNS rebinding) and requests from pages of other sites.
 
     Args:
-        app: gets the rest.
+        app: gets the other requests.
         allowed: host names, without ports.
     """
 
@@ -85,7 +85,7 @@ class KnownHosts:
 
 
 def host_name(host: str) -> str | None:
-    """`Example.org:80` -> `example.org`; None if it is no host."""
+    """`Example.org:80` -> `example.org`; None if it is not a host."""
     try:
         return urlsplit(f"//{host.strip()}").hostname
     except ValueError:
@@ -93,7 +93,7 @@ def host_name(host: str) -> str | None:
 
 
 def urlsplit_or_none(origin: str) -> str | None:
-    """`https://Example.org:80` -> `example.org:80`; None if it is no address."""
+    """`https://Example.org:80` -> `example.org:80`; None if it is not an address."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -102,30 +102,30 @@ def urlsplit_or_none(origin: str) -> str | None:
 
 @dataclass
 class Visit:
-    """Somebody who has asked for something, or listens for the answer."""
+    """A visitor who has sent a request, or listens for the answer."""
 
     since: float
     listeners: int = 0
 
 
 class Visits:
-    """Who waits for an answer, by gradio's session. Used by the server's thread and by those of its handlers."""
+    """Visitors who wait for an answer, by gradio's session. Used by the threads of the server and of its handlers."""
 
     def __init__(self) -> None:
         self._visits: dict[str, Visit] = {}
 
     def asked(self, session: str) -> None:
-        """They have asked for something, and have a short time to listen for the answer."""
+        """A visitor has sent a request, and has a short time to listen for the answer."""
         visit = self._visits.setdefault(session, Visit(0.0))
         visit.since = time.monotonic()
 
     def knows(self, session: str) -> bool:
-        """Whether they have asked for something, and have not left for good."""
+        """Whether a visitor has sent a request and has not left."""
         return session in self._visits
 
     @contextlib.contextmanager
     def listening(self, session: str) -> Iterator[None]:
-        """They listen, while the block runs. Then they may ask for something else, or have left."""
+        """A visitor listens while the block runs. Afterwards they send another request, or have left."""
         visit = self._visits[session]
         visit.listeners += 1
         try:
@@ -135,12 +135,12 @@ class Visits:
             visit.since = time.monotonic()
 
     def is_there(self, session: str) -> bool:
-        """Whether they listen, or may be about to."""
+        """Whether a visitor listens, or may soon."""
         visit = self._visits.get(session)
         return visit is not None and (visit.listeners > 0 or time.monotonic() - visit.since < GRACE_SECONDS)
 
     def wait(self, session: str) -> bool:
-        """Wait until they listen; False if they do not. Blocks a thread for `GRACE_SECONDS` at most."""
+        """Wait until a visitor listens; False if they do not. Blocks a thread for `GRACE_SECONDS` at most."""
         while self.is_there(session):
             if self._visits[session].listeners:
                 return True
@@ -148,7 +148,7 @@ class Visits:
         return False
 
     def take_left(self) -> list[str]:
-        """Those who have asked and do not listen; they are forgotten."""
+        """Remove and return visitors who have sent a request and do not listen."""
         left = [session for session in list(self._visits) if not self.is_there(session)]
         for session in left:
             self._visits.pop(session, None)
@@ -156,13 +156,13 @@ class Visits:
 
 
 class Gate:
-    """The routes that are open.
+    """The open routes.
 
     Args:
         page: gradio's server.
-        uploads: where photos are kept.
-        visits: counts who comes and goes.
-        functions: gradio's numbers of handlers, and their names.
+        uploads: the folder of photos.
+        visits: of this server.
+        functions: names of handlers, by gradio's numbers.
     """
 
     def __init__(self, page: ASGIApp, uploads: Uploads, visits: Visits, functions: dict[int, str]):
@@ -170,14 +170,14 @@ class Gate:
         self.functions = functions
         self.uploads = uploads
         self.visits = visits
-        self.arriving = 0  # bytes of uploads that are on their way
+        self.arriving = 0  # bytes of uploads in progress
         self.turn = asyncio.Lock()
         transport = httpx.ASGITransport(page, raise_app_exceptions=False)
         self.inside = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None)
 
     @property
     def routes(self) -> list[Route]:
-        """Everything else is answered by 404, by another method by 405."""
+        """Other routes are answered with 404, other methods with 405."""
         return [
             Route("/gradio_api/upload", self.upload, methods=["POST"]),
             Route("/gradio_api/upload_progress", self.progress),
@@ -190,7 +190,7 @@ class Gate:
         ]
 
     async def upload(self, request: Request) -> Response:
-        """Keep the photos of a form's field `files`; answers with their paths, as gradio's own route does."""
+        """Store the photos of a form's field `files`; the answer has their paths, as that of gradio's own route."""
         client = request.client.host if request.client else ""
         paths = []
         with self.limited(request, MAX_BYTES + ENVELOPE) as limited:
@@ -210,12 +210,12 @@ class Gate:
         return JSONResponse(paths)
 
     async def progress(self, _: Request) -> Response:
-        """What the page asks for during an upload; gradio would remember every piece of every upload for it."""
+        """The page's request for an upload's progress; gradio's own route would keep records of every part."""
         return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
     @contextlib.contextmanager
     def limited(self, request: Request, size: int) -> Iterator[Request]:
-        """The request, with an error if its body or those of all uploads on their way get too large."""
+        """The request, with an error if its body, or all uploads in progress together, become too large."""
         received = 0
 
         async def receive() -> Message:
@@ -237,23 +237,23 @@ class Gate:
             self.arriving -= received
 
     async def file(self, request: Request) -> Response:
-        """A photo that was uploaded, for the page's own preview."""
+        """An uploaded photo, for the page's preview."""
         path = self.uploads.find(request.path_params["path"])
         if path is None:
             return PlainTextResponse(GONE, 404)
-        # Nothing that a visitor sends may run as a page or script of ours; an <img> shows it all the same.
+        # Uploads must not run as pages or scripts of this site; an <img> shows them in any case.
         headers = {"X-Content-Type-Options": "nosniff", "Content-Disposition": "attachment", "Cache-Control": "private"}
         return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
     async def ask(self, request: Request) -> Response:
-        """Put a call into gradio's queue, after those have been taken out of it who do not listen any more."""
+        """Put a call into gradio's queue, after removing those of visitors who have left."""
         with self.limited(request, CALL_BYTES) as limited:
             async with within(CALL_SECONDS):
                 body = await limited.body()
         _, _, name = request.url.path.partition("/call/")
         call = self.checked(body, name)
         if name:
-            call["session_hash"] = None  # gradio then takes the event's own id for it
+            call["session_hash"] = None  # gradio then uses the event's id
         elif call["session_hash"] is None:
             raise HTTPException(400, "session_hash is missing")
         await self.clear_queue()
@@ -266,19 +266,19 @@ class Gate:
         return Response(answer.content, answer.status_code, media_type="application/json")
 
     async def clear_queue(self) -> None:
-        """Take out of gradio's queue, and out of its memory, what nobody waits for any more."""
-        async with self.turn:  # or somebody might ask again for what is being cleared away
+        """Remove calls of visitors who have left from gradio's queue and memory."""
+        async with self.turn:  # so that no new call comes meanwhile
             await asyncio.gather(*map(self.hang_up, self.visits.take_left()))
 
     def checked(self, body: bytes, name: str) -> dict[str, Any]:
-        """A call with nothing in it but what its handler needs: numbers, or photos that were uploaded.
+        """A call with only the arguments that its handler needs: numbers, or uploaded photos.
 
         Args:
             body: JSON.
             name: of the handler; empty if the body names it by gradio's number.
 
         Raises:
-            HTTPException: it is not such a call.
+            HTTPException: not such a call.
         """
         try:
             call = json.loads(body)
@@ -294,12 +294,12 @@ class Gate:
         return {"data": data, "session_hash": session, "fn_index": None if name else function, "trigger_id": trigger}
 
     def value(self, value: Any, kind: str) -> Any:
-        """One argument of a call. A photo is named as the handlers read it, which is not gradio's way of naming files:
-        gradio would copy, fetch or open what a record of its own kind names.
+        """One argument of a call. Photos are named in the handlers' own way: gradio would copy, fetch or open files
+        that are named in its way.
 
         Raises:
-            HTTPException: a photo that is not kept here.
-            ValueError: something else that the handler does not take.
+            HTTPException: a photo that is not stored here.
+            ValueError: another value that the handler does not take.
         """
         if value is None:
             return None
@@ -316,7 +316,7 @@ class Gate:
         return {"path": str(path), "orig_name": name.encode(errors="replace").decode()}
 
     async def hang_up(self, session: str) -> None:
-        """Listen and leave, as a browser does: so gradio learns that nobody waits for this session's answers."""
+        """Listen and leave, as a browser does: gradio then drops this session."""
 
         async def leave() -> Message:
             await asyncio.sleep(HANG_UP_SECONDS)
@@ -337,7 +337,7 @@ class Gate:
             "root_path": "",
             "headers": [(b"host", b"localhost")],
         }
-        with contextlib.suppress(Exception):  # gradio has forgotten it already
+        with contextlib.suppress(Exception):  # gradio has dropped it already
             await self.page(scope, leave, ignore)
 
 
@@ -345,7 +345,7 @@ class Listening:
     """gradio's stream of answers; it ends if the visitor stops reading.
 
     Args:
-        gate: of which this is a route.
+        gate: the gate with this route.
     """
 
     def __init__(self, gate: Gate):
@@ -371,7 +371,7 @@ class Listening:
 
 @contextlib.asynccontextmanager
 async def within(seconds: float) -> AsyncIterator[None]:
-    """Answer 408 to a request whose body does not arrive in time."""
+    """Answer 408 if a request's body does not arrive in time."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -391,10 +391,10 @@ def gated(
 
     Args:
         page: gradio's server.
-        uploads: where photos are kept.
-        visits: counts who comes and goes.
-        functions: gradio's numbers of handlers, and their names.
-        allowed_hosts: names under which the app may be asked for, besides localhost.
+        uploads: the folder of photos.
+        visits: of this server.
+        functions: names of handlers, by gradio's numbers.
+        allowed_hosts: host names of the app, besides localhost.
         lifespan: gradio's.
     """
 

@@ -1,4 +1,4 @@
-"""What the app does with uploads and settings: HTML, as it becomes known. Knows nothing of a server."""
+"""The app's functions, from uploads and settings to HTML, step by step; independent of the server."""
 
 import contextlib
 import functools
@@ -33,19 +33,19 @@ from hieratok.tokenizer.model import HieraTok
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": "ddim", "flow": "heun"}  # by the generator's objective
 MAX_SIDE = 1024  # pixels of a photo that is encoded whole
-MAX_TOKENS = 64  # and tokens a side: attention's cost grows with the fourth power of it
+MAX_TOKENS = 64  # tokens per side: the cost of attention grows with its fourth power
 SAMPLES = 4  # drawn at a time
-STEPS, GUIDANCE, SEEDS = (5, 250), (1, 10), (0, 2**31 - 1)  # least and greatest
+STEPS, GUIDANCE, SEEDS = (5, 250), (1, 10), (0, 2**31 - 1)  # limits
 SIGMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5)  # of the noise on z
-BLENDS = 9  # from one photo to the other, both included
+BLENDS = 9  # steps from one photo to the other, including both
 
-Progress = Callable[[int, int], object]  # done, of how many
-Upload = dict[str, Any]  # an uploaded file: its "path" on the server, and "orig_name" as the sender calls it
+Progress = Callable[[int, int], object]  # (done, total)
+Upload = dict[str, Any]  # an uploaded file: its "path" on the server, and its "orig_name" at the sender
 P = ParamSpec("P")
 
 
 def in_one_line(handler: Callable[P, Iterator[str]]) -> Callable[P, Iterator[str]]:
-    """Let a handler's page say what is wrong with an upload or a setting."""
+    """Show a handler's ValueError as a message on its page."""
 
     @functools.wraps(handler)
     def handle(*args: P.args, **kwargs: P.kwargs) -> Iterator[str]:
@@ -59,18 +59,18 @@ def in_one_line(handler: Callable[P, Iterator[str]]) -> Callable[P, Iterator[str
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the page says of the models."""
+    """Facts about the models for the page."""
 
     max_side: int
-    """Of a photo that is encoded, in pixels."""
+    """Largest side of an encoded photo, in pixels."""
     classes: int | None
-    """That the generator knows; None without a generator."""
+    """The generator's classes; None without a generator."""
     guided: bool
-    """Whether guidance does anything to the generator's samples."""
+    """Whether the generator supports guidance."""
 
 
 class Demo:
-    """What the page asks for. Every method yields HTML that takes the place of what it yielded before.
+    """The page's requests. Every method yields HTML that replaces what it yielded before.
 
     Args:
         tokenizer: in evaluation mode, on any device.
@@ -86,7 +86,7 @@ class Demo:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the page says of the models."""
+        """Facts about the models for the page."""
         config = self.generator.config if self.generator else None
         return ModelFacts(
             self.max_side, config.num_classes if config else None, config is not None and config.label_dropout > 0
@@ -95,7 +95,7 @@ class Demo:
     @in_one_line
     @torch.inference_mode()
     def photo(self, upload: Upload | None) -> Iterator[str]:
-        """One photo at every scale, each as soon as it is decoded, and then what became of it."""
+        """One photo at every scale, each as soon as it is decoded, then comparisons."""
         if upload is None:
             yield status("No photo yet.")
             return
@@ -118,20 +118,20 @@ class Demo:
         )
 
     def noise(self, image: Tensor) -> Html:
-        """uint8 (3, H, W) -> a section: its middle, decoded from z with more and more noise."""
+        """uint8 (3, H, W) -> a section: its middle, decoded from z with increasing noise."""
         side = self.tokenizer.config.image_size
         crop = center_crop(image, side)
         z = self.tokenizer.encode(self.floats(crop)).mode()
         std, whose = self.tokenizer.latent_std, "over the training photos"
         if not torch.isfinite(std).all():
-            std, whose = z.std((0, 2, 3), correction=0), "in this photo, as none was measured in training"
+            std, whose = z.std((0, 2, 3), correction=0), "in this photo, as training has not measured any"
         noise = seeded_noise(z.shape, 0).to(z) * std.view(-1, 1, 1)
         steps = []
         for sigma in SIGMAS:
             decoded = to_uint8(self.tokenizer.decode(z + sigma * noise))[0].cpu()
             steps.append(Picture(decoded, f"σ = {sigma:g}", similarity(decoded, crop)))
         note = (
-            f"z + σ ε, decoded at {side} × {side} px: how wrong a generator's latents may be. σ counts standard"
+            f"z + σ ε, decoded at {side} × {side} px: how much error in z the decoder tolerates. σ is in standard"
             f" deviations of each latent channel {whose}."
         )
         return section("Noise on z", note, frames(steps, "Noise σ"))
@@ -139,7 +139,7 @@ class Demo:
     @in_one_line
     @torch.inference_mode()
     def two_photos(self, first: Upload | None, second: Upload | None) -> Iterator[str]:
-        """From one photo to another along a straight line in the latent space."""
+        """Interpolation between two photos along a straight line in the latent space."""
         if first is None or second is None:
             yield status("Two photos are needed.")
             return
@@ -196,42 +196,42 @@ class Demo:
             yield section(f"Class {int(label)}", note, *rows)
 
     def read(self, upload: Upload) -> Tensor:
-        """The photo behind the record of an upload, uint8 (3, H, W), its longer side at most `max_side`.
+        """The photo of an upload, uint8 (3, H, W), its longer side at most `max_side`.
 
         Raises:
-            BadImageError: what `read_upload` refuses.
+            BadImageError: as `read_upload`.
         """
         name = str(upload.get("orig_name") or "the photo")[-80:]
         return read_upload(upload.get("path"), name, self.max_side, self.uploads)
 
     def floats(self, image: Tensor) -> Tensor:
-        """uint8 (3, H, W) -> what `encode` takes, (1, 3, H, W)."""
+        """uint8 (3, H, W) -> the input of `encode`, (1, 3, H, W)."""
         return to_float(image[None].to(next(self.tokenizer.parameters()).device))
 
 
 def size(image: Tensor) -> str:
-    """(..., H, W) -> its size in words, the width first."""
+    """(..., H, W) -> its size as text, the width first."""
     return f"{image.shape[-1]} × {image.shape[-2]} px"
 
 
 def pyramid(scales: list[Picture], pending: list[tuple[str, int, int]]) -> Html:
-    """The section of the scales that are decoded and of those that are still to come."""
+    """The section of decoded and pending scales."""
     note = (
-        "Decoded coarse to fine from one latent map z and enlarged to one width. Each is compared with the photo"
+        "Decoded coarse to fine from one latent map z and enlarged to the same width. Each is compared with the photo"
         " reduced to its size: PSNR in decibels and SSIM up to 1, higher is closer. One colour per token, each patch in"
-        " its mean colour, is what a scale has to beat."
+        " its mean colour, is the baseline to beat."
     )
     return section("Every scale", note, row(scales, pending))
 
 
 def comparison(image: Tensor, decoded: Tensor) -> Html:
-    """The section with photo and finest scale on top of each other."""
+    """The section with the photo over the finest scale."""
     note = "Drag across the picture, or use the arrow keys."
     return section("Before and after", note, before_after(Picture(image, "Photo"), Picture(decoded, "Decoded")))
 
 
 def inside(image: Tensor, decoded: Tensor, z: Tensor) -> Html:
-    """The section with what is lost and what is kept."""
+    """The section with the error map and the latent map."""
     lost = Picture(
         error_map(decoded, image),
         "Error of the finest scale",
@@ -243,7 +243,7 @@ def inside(image: Tensor, decoded: Tensor, z: Tensor) -> Html:
         f"First three principal components of its {z.shape[0]} channels as red, green and blue.",
     )
     return section(
-        "What is lost, and what the decoder is given",
+        "What is lost, and what the decoder gets",
         "The scale of the error map is fixed, so that photos can be compared.",
         row([lost, kept]),
     )
@@ -251,7 +251,7 @@ def inside(image: Tensor, decoded: Tensor, z: Tensor) -> Html:
 
 @contextlib.contextmanager
 def counted(model: torch.nn.Module, progress: Callable[[int], object]) -> Iterator[None]:
-    """Calls `progress` with the number of times that the model has been evaluated."""
+    """Calls `progress` with the number of evaluations of the model."""
     done = 0
 
     def count(*_: object) -> None:

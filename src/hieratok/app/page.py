@@ -1,6 +1,6 @@
-"""What the app shows: pieces of HTML that hold their own pictures, so that no file is written for them.
+"""The app's HTML. Pictures are inline, so that no file is written for them.
 
-Their templates are in `reports/templates/app.html`. Colours, fonts and corners are the variables of gradio's theme,
+The templates are in `reports/templates/app.html`. Colours, fonts and corners are variables of gradio's theme,
 which follow the reader's light or dark setting.
 """
 
@@ -24,7 +24,7 @@ TEMPLATE = "app.html"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what is said of it."""
+    """A picture with title and detail."""
 
     image: Tensor
     """uint8 (3, H, W)."""
@@ -33,7 +33,7 @@ class Picture:
 
     @functools.cached_property
     def inline(self) -> Inline:
-        """The picture as it lies in the page: quick to make, as a visitor waits for it."""
+        """The picture for the page: encoded fast, as a visitor waits for it."""
         return inline(to_pil(self.image), effort=0)
 
 
@@ -53,8 +53,8 @@ def similarity(image: Tensor, original: Tensor, patch_size: int | None = None) -
 def latent_picture(z: Tensor) -> Tensor:
     """The latent map's first three principal components as red, green and blue.
 
-    Components keep their proportions: the strongest one's range of ±2.5 standard deviations fills the scale, weaker
-    ones stay greyer. Signs are fixed by each component's largest loading, so that the same z gives the same picture.
+    Components keep their proportions: the range of the strongest, ±2.5 standard deviations, fills the scale, and weaker
+    ones are greyer. Each component's sign is fixed by its largest loading: the same z gives the same picture.
 
     Args:
         z: (d, h, w).
@@ -77,40 +77,40 @@ def latent_picture(z: Tensor) -> Tensor:
 
 
 def heading() -> Html:
-    """What the app is."""
+    """The app's heading."""
     return block(TEMPLATE, "heading")
 
 
 def limits(megabytes: int, megapixels: int, max_side: int, minutes: int) -> Html:
-    """What may be sent, and what becomes of it."""
+    """The limits of uploads, and how long they are kept."""
     return block(TEMPLATE, "limits", megabytes=megabytes, megapixels=megapixels, max_side=max_side, minutes=minutes)
 
 
 def section(title: str, note: str, *parts: Html) -> Html:
-    """A heading, a sentence below it, and what it is about."""
+    """A heading, a sentence, and content."""
     return block(TEMPLATE, "section", title=title, note=note, parts=parts)
 
 
 def row(pictures: Sequence[Picture], pending: Sequence[tuple[str, int, int]] = (), title: str = "") -> Html:
-    """Pictures side by side, all of one width, and frames (title, H, W) for those that are still to come."""
+    """Pictures side by side, all of the same width, and frames (title, H, W) for pending ones."""
     return block(TEMPLATE, "row", title=title, pictures=pictures, pending=pending)
 
 
 def before_after(before: Picture, after: Picture) -> Html:
-    """Two pictures of one size, one over the other, and a slider that moves the border between them."""
+    """Two pictures of the same size, one over the other, with a slider that moves the border between them."""
     return block(TEMPLATE, "before_after", before=before, after=after)
 
 
 def frames(pictures: Sequence[Picture], label: str) -> Html:
-    """One picture at a time, chosen by a slider; all lie in the page, so that it moves without delay."""
+    """One picture at a time, chosen with a slider; all are in the page, so there is no delay."""
     return block(TEMPLATE, "frames", pictures=pictures, label=label)
 
 
 def status(text: str) -> Html:
-    """A line that tells how far things are; screen readers say it when it changes."""
+    """A line with the progress; screen readers read it when it changes."""
     return block(TEMPLATE, "status", text=text)
 
 
 def message(text: str) -> Html:
-    """A line that tells what went wrong."""
+    """A line with an error."""
     return block(TEMPLATE, "message", text=text)

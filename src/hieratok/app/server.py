@@ -1,6 +1,6 @@
-"""`hieratok app`: a tokenizer in the browser; what it keeps of any photo at each scale, and a generator's samples.
+"""`hieratok app`: a tokenizer's reconstructions at each scale, and a generator's samples, in the browser.
 
-The page is gradio's, of which all is switched off that would go out to the network or stay on the disk.
+The page is gradio's, without all features that would use the network or leave files on the disk.
 """
 
 import contextlib
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
     from hieratok.app.gate import Visits
 
-WAITING = 100  # people in the queue; whoever comes then is asked to try again
-SESSIONS = 4  # whose last page gradio remembers, though nothing asks for it; a page has some megabytes
+WAITING = 100  # length of the queue; further visitors are asked to try again
+SESSIONS = 4  # sessions whose last page, of some megabytes, gradio keeps, though nothing uses it
 CONNECTIONS = 500  # a browser needs three
-END_SECONDS = 4.0  # from SIGTERM to the end, at most
+END_SECONDS = 4.0  # largest time from SIGTERM to the end
 
 
 def serve(options: ServeApp) -> None:
-    """The command `hieratok app`: serves until it is interrupted or ended.
+    """The command `hieratok app`: serves until it is interrupted.
 
     Raises:
-        FileNotFoundError, ValueError: no such models, ones that do not fit each other, no gradio, or a port in use.
+        FileNotFoundError, ValueError: missing models, models that do not fit each other, no gradio, or a port in use.
     """
     if importlib.util.find_spec("gradio") is None:
         raise MissingPackageError("gradio")
@@ -63,14 +63,14 @@ def serve(options: ServeApp) -> None:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM interrupt the block as Ctrl+C does, and then end the process, whatever its threads still do."""
+    """Let SIGTERM interrupt the block as Ctrl+C does, and then end the process, even if threads still run."""
     ended = False
 
     def end(*_: object) -> None:
         nonlocal ended
         ended = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not disturb the cleaning up
-        last = threading.Timer(END_SECONDS, os._exit, [0])  # if the cleaning up hangs
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the clean-up
+        last = threading.Timer(END_SECONDS, os._exit, [0])  # if the clean-up hangs
         last.daemon = True
         last.start()
         raise KeyboardInterrupt
@@ -85,7 +85,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, before models take their time to load.
+    """A listening socket, made before the models are loaded.
 
     Raises:
         ValueError: the port is in use, or the host is not of this machine.
@@ -100,8 +100,8 @@ def load(options: ServeApp, uploads: Path) -> Demo:
     """The models.
 
     Args:
-        options: name them.
-        uploads: the folder that photos are read from.
+        options: with their names.
+        uploads: the folder of photos.
 
     Raises:
         FileNotFoundError, ValueError: as `serve`.
@@ -117,7 +117,7 @@ def load(options: ServeApp, uploads: Path) -> Demo:
 
 @contextlib.contextmanager
 def served(options: ServeApp, listener: socket.socket) -> Iterator[str]:
-    """Serve the page while the block runs; yields its address. Uploads lie in a folder that goes with the block."""
+    """Serve the page while the block runs; yields its address. The folder of uploads is removed after the block."""
     with tempfile.TemporaryDirectory(prefix="hieratok-app-", ignore_cleanup_errors=True) as folder:
         uploads = Path(folder) / "uploads"
         uploads.mkdir()
@@ -134,7 +134,7 @@ def served(options: ServeApp, listener: socket.socket) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running(worker: Worker, uploads: Uploads, options: ServeApp, listener: socket.socket) -> Iterator[None]:
-    """The server, in a thread of its own, so that this one hears signals whatever the other does."""
+    """The server, in its own thread, so that this one can handle signals."""
     import uvicorn
     from fastapi import FastAPI
     from gradio import mount_gradio_app
@@ -187,7 +187,7 @@ def running(worker: Worker, uploads: Uploads, options: ServeApp, listener: socke
 
 
 def theme() -> "Base":
-    """gradio's look with the reader's own fonts, as its default ones come from elsewhere, and a darker grey."""
+    """gradio's theme with the system's fonts, as its default fonts are downloaded, and a darker grey."""
     from gradio.themes import Default
 
     plain = Default(
@@ -200,7 +200,7 @@ def theme() -> "Base":
 
 
 def build(worker: Worker, visits: "Visits") -> "gradio.Blocks":
-    """The page: components, and which of them starts which of the worker's methods."""
+    """The page: its components, connected to the worker's methods."""
     import gradio as gr
 
     def photo(photo: Any, request: gr.Request) -> Iterator[str]:
@@ -231,7 +231,7 @@ def build(worker: Worker, visits: "Visits") -> "gradio.Blocks":
         except WorkerError as error:
             yield str(message(str(error)))
 
-    # Handlers get what a request says, as our own code checks it. gradio's would open and copy files by its own rules.
+    # Handlers get unprocessed values, which our own code checks: gradio would open and copy files by its own rules.
     shared: dict[str, Any] = dict(
         preprocess=False, show_progress="minimal", concurrency_limit=1, concurrency_id="model"
     )
@@ -276,7 +276,7 @@ def settings(classes: int, guided: bool) -> "list[Any]":
 
 
 def upload(label: str) -> "gradio.Image":
-    """Where a photo is dropped, pasted or chosen."""
+    """The component for dropping, pasting or choosing a photo."""
     import gradio as gr
 
     return gr.Image(label=label, sources=["upload", "clipboard"], buttons=[], height=260, placeholder=PLACEHOLDER)
@@ -288,7 +288,7 @@ def limits(facts: ModelFacts) -> Html:
 
 
 def result(html: Html, min_height: int | None = None) -> "gradio.HTML":
-    """A part of the page that we write ourselves."""
+    """A component with our own HTML."""
     import gradio as gr
 
     return gr.HTML(str(html), elem_classes="results", apply_default_css=False, min_height=min_height)

@@ -1,4 +1,4 @@
-"""Photos that visitors of the app send: kept for a while, within limits, and checked before anything is decoded."""
+"""Photos uploaded to the app: stored for a limited time, within limits, and checked before decoding."""
 
 import os
 import secrets
@@ -19,20 +19,20 @@ from hieratok.core.pictures import to_pil
 from hieratok.core.pixels import BadImageError, TooManyPixels, TooManyScans, decode_image, open_image
 
 MAX_BYTES = 20 * 2**20
-MAX_PIXELS = 25_000_000  # a 24-megapixel photo; decoding takes at most some 400 MB
+MAX_PIXELS = 25_000_000  # a 24-megapixel photo; decoding takes at most about 400 MB
 MAX_ASPECT = 20  # longer side over shorter side
 KINDS = "JPEG, PNG, WebP, BMP, TIFF, AVIF or GIF"
 
-KEPT_SECONDS = 1800  # how long an upload is kept at most
-CLIENT_BYTES = 100 * 2**20  # of one address's uploads; then its oldest go
-TOTAL_BYTES = 2**30  # of all uploads; then the oldest go
-LEAST_BYTES = 2**16  # that an upload is counted as, so that there are not too many of them
-GONE = "the photo is not here, or not any longer: send it again"  # whatever else lies there
+KEPT_SECONDS = 1800  # largest time that an upload is kept
+CLIENT_BYTES = 100 * 2**20  # of one address's uploads; then its oldest are removed
+TOTAL_BYTES = 2**30  # of all uploads; then the oldest are removed
+LEAST_BYTES = 2**16  # smallest size that an upload counts as, which limits their number
+GONE = "this photo is not stored here any more: send it again"  # the same for every other file
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An upload that is still there."""
+    """A stored upload."""
 
     client: str
     size: int
@@ -40,19 +40,19 @@ class Kept:
 
 
 class Uploads:
-    """The folder of photos that were sent; the only files that the app reads for a visitor.
+    """The folder of uploaded photos, the only files that the app reads for a visitor.
 
     Args:
-        folder: exists, is empty, and belongs to this object alone.
+        folder: an existing empty folder, used by this object alone.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        self._kept: dict[Path, Kept] = {}  # the oldest first
+        self._kept: dict[Path, Kept] = {}  # oldest first
         self._lock = threading.Lock()
 
     def keep(self, content: BinaryIO, client: str) -> Path:
-        """Write a photo under a name that cannot be guessed; older ones make room for it.
+        """Store a photo under a name that cannot be guessed; older ones are removed if there is no room.
 
         Args:
             content: of the file, at its start.
@@ -75,13 +75,13 @@ class Uploads:
         return path
 
     def find(self, path: object) -> Path | None:
-        """The photo that was kept as `path`; None for everything else, without a look at the disk."""
+        """The photo stored as `path`; None for everything else, without a disk access."""
         known = Path(path) if isinstance(path, str) else None
         with self._lock:
             return known if known in self._kept else None
 
     def remove_old(self) -> None:
-        """Remove what is too old, and the oldest of what is too much."""
+        """Remove photos that are too old, and the oldest beyond the limits."""
         with self._lock:
             total = sum(kept.size for kept in self._kept.values())
             of_client: dict[str, int] = {}
@@ -98,19 +98,19 @@ class Uploads:
 
 
 def read_upload(path: object, name: str, max_side: int, folder: Path) -> Tensor:
-    """A photo that somebody sent, upright (EXIF) and scaled down if need be.
+    """An uploaded photo, upright (EXIF) and scaled down if needed.
 
     Args:
-        path: as a request names it.
-        name: as the sender calls it, for messages.
-        max_side: of what is returned, in pixels.
+        path: from the request.
+        name: the file's name at the sender, for messages.
+        max_side: of the result, in pixels.
         folder: of uploads; nothing outside of it is read.
 
     Returns:
         uint8 (3, H, W).
 
     Raises:
-        BadImageError: one line that says what is wrong.
+        BadImageError: the photo cannot be read or exceeds a limit.
     """
     data = content_of(path, name, folder)
     check_image(data, name)
@@ -121,15 +121,15 @@ def content_of(path: object, name: str, folder: Path) -> bytes:
     """The bytes of an upload.
 
     Raises:
-        BadImageError: too large; or no regular file inside the folder, with the same words whatever it is.
+        BadImageError: too large, or not a regular file inside the folder, always with the same message.
     """
     try:
         real = Path(path).resolve(strict=True) if isinstance(path, str) else None
         if real is None or not real.is_relative_to(folder.resolve()):
             raise BadImageError(GONE)
-        # What is no regular file is not waited for: the path of a FIFO would block this process for good.
+        # Only regular files are opened: a FIFO would block this process.
         file = os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except (OSError, ValueError, RuntimeError):  # missing, not readable, no path at all, links in a circle
+    except (OSError, ValueError, RuntimeError):  # missing, not readable, not a path, circular links
         raise BadImageError(GONE) from None
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
@@ -143,7 +143,7 @@ def content_of(path: object, name: str, folder: Path) -> bytes:
 
 
 def check_image(data: bytes, name: str) -> None:
-    """Refuse a file by what its first bytes say of it; no pixel is decoded.
+    """Check a file's header; no pixel is decoded.
 
     Raises:
         BadImageError: too many pixels or scans, too narrow, or not an image of a known kind.

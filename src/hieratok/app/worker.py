@@ -1,9 +1,9 @@
-"""The process that computes for the app. It can be killed whatever it does, as a thread cannot: by a request that takes
-too long, by a file that makes a decoder hang or crash, and when the server ends. The next request starts it again.
+"""The process that computes for the app. Unlike a thread it can be killed at any time: if a request takes too long, if
+a file makes a decoder hang, or when the server ends. The next request starts it again.
 
-The two talk in JSON over a pipe. The server asks: ["start", JOB, METHOD, ARGUMENTS...] or ["next"]. The worker answers
+They exchange JSON over a pipe. The server sends ["start", JOB, METHOD, ARGUMENTS...] or ["next"]. The worker answers
 with any number of ["progress", DONE, TOTAL] and then with one of ["page", HTML], ["done"] and ["failed"]. ["drop", JOB]
-has no answer of its own: nobody wants the rest.
+has no answer: the rest of the job is not needed.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hieratok.app.handlers import Demo, ModelFacts, Progress
 
-POLL_SECONDS = 0.5  # between two looks at whether the visitor is still there
+POLL_SECONDS = 0.5  # between two checks whether the visitor is still there
 
 
 class WorkerError(Exception):
-    """A request without an answer; the message is for the visitor."""
+    """A request failed; the message is for the visitor."""
 
 
 class Worker:
     """A process with the models, which computes one request after another.
 
     Args:
-        load: called in the process; gives what answers requests. It and what it raises must be picklable.
+        load: called in the process; returns the object that answers requests. It and its errors must be picklable.
         time_limit: seconds for one request, from its start to its last page.
 
     Raises:
-        ValueError, FileNotFoundError: what `load` raises.
+        ValueError, FileNotFoundError: as `load`.
     """
 
     facts: "ModelFacts"
@@ -46,8 +46,8 @@ class Worker:
         self.load = load
         self.time_limit = time_limit
         self.closed = False
-        self._step = threading.Lock()  # one question, one answer
-        self._job = 0  # the request in progress, or the last one
+        self._step = threading.Lock()  # one request at a time
+        self._job = 0  # the present or last request
         self._start()
 
     def _start(self) -> None:
@@ -57,10 +57,10 @@ class Worker:
         self._process = context.Process(target=work, args=(theirs, self.load), name="hieratok-app-worker", daemon=True)
         self._process.start()
         theirs.close()
-        if self.closed:  # meanwhile
+        if self.closed:  # closed in the meantime
             self._process.kill()
         try:
-            answer = self._connection.recv()  # the process's own word, before anything from a visitor reached it
+            answer = self._connection.recv()  # trusted: sent before any data of a visitor reached the process
         except EOFError:
             raise ValueError("the app's worker process ended while it loaded the models") from None
         except BaseException:
@@ -82,13 +82,13 @@ class Worker:
         Args:
             method: of `Demo`.
             arguments: JSON values.
-            progress: called with steps done and steps in all.
-            wanted: asked now and then; False ends the request.
+            progress: called with the steps done and their total.
+            wanted: called regularly; False ends the request.
 
         Raises:
-            WorkerError: it took too long, or the process failed; the next request finds it alive.
+            WorkerError: it took too long, or the process failed; the next request starts a new one.
         """
-        job = self._job = self._job + 1  # a request that was left unfinished gets no further answers
+        job = self._job = self._job + 1  # an unfinished request gets no further answers
         question = ["start", job, method, *arguments]
         deadline = 0.0
         try:
@@ -171,11 +171,11 @@ class Worker:
 
 
 class Dropped(Exception):
-    """Nobody wants the rest of a request."""
+    """The rest of a request is not needed."""
 
 
 def work(connection: Connection, load: "Callable[[], Demo]") -> None:
-    """What the process does: load the models, then answer questions until there is nobody to ask them."""
+    """The process's main function: load the models, then answer requests until the server ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal; the server ends this one
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -219,13 +219,13 @@ def answer_of(pages: Iterator[str]) -> list[str]:
         return ["done"] if page is None else ["page", page]
     except Dropped:
         return ["done"]
-    except Exception:  # of any kind: the log gets it all, and a visitor nothing of it
+    except Exception:  # the log gets the details, the visitor does not
         traceback.print_exc()
         return ["failed"]
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it has ended, killed or not."""
+    """End this process when its parent has ended, even if killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

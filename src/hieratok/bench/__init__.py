@@ -1,1 +1,1 @@
-"""`hieratok bench`: how fast this machine runs each part, as shares of its limits."""
+"""`hieratok bench`: speed of each part on this machine, as a share of the machine's limits."""

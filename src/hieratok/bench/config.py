@@ -10,33 +10,33 @@ What = Literal["attention", "decode", "train", "sample", "data", "evaluate"]
 
 @dataclass(kw_only=True)
 class Bench:
-    """Time this machine: what runs how near to its limit.
+    """Time each part on this machine, compared with the machine's limits.
 
     Example: hieratok bench decode --recipe f16d16-multi --batch_size 8 --json
     """
 
     what: What | Literal["all"] = "all"
-    """attention, decode, train, sample, data, evaluate, or all of them."""
+    """Part: attention, decode, train, sample, data, evaluate, or all."""
     recipe: str | None = None
-    """The tokenizer. Default: f16d16-multi on a GPU, tiny-multi elsewhere."""
+    """Recipe of the tokenizer. Default: f16d16-multi on a GPU, tiny-multi elsewhere."""
     generator: str | None = None
-    """The generator of `sample`. Default: dit-xl on a GPU, dit-tiny elsewhere."""
+    """Recipe of the generator for `sample`. Default: dit-xl on a GPU, dit-tiny elsewhere."""
     data: str = "bundled:train"
-    """The images of `data`."""
+    """Images for `data`."""
     batch_size: int | None = None
-    """Images at a time. Default: 32 on a GPU, 8 elsewhere."""
+    """Batch size in images. Default: 32 on a GPU, 8 elsewhere."""
     precision: Precision | None = None
-    """Default: bf16 on a GPU, fp32 elsewhere."""
+    """Precision. Default: bf16 on a GPU, fp32 elsewhere."""
     compile: bool = False
-    """torch.compile: the models are timed compiled."""
+    """Compile the models with torch.compile."""
     rounds: int = 7
-    """How often each thing is timed; medians count."""
+    """Number of measurements; medians are reported."""
     device: str | None = None
     """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
     json: bool = False
     """Print JSON instead of tables."""
     out: str | None = None
-    """Write the JSON to this file too."""
+    """File to write the JSON to as well."""
 
     def __post_init__(self):
         if self.rounds < 1 or (self.batch_size is not None and self.batch_size < 1):

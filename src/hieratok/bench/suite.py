@@ -1,7 +1,7 @@
-"""`hieratok bench`: how near to the machine's limit attention, decoding, training, sampling and evaluation run.
+"""`hieratok bench`: attention, decoding, training, sampling and evaluation, compared with the machine's limits.
 
-Everything is timed beside a large matrix product in the same process and in turns with it, so that a result is a share
-of what this machine can do, and ratios are taken round by round. Weights are random: time does not depend on them.
+Everything is timed in turns with a large matrix product in the same process, so that results are shares of the
+machine's rate, and ratios are taken round by round. Weights are random, as time does not depend on them.
 """
 
 import json
@@ -52,7 +52,7 @@ FEATURES = 2048  # of Inception
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how things are timed."""
+    """Device and settings of the measurements."""
 
     device: torch.device
     precision: Precision
@@ -62,7 +62,7 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrix products compute in."""
+        """The dtype of matrix products."""
         return dtype_of(self.precision)
 
     def precisely(self, call: Call) -> Call:
@@ -75,7 +75,7 @@ class Machine:
         return run
 
     def model(self, module: torch.nn.Module) -> torch.nn.Module:
-        """A module where it is timed, compiled if wanted."""
+        """A module on the device, compiled if set."""
         module = module.to(self.device)
         if self.compile:
             module.compile(dynamic=False)
@@ -83,7 +83,7 @@ class Machine:
 
 
 class Work(NamedTuple):
-    """What a call computes."""
+    """Work of a call."""
 
     flops: float
     utilisation: float
@@ -91,19 +91,19 @@ class Work(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a call needs at once."""
+    """Memory of a call."""
 
     peak_bytes: int | None
-    """None where the machine does not say."""
+    """None if not known."""
 
 
-class Beside(NamedTuple):
-    """A call's time over another's."""
+class Comparison(NamedTuple):
+    """A call's time divided by another's."""
 
     to: str
     """The other's name."""
     low: float
-    """Of all rounds."""
+    """Highest ratio of all rounds."""
     high: float
     ratio: float
     """The median."""
@@ -111,7 +111,7 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True)
 class Timed:
-    """One call; what was not measured is None."""
+    """One call; None: not measured."""
 
     name: str
     seconds: float
@@ -119,7 +119,7 @@ class Timed:
     images_per_second: float | None = None
     memory: Memory | None = None
     work: Work | None = None
-    beside: Beside | None = None
+    beside: Comparison | None = None
 
     def to_json(self) -> dict[str, str | float | None]:
         """Numbers by name."""
@@ -133,7 +133,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The machine's facts, and rows by what was timed."""
+    """The machine's facts, and rows by part."""
 
     hardware: str
     torch: str
@@ -148,7 +148,7 @@ class BenchResult:
     rows: dict[What, list[Timed]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The value that `--json` prints."""
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
         return facts | {what: [row.to_json() for row in rows] for what, rows in self.rows.items()}
 
@@ -198,7 +198,7 @@ def bench(options: Bench) -> BenchResult:
 
 
 def machine_of(options: Bench) -> Machine:
-    """Where and how, by the options and what is there."""
+    """Device and settings, by the options and the machine."""
     device = torch.device(options.device or best_device())
     on_gpu = device.type == "cuda"
     return Machine(
@@ -221,15 +221,15 @@ def measure(
     name: str = "",
     counts: bool = True,
 ) -> list[Timed]:
-    """Rows of calls timed in turns with a matrix product.
+    """Time calls in turns with a matrix product.
 
     Args:
-        machine: where.
+        machine: device and settings.
         calls: by name.
-        images: that one call works on.
-        to: which other call a call's time is divided by.
-        name: what the progress bar is called.
-        counts: whether FLOPs are counted, for which every call runs once more.
+        images: per call.
+        to: by a call's name, that of the call to compare with.
+        name: of the progress bar.
+        counts: count FLOPs, with one more run of every call.
     """
     product, product_flops = matrix_product(machine.device, machine.dtype)
     flops = {n: count_flops(call) if counts else 0.0 for n, call in calls.items()}
@@ -242,14 +242,14 @@ def measure(
             work = Work(flops[n], times.ratio(MATMUL, n).median * flops[n] / product_flops)
         if to and n in to:
             ratio = times.ratio(n, to[n])
-            beside = Beside(to[n], ratio.low, ratio.high, ratio.median)
+            beside = Comparison(to[n], ratio.low, ratio.high, ratio.median)
         memory = Memory(peak_memory(call, machine.device))
         rows.append(Timed(n, seconds, images / seconds, memory, work, beside))
     return rows
 
 
 def bench_attention(machine: Machine, run: TokenizerRun) -> list[Timed]:
-    """One block's attention over the pyramid: ours in two calls, one call with a mask, one that masks nothing."""
+    """One block's attention over the pyramid: ours in two calls, one call with a mask, one without a mask."""
     c = run.model
     scales = Scales.of(c.scales, c.grid)
     shape = (machine.batch_size, c.decoder_heads, scales.num_tokens, c.decoder_width // c.decoder_heads)
@@ -272,7 +272,7 @@ def bench_attention(machine: Machine, run: TokenizerRun) -> list[Timed]:
 def bench_decode(machine: Machine, run: TokenizerRun) -> list[Timed]:
     """Encoding, down-sampling and the decoder's transformer alone, and decoding whole, by scale, and up to each scale.
 
-    Each pass of the decoder reads its weights: beside it stands what that takes at the rate of a copy.
+    Each pass of the decoder reads its weights: the time for that, at the rate of a copy, is shown too.
     """
     c = run.model
     model = HieraTok(c).eval()
@@ -286,7 +286,7 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[Timed]:
     attend = scale_attention(scales, c.attention, machine.device)
 
     weights = sum(p.nbytes for p in model.decoder.parameters())
-    half = torch.ones(weights // 8, device=machine.device)  # a copy reads and writes: half the weights, twice
+    half = torch.ones(weights // 8, device=machine.device)  # a copy reads and writes, so half the weights
     copied = torch.empty_like(half)
 
     def progressive(count: int) -> Call:
@@ -310,21 +310,21 @@ def bench_decode(machine: Machine, run: TokenizerRun) -> list[Timed]:
 
 
 def bench_train(machine: Machine, run: TokenizerRun) -> list[Timed]:
-    """A step of training, losses, optimiser and average included, beside the single-scale tokenizer's."""
+    """A training step with losses, optimiser and averaging, compared with the single-scale tokenizer's."""
     runs = {"multi scale": run, "single scale": single(run)} if len(run.model.scales) > 1 else {"single scale": run}
     calls = {f"step, {name}": training_step(machine, one) for name, one in runs.items()}
     return measure(machine, calls, machine.batch_size, {"step, multi scale": "step, single scale"}, "train")
 
 
 def training_step(machine: Machine, run: TokenizerRun) -> Call:
-    """One optimiser step on random pixels as training makes it, on an untrained perceptual trunk."""
+    """One training step on random pixels, with an untrained perceptual trunk."""
     train = replace(run.train, compile=machine.compile, precision=machine.precision)
     run = replace(run, train=train, loss=replace(run.loss, random_trunk=True))
     objective = TokenizerObjective(run, HieraTok(run.model))
     state = State(objective, run.train, machine.device)
     size = (machine.batch_size, 3, run.model.image_size, run.model.image_size)
     images = torch.randint(256, size, dtype=torch.uint8, device=machine.device)
-    state.step = run.train.steps  # the GAN's ramps are over then
+    state.step = run.train.steps  # after the GAN's ramps
     meter = Meter(machine.device)
 
     def step() -> None:
@@ -358,12 +358,12 @@ def bench_sample(machine: Machine, run: GeneratorRun) -> list[Timed]:
 
 
 def bench_data(machine: Machine, run: TokenizerRun, path: str) -> list[Timed]:
-    """Training images as the recipe crops them: on one core, and from the loader with one worker for each core."""
+    """Training images, cropped by the recipe: on one core, and from the loader with one worker per core."""
     source = open_source(path)
     dataset = ImageDataset(source, run.model.image_size, run.data.crop, run.data.flip, min_area=run.data.min_area)
     indices = [(i % len(dataset), 0) for i in range(max(64, machine.batch_size))]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker has
+    torch.set_num_threads(1)  # as in a worker
     times = take_turns({"one core": lambda: [dataset[i] for i in indices]}, torch.device("cpu"), machine.rounds)
     torch.set_num_threads(threads)
     seconds = times.median("one core")
@@ -384,7 +384,7 @@ def bench_data(machine: Machine, run: TokenizerRun, path: str) -> list[Timed]:
 
 @torch.inference_mode()
 def bench_evaluate(machine: Machine) -> list[Timed]:
-    """FID's parts: Inception's features of images of 256 px in float32, and the distance of two sets of them."""
+    """Parts of FID: Inception's features of images of 256 px in float32, and the distance of two sets of features."""
     network = Inception().eval().to(machine.device)
     images = torch.rand(machine.batch_size, 3, 299, 299, device=machine.device)
     features = [statistics_of(torch.randn(2 * FEATURES, FEATURES)) for _ in range(2)]
@@ -403,7 +403,7 @@ def bench_evaluate(machine: Machine) -> list[Timed]:
 
 
 def facts(result: BenchResult) -> str:
-    """The machine in a line or two."""
+    """The machine's facts as text."""
     return (
         f"{result.hardware}, torch {result.torch}, {result.precision}{', compiled' * result.compiled};"
         f" {result.tokenizer} and {result.generator}, {result.batch_size} images at a time.\n"
@@ -413,7 +413,7 @@ def facts(result: BenchResult) -> str:
 
 
 def table(rows: list[Timed]) -> str:
-    """Rows as text; what no row has gets no column."""
+    """Rows as text, without empty columns."""
     cells = [list(columns(row)) for row in rows]
     header = ["", "time (ms)", "images/s", "of matmul (%)", "memory (MiB)", "ratio", "to"]
     keep = [i for i in range(len(header)) if any(line[i] for line in cells)]

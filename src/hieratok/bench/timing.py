@@ -1,4 +1,4 @@
-"""Timing things beside each other in one process: in turns, with medians, ratios and their spread, and peak memory."""
+"""Timing calls in turns in one process: medians, ratios with their spread, and peak memory."""
 
 import ctypes
 import gc
@@ -19,7 +19,7 @@ Call = Callable[[], object]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MATRIX_SIDE = {"cuda": 8192, "cpu": 2048, "mps": 4096}
 SHORTEST = 0.03
-"""Seconds that one sample lasts at least: shorter calls are repeated."""
+"""Shortest sample in seconds: shorter calls are repeated."""
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28, "mps": 2**28}
 
 
@@ -45,7 +45,7 @@ class Times:
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, to: str) -> Ratio:
-        """How many times as long `name` takes as `to`, each round for itself: what disturbs a round disturbs both."""
+        """The time of `name` divided by that of `to`, round by round: disturbances affect both."""
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
@@ -53,14 +53,14 @@ class Times:
 def take_turns(
     calls: Mapping[str, Call], device: torch.device, rounds: int, warm_up: int = 1, title: str | None = None
 ) -> Times:
-    """Time calls in turns: every round has a sample of each of them, every second round in the opposite order.
+    """Time calls in turns: every round has a sample of each, every second round in the opposite order.
 
     Args:
         calls: by name.
-        device: waited for before and after a sample.
+        device: synchronised before and after a sample.
         rounds: samples of each; a short call is repeated in a sample.
-        warm_up: rounds of single calls before that (compilation happens there).
-        title: what the progress bar is called; None: no bar.
+        warm_up: rounds of single calls before, for compilation and caches.
+        title: of the progress bar; None: no bar.
     """
     repeats = dict.fromkeys(calls, 1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -89,7 +89,7 @@ def _sample(call: Call, repeats: int, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was queued."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -97,7 +97,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, float]:
-    """A large square matrix product, which is as near to a machine's peak as most programs come, and its FLOPs."""
+    """A large square matrix product, a practical limit of the machine's rate, and its FLOPs."""
     side = MATRIX_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -105,7 +105,7 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Call, floa
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Bytes per second that a copy reads and writes."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     times = take_turns({"copy": lambda: target.copy_(source)}, device, rounds=5)
@@ -121,7 +121,7 @@ def count_flops(call: Call) -> float:
             lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
         ),
     }
-    # Nothing is seen inside a compiled graph.
+    # The counter cannot see inside a compiled graph.
     counting = FlopCounterMode(display=False, custom_mapping=cpu_attention)
     with torch.compiler.set_stance("force_eager"), counting:
         call()
@@ -129,9 +129,9 @@ def count_flops(call: Call) -> float:
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak on top of what was allocated before it; None where that cannot be known.
+    """Peak bytes of a call beyond those allocated before it; None if not known.
 
-    On a GPU torch's allocator counts; on Linux the process's resident memory does, after free memory was given back.
+    On a GPU from torch's allocator; on Linux from the process's resident memory, after free memory was returned.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -145,8 +145,8 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        CLEAR.write_text("5")  # the peak starts again from what is resident now
-    except OSError:  # another C library, or not permitted
+        CLEAR.write_text("5")  # resets the peak to the present resident memory
+    except OSError:  # another C library, or no permission
         return None
     before = _resident("VmRSS")
     call()

@@ -9,7 +9,7 @@ from hieratok.training.config import TokenizerRun
 
 @dataclass(kw_only=True)
 class Cost:
-    """Parameters, FLOPs and tokens of a recipe's tokenizer, beside the paper's (table 7).
+    """Parameters, FLOPs and tokens of a recipe's tokenizer, compared with the paper's (table 7).
 
     Example: hieratok cost f16d16-multi --json
     """
@@ -24,7 +24,7 @@ def run(options: Cost) -> None:
     """The command."""
     settings = load_run(options.recipe).run
     if not isinstance(settings, TokenizerRun):
-        raise ValueError(f"{options.recipe} trains a generator; cost is of tokenizers")
+        raise ValueError(f"{options.recipe} trains a generator; `cost` takes recipes of tokenizers")
     from hieratok.tokenizer.cost import measure, table
 
     result = measure(settings.model)

@@ -1,4 +1,4 @@
-"""`hieratok evaluate`: five protocols, each with options of its own."""
+"""`hieratok evaluate`: five protocols, each with its own options."""
 
 from hieratok.core.messages import nearest
 from hieratok.evaluation.config import (
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
 
 
 def help_of_all() -> str:
-    """What there is to evaluate."""
+    """The help of `hieratok evaluate`, without a protocol."""
     example = "hieratok evaluate reconstruction runs/photos --data val"
     last = "`hieratok evaluate KIND --help` shows a kind's options and an example."
     return overview("hieratok evaluate KIND ... [OPTIONS]", SUMMARY, example, "kinds", KINDS, last)

@@ -9,21 +9,21 @@ from hieratok.settings import command
 class Push:
     """Publish a run's tokenizer or generator on the Hugging Face hub, with a model card made from the run.
 
-    Look at what would be published first, by --dry_run: the card shows the run's latest picture, settings and metrics.
+    Look at what would be published first, with --dry_run: the card has the run's latest picture, settings and metrics.
 
     Example: hieratok push runs/photos NAME/MODEL --license mit --dry_run
     """
 
     run: str
-    """The run, or a model's folder."""
+    """Folder of the run, or of a model."""
     hub_id: str
-    """Where to: NAME/MODEL; made if need be."""
+    """Repository to publish to, NAME/MODEL; created if it does not exist."""
     license: str
-    """Under which licence, by SPDX's or the hub's identifier: mit, apache-2.0, cc-by-nc-4.0, other, ..."""
+    """Licence, by its SPDX or hub identifier: mit, apache-2.0, cc-by-nc-4.0, other, ..."""
     private: bool = False
-    """Make a new repository private. One that is there stays as it is."""
+    """Make a new repository private. An existing one is not changed."""
     dry_run: bool = False
-    """Write what would be published to `hub` in the run's folder, and ask no network."""
+    """Write what would be published to `hub` in the run's folder, without using the network."""
 
 
 def run(options: Push) -> None:

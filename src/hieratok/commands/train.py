@@ -1,4 +1,4 @@
-"""`hieratok train`: a recipe or a YAML file, and every setting of it as a flag."""
+"""`hieratok train`: a recipe or a YAML file, with every setting as a flag."""
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -27,25 +27,25 @@ ANY_RECIPE = (
 )
 SOURCE = Option("source", str, "A recipe's name, or a file of settings.", is_positional=True, value="RECIPE|FILE.yaml")
 FIRST = ["data.path", "start_from", "tokenizer", "out", "allow_changes"]
-"""What a run needs beside its recipe."""
+"""What a run needs besides its recipe."""
 COMMON = ["train.steps", "train.batch_size", "train.learning_rate", "model.image_size", "model.scales"]
-"""The settings that are changed first."""
+"""The settings that are changed most often."""
 HIDDEN = ["kind"]
-"""A recipe or a file says it."""
+"""Set by the recipe or file, so not listed."""
 
 
 def main(arguments: list[str]) -> None:
     """The command.
 
     Raises:
-        ValueError, FileNotFoundError, TrainingError, Stopped: as of `train_tokenizer` and `train_generator`.
+        ValueError, FileNotFoundError, TrainingError, Stopped: as `train_tokenizer` and `train_generator`.
     """
     source = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if HELP & set(arguments):
         print(train_help(source))
         return
     if source is None:
-        raise ValueError("what to train comes first: hieratok train RECIPE|FILE.yaml (`hieratok recipes` lists them)")
+        raise ValueError("say what to train: hieratok train RECIPE|FILE.yaml (`hieratok recipes` lists the recipes)")
     run, out, allow_changes = load_run(source, arguments[1:])
     if isinstance(run, GeneratorRun):
         from hieratok.training.generator import train_generator
@@ -79,7 +79,7 @@ def train_help(source: str | None) -> str:
     texts = field_texts(type(run))
     groups: list[tuple[str, Sequence[Option]]] = [
         ("what to train", [SOURCE, *(by_name.pop(name) for name in FIRST if name in by_name)]),
-        ("settings that are changed first", [by_name.pop(name) for name in COMMON if name in by_name]),
+        ("common settings", [by_name.pop(name) for name in COMMON if name in by_name]),
     ]
     rest = list(by_name.values())
     groups.append(("the run", [option for option in rest if "." not in option.name]))

@@ -24,24 +24,24 @@ from hieratok.core.files import check_regular, read_json_table, read_npz, shown
 from hieratok.core.typed import from_json
 
 Config = TypeVar("Config")
-LONGEST_NAME = 240  # bytes, that leave room for what a temporary name adds
+LONGEST_NAME = 240  # bytes; leaves room for what a temporary name adds
 TEMPORARY, ASIDE = ".tmp", ".old"
-"""Endings of hidden names: of what is being written, and of a folder that is being replaced."""
+"""Suffixes of hidden names: of a file or folder being written, and of a folder being replaced."""
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENCODER = "encoder"
 """In a tokenizer's folder: the files of a frozen encoder, if they were copied."""
 STATISTICS = {"latent_mean", "latent_std"}
-"""Tensors of a tokenizer beside its weights, measured after training; NaN before."""
+"""A tokenizer's tensors besides its weights, measured after training; NaN before."""
 CHECKSUMS = "checksums.json"
 BUNDLED = "bundled:"
-"""How the name of a model that comes with this package begins."""
+"""Prefix of the names of models that come with this package."""
 RUN = "run.json"
-"""In a run's folder: its `id`, which its checkpoints name too."""
+"""In a run's folder: the run's `id`, which its checkpoints repeat."""
 
 
 def save(folder: str | Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write a model's folder. Each file appears whole or not at all.
+    """Write a model's folder. Each file is written atomically.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -54,7 +54,7 @@ def save(folder: str | Path, weights: dict[str, Tensor], config: dict[str, Any])
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json_text(value) + "\n")
 
@@ -73,7 +73,7 @@ def _finite(value: Any) -> Any:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, with the mode that the umask gives; a full disk raises OSError as for other files."""
+    """Write a safetensors file with the mode of the umask; a full disk raises OSError, as for other files."""
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -85,7 +85,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` if the block succeeds and is removed if it fails."""
+    """A temporary path that replaces `path` if the block succeeds and is removed if it fails."""
     temporary = _temporary(path)
     try:
         yield temporary
@@ -97,9 +97,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: `path` appears whole (and on the disk, not just in its cache) or not at all.
+    """The same for a folder: `path` appears complete, and flushed to the disk, or not at all.
 
-    A folder that was there before is set aside until the new one is in its place: a process killed in between leaves
+    A former folder is set aside until the new one is in its place: a process killed in between leaves
     it for `remove_leftovers` to put back.
     """
     temporary = _temporary(path)
@@ -120,7 +120,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """A hidden name beside `path`; names may have 255 bytes at most, so of a long one the beginning."""
+    """A hidden name in the folder of `path`; a long name is cut, as names may have 255 bytes at most."""
     return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
 
 
@@ -129,7 +129,7 @@ def remove_leftovers(path: Path) -> None:
     successor did not take its place.
 
     Args:
-        path: its last part may be a pattern. Nobody else may be writing it: hold the folder's lock.
+        path: its last part may be a pattern. No other process may be writing it: hold the folder's lock.
     """
     for aside in path.parent.glob(f".{path.name}.*{ASIDE}"):
         target = aside.with_name(aside.name[1:].rsplit(".", 2)[0])
@@ -139,7 +139,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _remove_or_put_back(aside: Path, path: Path) -> None:
-    """What to do with a folder that was set aside: if no other took its place, it stays."""
+    """Remove a folder that was set aside, or put it back if no other took its place."""
     if path.exists():
         remove(aside)
     else:
@@ -147,7 +147,7 @@ def _remove_or_put_back(aside: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
+    """Remove a file, or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -171,7 +171,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError, PermissionError: no such file, or it may not be read.
-        ValueError: a file that is none of these.
+        ValueError: a file of another format.
     """
     check_regular(path)
     arrays = read_npz(path) if path.suffix == ".npz" else None
@@ -188,7 +188,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise PermissionError(f"{shown(path)} may not be read: permission denied") from error
     except SafetensorError as error:
         raise ValueError(f"{shown(path)} cannot be read, it is damaged: {shown(error)}") from error
-    except Exception as error:  # each reader has its own set, and torch's messages run over many lines
+    except Exception as error:  # each reader raises its own types, and torch's messages have many lines
         raise ValueError(
             f"{shown(path)} cannot be read ({type(error).__name__}): weights are .pth with tensors only, .safetensors"
             " or .npz"
@@ -200,7 +200,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[Path]:
-    """A path for libraries that refuse names which are no UTF-8: of such a one a link with another name."""
+    """A path for libraries that refuse names which are not UTF-8: for such a name, a link with another one."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -213,7 +213,7 @@ def utf8_path(path: Path) -> Iterator[Path]:
 
 
 def _check_stored(path: Path) -> None:
-    """Refuse a .pth whose content is compressed, which torch never does: it could be a thousand times as large."""
+    """Refuse a .pth with compressed content, which torch never writes: it could unpack to a thousand times its size."""
     with zipfile.ZipFile(path) as archive:
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             raise ValueError("compressed")
@@ -226,7 +226,7 @@ def file_sha256(path: Path) -> str:
 
 
 def tensors_sha256(module: nn.Module) -> str:
-    """SHA-256 over a module's names and values, for weights that come from no file."""
+    """SHA-256 over a module's names and values, for weights that are not from a file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -235,7 +235,7 @@ def tensors_sha256(module: nn.Module) -> str:
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """Write a folder's `checksums.json`: the SHA-256 of every file in it, and whose it is.
+    """Write a folder's `checksums.json`: the SHA-256 of every file in it, and what the folder belongs to.
 
     Args:
         folder: with all its files.
@@ -247,15 +247,15 @@ def seal(folder: Path, **facts: Any) -> None:
 
 
 def find_damage(folder: Path, names: Iterable[str], **facts: Any) -> str | None:
-    """What is wrong with a folder that was sealed; None if nothing is.
+    """What is wrong with a sealed folder; None if nothing is.
 
     Args:
-        folder: need not be there.
-        names: the files that have to be there. Others do not matter.
-        facts: that its `checksums.json` has to state.
+        folder: may be missing.
+        names: the files that must be there. Others do not matter.
+        facts: what its `checksums.json` must state.
     """
     manifest = read_table(folder / CHECKSUMS)
-    checksums = manifest.get("files", manifest)  # of a run begun before checkpoints named it: files alone
+    checksums = manifest.get("files", manifest)  # checkpoints of older runs: files alone
     if not isinstance(checksums, dict) or not checksums:
         return f"{CHECKSUMS} is missing or unreadable"
     for name, value in facts.items():
@@ -283,20 +283,20 @@ def read_table(path: Path) -> dict[str, Any]:
 def step_folders(run: Path) -> list[Path]:
     """A run's checkpoints, newest first: folders `step-` and eight digits whose checksums.json names this run and step.
 
-    Copies, checkpoints of other runs and whatever else lies beside them do not count.
+    Copies, checkpoints of other runs and anything else are left out.
     """
     owner = read_table(run / RUN).get("id")
 
     def is_ours(folder: Path) -> bool:
         manifest = read_table(folder / CHECKSUMS)
-        is_of_run = owner is None or manifest.get("run") == owner  # None: a run begun before runs had an id
+        is_of_run = owner is None or manifest.get("run") == owner  # None: an older run, without an id
         return bool(manifest) and is_of_run and manifest.get("step", step_of(folder)) == step_of(folder)
 
     return [folder for folder in named_as_steps(run) if is_ours(folder)]
 
 
 def named_as_steps(run: Path) -> list[Path]:
-    """Whatever has a checkpoint's name in a run, this run's or not, newest first."""
+    """Everything named like a checkpoint in a run's folder, of this run or not, newest first."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]{8}", path.name)]
     return sorted((path for path in folders if path.is_dir() and not path.is_symlink()), reverse=True)
 
@@ -323,22 +323,22 @@ def find(
             downloaded if no such path exists.
         inside: the model's sub-folder in a run.
         revision: branch, tag or commit on the hub.
-        cache_dir: where downloads are kept; None: the hub's own place.
-        token: for what is private on the hub; None: the one that this machine is logged in with; False: none.
-        local_files_only: take what was downloaded before and ask no network.
+        cache_dir: where downloads are kept; None: the hub's own folder.
+        token: for private models; None: the token that this machine is logged in with; False: none.
+        local_files_only: use earlier downloads only, without the network.
 
     Raises:
         FileNotFoundError: no model there.
     """
     if str(source).startswith(BUNDLED):  # here for all loaders
-        raise FileNotFoundError(f"{source}: no models come with this version")
+        raise FileNotFoundError(f"{source}: this version comes without models")
     path = Path(source)
     if path.is_dir():
         for folder in (path, path / inside, *(step / inside for step in step_folders(path))):
             if (folder / CONFIG).is_file():
                 return folder
         raise FileNotFoundError(f"{path} holds no model: neither {CONFIG} nor {inside}/{CONFIG} nor a checkpoint")
-    # Runs are written to runs/NAME: a missing one is no reason to ask the hub.
+    # Runs are written to runs/NAME: the hub is not asked for a missing one.
     if not path.exists() and re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)):
         return _download(str(source), revision, cache_dir, token, local_files_only)
     raise FileNotFoundError(f"{source}: no such folder")
@@ -372,7 +372,7 @@ def _download(
 def load_config(
     folder: Path, model_type: str, config_class: type[Config], others: tuple[str, ...] = ()
 ) -> tuple[Config, dict[str, Any]]:
-    """A model's `config.json`: as its dataclass, and what it holds under the names `others`, unchecked.
+    """A model's `config.json`: its dataclass, and the unchecked values under the names `others`.
 
     Raises:
         FileNotFoundError, PermissionError: no such file, or it may not be read.
@@ -401,7 +401,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The names of a model's weights; none if there is no readable file, which `load_weights` will say."""
+    """The names of a model's weights; empty if the file cannot be read, which `load_weights` reports."""
     try:
         return set(tensor_shapes(folder / WEIGHTS))
     except (OSError, ValueError):
@@ -416,8 +416,8 @@ def load_weights(
     Args:
         folder: with `model.safetensors`.
         model: of its config.
-        device: where a model goes that is on the meta device.
-        dtype: of the weights in `model`; None: as they are there.
+        device: where to put a model that is on the meta device.
+        dtype: of the weights in `model`; None: as in the file.
 
     Raises:
         FileNotFoundError, PermissionError: no such file, or it may not be read.

@@ -1,4 +1,4 @@
-"""What this machine computes on."""
+"""The device that this machine computes on."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import torch
 
 
 def best_device() -> torch.device:
-    """A GPU if there is one; of several, where several processes were started, each process its own.
+    """A GPU if there is one, else the CPU; each of several processes gets its own GPU.
 
     Raises:
         ValueError: there are more processes than GPUs.

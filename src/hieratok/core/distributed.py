@@ -22,9 +22,9 @@ class Mergeable(Protocol):
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes of this job, unless that has been done, and leaves them when all have come to the end.
+    """Joins the processes of this job, if not done yet, and leaves the group when all have finished.
 
-    A process that the others left earlier may be aborted by gloo's threads. After an error nothing is done: leaving
+    gloo's threads may abort a process that the others left earlier. After an error nothing is done: leaving
     would wait for operations that the others have not begun, and the process is about to end.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
@@ -91,7 +91,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def merge_processes(metric: Mergeable) -> None:
-    """Put together what the processes collected; each then holds everything. Nothing happens with one process."""
+    """Merge what the processes collected; each then holds everything. With one process, nothing is done."""
     rank, world = process()
     if world > 1:
         for other, state in enumerate(gather(metric.state())):

@@ -2,7 +2,7 @@
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot continue; the message says where it stands and what to do."""
+    """A run that cannot continue; the message says how far it got and what to do."""
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""A number with its uncertainty: the one way to go from values to a mean and its 95% interval."""
+"""A mean of values with its 95% interval."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class Estimate:
 
     mean: float
     low: float | None = None
-    """None: one value, or another reason to have no interval."""
+    """None: no interval, as of a single value."""
     high: float | None = None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Packages that only some of what hieratok does needs, and the extra that installs each."""
+"""Optional packages, and the extra that installs each."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ EXTRAS = {
     "timm": "eval",
     "wandb": "wandb",
 }
-"""The package by the name that it is imported by: one extra that brings it."""
+"""Import name of a package: an extra that installs it."""
 
 
 class MissingPackageError(ImportError, ValueError):
-    """A package that an extra brings is not installed; the message has the command that installs it.
+    """An optional package is not installed; the message has the command that installs it.
 
-    An ImportError to programs, and a user's mistake as others to the command line.
+    It is a ValueError too: the command line then reports it as a user's mistake.
     """
 
     def __init__(self, package: str):
@@ -39,7 +39,7 @@ class MissingPackageError(ImportError, ValueError):
 
 @contextlib.contextmanager
 def needs_extras() -> Iterator[None]:
-    """Around imports: says what to install if one of `EXTRAS` is missing.
+    """Wraps imports: names what to install if one of `EXTRAS` is missing.
 
     Raises:
         MissingPackageError: one is. Other errors of imports stay as they are.

@@ -1,14 +1,14 @@
-"""Files from elsewhere, read with bounds: one reader for each kind, and one way to show a file's name.
+"""Reading untrusted files within limits: one reader for each kind.
 
 A run's folder, a model, statistics or latents may come from anybody. So only regular files are opened (a FIFO would
-block, a device may do anything), sizes are known before memory is taken, nesting is limited, and whatever is wrong is
-one line that begins with the file's name. Weights are read by `hieratok.core.checkpoint`, pictures by `hieratok.data`.
+block, a device may do anything), sizes are known before memory is taken, nesting is limited, and every error is one
+line that begins with the file's name. Weights: `hieratok.core.checkpoint`; pictures: `hieratok.core.pixels`.
 
 Every reader raises
 
-    FileNotFoundError   there is no such file
-    PermissionError     it is there, and may not be read
-    ValueError          no regular file, too large, damaged, or of another kind
+    FileNotFoundError   the file does not exist
+    PermissionError     it may not be read
+    ValueError          not a regular file, too large, damaged, or of another kind
 """
 
 import json
@@ -31,7 +31,7 @@ MAX_LINE_BYTES = 1 << 20
 MAX_DEPTH = 32
 """Of nested lists and tables in JSON and YAML."""
 MAX_ARRAY_BYTES = 2 << 30
-"""Of an .npz or .npy that is read into memory, as its arrays say of themselves."""
+"""Limit for an .npz or .npy that is read into memory, by the sizes in its headers."""
 LARGEST_INTEGER_DIGITS = 18
 KINDS = {
     stat.S_IFDIR: "folder",
@@ -49,7 +49,7 @@ KINDS = {
 
 
 def check_regular(path: str | os.PathLike) -> os.stat_result:
-    """What the system says of a regular file that is there; links are followed. Nothing is opened.
+    """The status of a regular file; links are followed. Nothing is opened.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: missing, in a folder that may not be read, or no regular file.
@@ -67,7 +67,7 @@ def check_regular(path: str | os.PathLike) -> os.stat_result:
 
 
 def open_regular(path: str | os.PathLike) -> int:
-    """A descriptor of a regular file, open for reading; a file that changes its kind meanwhile cannot block.
+    """A descriptor of a regular file, open for reading; opening never blocks, even if the file has become a FIFO.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: as `check_regular`, or it may not be read.
@@ -138,10 +138,10 @@ def read_json_table(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """JSON from text; numbers of more than 18 digits become floating-point ones.
+    """JSON from text; whole numbers of more than 18 digits become floating-point.
 
     Args:
-        text: of it.
+        text: the JSON.
         where: its file, for messages.
 
     Raises:
@@ -162,7 +162,7 @@ def _integer(digits: str) -> int | float:
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
-    """The tables in a file with one on each line, in order; None for a line that holds none.
+    """The tables in a JSON Lines file, in order; None for a line that is not one.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: see above.
@@ -198,7 +198,7 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
 
-# a date is text: nothing here has a setting that is a date
+# dates stay text: no setting is a date
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -227,7 +227,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Refuse deep nesting, keys that are no text, and what JSON has not (YAML's sets, bytes and dates)."""
+    """Refuse deep nesting, keys that are not text, and values that JSON lacks (YAML's sets, bytes and dates)."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         following: list[Any] = []
@@ -235,12 +235,12 @@ def _check_plain(value: Any, where: str) -> None:
             if isinstance(item, dict):
                 for key in item:
                     if not isinstance(key, str):
-                        raise ValueError(f"{where}: the name {shown(repr(key))} is no text: put it in quotes")
+                        raise ValueError(f"{where}: the name {shown(repr(key))} is not text: put it in quotes")
                 following += item.values()
             elif isinstance(item, list):
                 following += item
             elif not (item is None or isinstance(item, str | int | float | bool)):
-                raise ValueError(f"{where} holds a {type(item).__name__}, which is no plain value")
+                raise ValueError(f"{where} holds a {type(item).__name__}, which JSON does not have")
         if not following:
             return
         level = following
@@ -251,7 +251,7 @@ def _check_plain(value: Any, where: str) -> None:
 
 
 class _Header(NamedTuple):
-    """What an array in numpy's format says of itself."""
+    """The header of an array in numpy's format."""
 
     shape: tuple[int, ...]
     is_fortran: bool
@@ -275,7 +275,7 @@ def read_npy(path: str | os.PathLike, mapped: bool = False) -> np.ndarray:
                 return np.memmap(file, header.dtype, "r", file.tell(), header.shape, order)
             _check_total(header.data_bytes)
             return _read_data(file, header)
-        except Exception as error:  # numpy's own are many
+        except Exception as error:  # numpy raises many types
             raise ValueError(f"{where} cannot be read as .npy: {_reason(error)}") from error
 
 
@@ -307,7 +307,7 @@ def read_npz(path: str | os.PathLike, leave_out: Collection[str] = ()) -> dict[s
 
 
 def map_npz(path: str | os.PathLike, name: str) -> np.ndarray | None:
-    """One array of an .npz, mapped where it is stored as it is, else read (2 GiB at most); None: there is no such.
+    """One array of an .npz: mapped if stored uncompressed, else read (2 GiB at most); None: there is none of this name.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: see above.
@@ -330,7 +330,7 @@ def map_npz(path: str | os.PathLike, name: str) -> np.ndarray | None:
 
 
 class _opened:
-    """An .npz open for reading, as (archive, file); what goes wrong inside becomes one line that names the file."""
+    """An .npz open for reading, as (archive, file); errors inside become one line that names the file."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
@@ -353,7 +353,7 @@ class _opened:
 
 
 class _Refused(ValueError):
-    """Said in our own words."""
+    """An error with a message of ours, which may be shown."""
 
 
 def _reason(error: Exception) -> str:

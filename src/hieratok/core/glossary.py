@@ -1,4 +1,4 @@
-"""The one glossary of numbers: name, direction, unit, meaning; for pages, model cards and tables.
+"""The glossary of all numbers: name, direction, unit, meaning; for pages, model cards and tables.
 
 Names are those of metrics.json and of the logs. Four lists, as a name may stand for something else in another file:
 `EVALUATION` (`hieratok evaluate`, and evaluations during training), `ANALYSIS` (`hieratok analyze`), `COST` (`hieratok
@@ -18,14 +18,14 @@ ARROWS_MEAN = "↑: higher is better, ↓: lower is better."
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number is called, and what it says."""
+    """A number's name and meaning."""
 
     label: str
     better: Better
     unit: str = ""
     meaning: str = ""
     is_count: bool = False
-    """It counts images, and does not measure them."""
+    """A count of images, not a measurement."""
 
     @property
     def with_unit(self) -> str:
@@ -34,33 +34,33 @@ class Metric:
 
     @property
     def head(self) -> str:
-        """Of a column: label, unit, and an arrow towards what is better."""
+        """Column header: label, unit, and an arrow towards better values."""
         return self.with_unit + ARROWS[self.better]
 
 
 # A network's name may follow ("lpips-vgg", "fd-squeezenet", "perceptual[...]"), and in evaluations during training a
 # coarse scale's side in pixels ("psnr/32").
 EVALUATION = {
-    "n": Metric("images", "neither", "", "How many were measured.", is_count=True),
-    "psnr": Metric("PSNR", "higher", "dB", "Peak signal over mean squared error, a mean over images."),
+    "n": Metric("images", "neither", "", "Number of images measured.", is_count=True),
+    "psnr": Metric("PSNR", "higher", "dB", "Peak signal to mean squared error, averaged over images."),
     "baseline_psnr": Metric(
         "PSNR of one colour per token",
         "neither",
         "dB",
-        "Of the image with each token's patch in its mean colour: what a tokenizer should be well above.",
+        "The image with each token's patch in its mean colour. A tokenizer should be well above it.",
     ),
     "baseline_psnr_identical": Metric(
         "images of one colour per token",
         "neither",
         "",
-        "They equal that baseline: its PSNR is infinite and not counted.",
+        "Images that equal this baseline: PSNR is infinite and not counted.",
         is_count=True,
     ),
     "psnr_identical": Metric(
         "identical images",
         "neither",
         "",
-        "Reconstructed without any error: their PSNR is infinite and not counted.",
+        "Images reconstructed without error: PSNR is infinite and not counted.",
         is_count=True,
     ),
     "ssim": Metric("SSIM", "higher", "", "Structural similarity of each image; 1 is identical."),
@@ -68,17 +68,17 @@ EVALUATION = {
     "perceptual": Metric("perceptual", "lower", "", "A perceptual distance that is not LPIPS; 0 is identical."),
     "fid": Metric("FID", "lower", "", "Frechet distance of the two sets' Inception features."),
     "fd": Metric("FD", "lower", "", "Frechet distance of another network's features: not FID."),
-    "sfid": Metric("sFID", "lower", "", "The same of features that keep places."),
-    "sfd": Metric("SFD", "lower", "", "The same of another network's features that keep places: not sFID."),
+    "sfid": Metric("sFID", "lower", "", "Frechet distance of Inception features that keep positions."),
+    "sfd": Metric("SFD", "lower", "", "Frechet distance of another network's features that keep positions: not sFID."),
     "kid": Metric("KID", "lower", "", "Kernel distance of the two sets' Inception features."),
     "kd": Metric("KD", "lower", "", "Kernel distance of another network's features: not KID."),
     "is": Metric("IS", "higher", "", "Inception Score: how sure of a class each image is, and how varied they are."),
-    "class-score": Metric("class-score", "higher", "", "The same with another network's classes: not IS."),
-    "precision": Metric("precision", "higher", "", "Share of the images that lie among the reference's."),
-    "recall": Metric("recall", "higher", "", "Share of the reference that lies among the images."),
+    "class-score": Metric("class-score", "higher", "", "IS's formula with another network's classes: not IS."),
+    "precision": Metric("precision", "higher", "", "Share of the images that lie within the reference set."),
+    "recall": Metric("recall", "higher", "", "Share of the reference set that lies within the images."),
 }
 
-# With a detail behind a slash where there are several ("noise_psnr/0.1").
+# A detail may follow after a slash ("noise_psnr/0.1").
 ANALYSIS = {
     "density_cv": Metric(
         "density CV",
@@ -86,9 +86,9 @@ ANALYSIS = {
         "",
         "How unevenly latent vectors fill the t-SNE plane: standard deviation over mean of their densities.",
     ),
-    "gini": Metric("Gini coefficient", "lower", "", "The same unevenness on a scale from 0, all equal, to 1."),
+    "gini": Metric("Gini coefficient", "lower", "", "Unevenness of the same densities, from 0, all equal, to 1."),
     "normalized_entropy": Metric(
-        "normalised entropy", "higher", "", "The same as evenness: 1 when every point has the same density."
+        "normalised entropy", "higher", "", "Evenness of the same densities: 1 when all are equal."
     ),
     "effective_rank": Metric(
         "effective rank",
@@ -97,23 +97,23 @@ ANALYSIS = {
         "How many independent directions the channels use: exp(entropy of the eigenvalues).",
     ),
     "participation_ratio": Metric(
-        "participation ratio", "higher", "", "The same with squares, so that the strongest directions count for more."
+        "participation ratio", "higher", "", "Like the effective rank, with more weight on the strongest directions."
     ),
     "active_channels": Metric(
         "active channels", "higher", "", "Channels whose posterior mean varies by more than 0.01 (variance)."
     ),
-    "dead_channels": Metric("dead channels", "lower", "", "The other channels: they say nothing about the image."),
+    "dead_channels": Metric("dead channels", "lower", "", "Channels that carry nothing about the image."),
     "kl": Metric(
         "KL",
         "neither",
         "nats per image",
-        "Information that the posterior may carry beyond N(0, I): little means a smooth space, much a faithful one.",
+        "KL divergence of the posterior from N(0, I): small for a smooth space, large for a faithful one.",
     ),
     "reconstruction_rms": Metric(
         "reconstruction error",
         "lower",
         "RMS",
-        "|D(z) - x| in pixel units, -1 to 1: what the errors below start from.",
+        "|D(z) - x| in pixel units, -1 to 1: a floor of the errors below.",
     ),
     "commutation_error": Metric(
         "commutation error",
@@ -125,7 +125,7 @@ ANALYSIS = {
         "pooled latents against the image",
         "lower",
         "MSE",
-        "|D(T z) - T x|^2 per pixel: a commutation error is only worth something where this is small as well.",
+        "|D(T z) - T x|^2 per pixel: a commutation error means something only where this is small too.",
     ),
     "pyramid_error": Metric(
         "pyramid error",
@@ -143,7 +143,7 @@ ANALYSIS = {
         "equivariance of the decoder",
         "lower",
         "RMS",
-        "|D(tau z) - tau x|: turning or halving the latent map against doing so with the image; pixel units, -1 to 1.",
+        "|D(tau z) - tau x|, tau halves or rotates: of the latent map against the image; pixel units, -1 to 1.",
     ),
     "equivariance_encoder": Metric(
         "equivariance of the encoder",
@@ -155,10 +155,10 @@ ANALYSIS = {
         "latents: high-frequency share",
         "lower",
         "",
-        "Share of the energy beside DC in the finest details (u + v >= 8 of an 8 x 8 block); white noise has 0.44.",
+        "Share of the energy, without DC, in the finest details (u + v >= 8 of an 8 x 8 block); white noise has 0.44.",
     ),
     "rgb_high_frequency_share": Metric(
-        "images: high-frequency share", "neither", "", "The same of the images themselves, to compare with."
+        "images: high-frequency share", "neither", "", "The same share for the images, for comparison."
     ),
     "latent_power_slope": Metric(
         "latents: slope of the spectrum",
@@ -167,13 +167,13 @@ ANALYSIS = {
         "Log power over log frequency: 0 is white noise; the steeper it falls, the smoother the latent maps.",
     ),
     "rgb_power_slope": Metric(
-        "images: slope of the spectrum", "neither", "", "The same of the images; photos have -2 to -3."
+        "images: slope of the spectrum", "neither", "", "The same slope for the images; photos have -2 to -3."
     ),
     "noise_psnr": Metric(
         "PSNR under noise",
         "higher",
         "dB",
-        "PSNR of D(z + sigma eps), sigma in standard deviations: how wrong a generator's latents may be.",
+        "PSNR of D(z + sigma eps), sigma in standard deviations: how much error in z the decoder tolerates.",
     ),
 }
 
@@ -184,15 +184,15 @@ COST = {
         "GFLOPs without attention",
         "neither",
         "",
-        "Matrix products and convolutions with weights alone: no queries times keys, no weights times values.",
+        "Without attention's products of queries with keys and of attention weights with values.",
     ),
-    "encoder_tokens": Metric("encoder tokens", "neither", "", "Of the finest scale, which is what is encoded."),
+    "encoder_tokens": Metric("encoder tokens", "neither", "", "Tokens of the finest scale, as encoded."),
     "decoder_tokens": Metric("decoder tokens", "neither", "", "Of all scales together."),
 }
 
 # A scale's side in pixels or a network's name may follow ("l1/64", "perceptual[...]").
 TRAINING = {
-    "loss": Metric("loss", "lower", "", "What is minimised: all terms with their weights."),
+    "loss": Metric("loss", "lower", "", "The minimised sum of all terms with their weights."),
     "l1": Metric("l1", "lower", "", "Mean absolute error; pixels in [-1, 1]."),
     "mse": Metric("mse", "lower", "", "Mean squared error, of pixels in [-1, 1] or of what a generator predicts."),
     "kl": Metric("kl", "neither", "nats per image", "KL divergence of the posterior."),
@@ -203,14 +203,14 @@ TRAINING = {
     "adversarial_weight": Metric("adversarial_weight", "neither", "", "What the GAN loss is multiplied by."),
     "discriminator": Metric("discriminator", "neither", "", "Loss of the discriminator."),
     "logits": Metric("logits", "neither", "", "Mean output of the discriminator."),
-    "gradient_norm": Metric("gradient_norm", "neither", "", "Length of the gradient before clipping."),
+    "gradient_norm": Metric("gradient_norm", "neither", "", "Norm of the gradient before clipping."),
     "images_per_second": Metric("images_per_second", "higher", "", "Over all processes."),
     "data_wait": Metric("data_wait", "lower", "", "Share of the time spent waiting for data."),
 }
 
 
 def describe(key: str, glossary: Mapping[str, Metric] = EVALUATION) -> Metric | None:
-    """What a name stands for, with the network or the scale behind it in its label; None: it is not in the glossary."""
+    """The entry of a name, with its network or scale added to the label; None: it is not in the glossary."""
     if scale := re.fullmatch(r"(.+)/(\d+(?:x\d+)?)", key):
         metric = describe(scale[1], glossary)
         return replace(metric, label=f"{metric.label}, {scale[2]} px") if metric else None

@@ -16,7 +16,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, without biases in the tokenizer, with them in DiT.
 
     Queries, keys and values have none in the paper (table 10); that the output projection has none either is [ours].
-    Who may look at whom, and rotary positions, are the caller's business: `attend` receives queries, keys and values.
+    `attend` gets queries, keys and values: masks and rotary positions are its task.
     With `qk_norm`, queries and keys are RMS-normalised per head, which keeps long bf16 runs from diverging.
     """
 
@@ -59,7 +59,7 @@ class Blocks(nn.ModuleList):
     """Transformer blocks, one after the other.
 
     With `gradient_checkpointing`, a block's activations are computed again in the backward pass and not kept: about a
-    third more time for much less memory; the numbers stay the same. diffusers sets it, and the function that does it,
+    third more time for much less memory; the results stay the same. diffusers sets it, and the function that does it,
     by these names.
     """
 
@@ -78,6 +78,7 @@ class Blocks(nn.ModuleList):
         return x
 
 
+# Not torchvision's StochasticDepth: importing torchvision takes half as long as importing torch.
 class DropPath(nn.Module):
     """Stochastic depth: in training, a sample's residual branch is dropped with probability `rate`, else scaled up."""
 

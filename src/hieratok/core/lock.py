@@ -1,9 +1,9 @@
-"""One writer at a time for each output folder: a second one is refused, and the message names the first.
+"""One writer at a time for each output folder: a second writer is refused, and the message names the first.
 
-The operating system's lock decides. It ends with its process, however that ends, so nothing stale remains on one
-machine, and NFS carries it to others. Some network file systems do not, or keep it to one machine. So who holds a lock
-also writes down its host and process, and touches the file now and then: where the system's lock is free but the file
-names another host, the newcomer waits for such a sign of life before it takes the other process for dead.
+The operating system's lock decides. It ends with its process, so nothing stale remains on one machine, and NFS shares
+it with other machines. Some network file systems do not. So the holder also writes its host and process into the lock's
+file, and touches the file regularly (heartbeat): where the system's lock is free but the file names another host, the
+next process waits for a heartbeat before it takes the holder for dead.
 """
 
 import contextlib
@@ -26,37 +26,38 @@ from hieratok.core.distributed import is_first
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 15.0
-"""Between signs of life of who holds a lock."""
+"""Seconds between two heartbeats of a holder."""
 PATIENCE_SECONDS = 90.0
-"""Without one, and a process of another host is dead. Longer than NFS remembers a file's times (60 s)."""
+"""Seconds without a heartbeat after which a process of another host counts as dead. Longer than NFS caches a file's
+times (60 s)."""
 MAX_BYTES = 4_096
-"""Of a lock's file that are read."""
+"""Largest number of bytes read from a lock's file."""
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""Of a file system without locks."""
+"""Errors of a file system without locks."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: what its file says."""
+    """The holder of a lock, as written in its file."""
 
     command: str = "another command"
     process: int | str = "unknown"
     host: str = "unknown"
-    since: str = "a time unknown"
+    since: str = "an unknown time"
 
 
-_held: dict[Path, Holder] = {}  # by this process, which the system's lock would let in again
+_held: dict[Path, Holder] = {}  # by this process: the system's lock would admit it a second time
 
 
 @contextlib.contextmanager
 def lock(folder: str | Path, command: str, name: str = ".lock") -> Iterator[None]:
     """Keep other processes from writing to a folder.
 
-    Of the processes that `torchrun` started the first one locks, for all of them.
+    Of the processes of a `torchrun` job, the first locks for all.
 
     Args:
-        folder: made if need be, and removed again if nothing was written.
-        command: what the message to the others says is running.
+        folder: created if needed, and removed again if nothing was written.
+        command: the running command, for the message to other processes.
         name: the lock's file in the folder. Locks of different names do not exclude each other.
 
     Raises:
@@ -85,18 +86,18 @@ def lock(folder: str | Path, command: str, name: str = ".lock") -> Iterator[None
 
 @contextlib.contextmanager
 def _system_lock(path: Path, folder: str | Path, holder: Holder) -> Iterator[None]:
-    """Holds the lock's file, with `holder` in it, and removes it in the end."""
+    """Holds the lock's file, with `holder` in it, and removes it at the end."""
     descriptor, is_locked = _open(path, folder)
     try:
         before = _read(descriptor)
-        # Locked, and this host's: its process is dead, or the system would not have given us the lock.
+        # The holder was on this host and is dead, or the system would not have given us the lock.
         is_dead = is_locked and before is not None and before.host == holder.host
         if before and not is_dead and _is_alive(path, folder, before):
             raise ValueError(in_use(folder, before))
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
         try:
-            with _signs_of_life(descriptor):
+            with _heartbeat(descriptor):
                 yield
         finally:
             if _is_same(descriptor, path):
@@ -106,7 +107,7 @@ def _system_lock(path: Path, folder: str | Path, holder: Holder) -> Iterator[Non
 
 
 def _open(path: Path, folder: str | Path) -> tuple[int, bool]:
-    """The lock's file, open, and whether the system has locked it: not every file system can.
+    """The lock's file, open, and whether it is locked: not every file system can lock.
 
     A record lock (`lockf`): forked processes, such as data loaders that outlive a killed run for some seconds, do not
     inherit it. It would be lost if this process opened and closed the file a second time.
@@ -118,7 +119,7 @@ def _open(path: Path, folder: str | Path) -> tuple[int, bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except FileNotFoundError:  # who held it before has just removed the folder
+        except FileNotFoundError:  # the former holder has just removed the folder
             continue
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -137,11 +138,11 @@ def _open(path: Path, folder: str | Path) -> tuple[int, bool]:
         except ValueError:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # who held it before has just removed it: another one has its name, or will have
+        os.close(descriptor)  # the former holder has just removed it: this is not the file of this name any more
 
 
 def _is_same(descriptor: int, path: Path) -> bool:
-    """Whether an open file still lies at a path."""
+    """Whether a path still leads to an open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -160,7 +161,7 @@ def _read(descriptor: int) -> Holder | None:
 
 
 def in_use(folder: str | Path, holder: Holder) -> str:
-    """The message of who comes second."""
+    """The message for the second process."""
     return (
         f"{folder} is in use by `{holder.command}`, process {holder.process} on host {holder.host}, since"
         f" {holder.since}: wait for it, end it, or choose another folder"
@@ -168,9 +169,9 @@ def in_use(folder: str | Path, holder: Holder) -> str:
 
 
 def _is_alive(path: Path, folder: str | Path, holder: Holder) -> bool:
-    """Waits for a sign of life of a process that the system's lock may not see."""
+    """Waits for a heartbeat of a process on another host."""
     logger.warning(
-        "%s was last written by process %s on host %s: waiting up to %.0f s for a sign of life of it",
+        "%s was last written by process %s on host %s: waiting up to %.0f s for its heartbeat",
         folder,
         holder.process,
         holder.host,
@@ -185,7 +186,7 @@ def _is_alive(path: Path, folder: str | Path, holder: Holder) -> bool:
 
 
 def _written(path: Path) -> int | None:
-    """When a file was last touched; None: it is gone, as its holder is only now."""
+    """When a file was last touched; None: its holder has just removed it."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -193,13 +194,13 @@ def _written(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _signs_of_life(descriptor: int) -> Iterator[None]:
-    """Touches the lock's file now and then."""
+def _heartbeat(descriptor: int) -> Iterator[None]:
+    """Touches the lock's file regularly."""
     stop = threading.Event()
 
     def beat() -> None:
         while not stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the network is away: the next one may come through
+            with contextlib.suppress(OSError):  # the network failed: the next heartbeat may succeed
                 os.utime(descriptor)
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)

@@ -1,4 +1,4 @@
-"""Words for messages: text from outside as one line, and the name that was probably meant."""
+"""Text for messages: untrusted text as one line, and "did you mean" hints."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 def shown(name: object) -> str:
     """A file's name (or other text from outside) as one line that can be printed anywhere.
 
-    Names are bytes: they may hold line breaks, marks that turn the direction of writing, or bytes that are no UTF-8.
+    Names are bytes: they may hold line breaks, marks that change the direction of writing, or bytes that are not UTF-8.
     Each such character becomes its escape, such as `\\n`, `\\u202e` or `\\xe9`.
     """
     text = str(name)
@@ -16,7 +16,7 @@ def shown(name: object) -> str:
 
 def _escape(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file's name that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file's name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
 

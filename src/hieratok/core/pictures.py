@@ -1,4 +1,4 @@
-"""Pictures made of images: contact sheets of pyramids. Used by training, `reconstruct` and the report."""
+"""Contact sheets and error maps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ MAX_CELL = 256
 BACKGROUND = (255, 255, 255)
 INK = (60, 60, 60)
 ERROR_CEILING = 64
-"""Grey levels of 255 at which an error map is at its brightest. It is the same everywhere, so that maps compare."""
+"""Grey levels of 255 at which an error map is brightest. The same everywhere, so that maps can be compared."""
 ERROR_COLOURS = "magma"
 
 
@@ -27,7 +27,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(picture: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> Path:
-    """Write a PNG whole or not at all, with texts by name in it if there are any."""
+    """Write a PNG atomically, with text entries if given."""
     info = PngInfo()
     for name, value in (text or {}).items():
         info.add_text(name, value)
@@ -72,7 +72,7 @@ def picture_table(columns: Mapping[str, Tensor | Sequence[Tensor]]) -> Image.Ima
 
 
 def fit(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (3, h, w) -> uint8, as large as goes into height x width with its proportions kept: enlarged by repeating
+    """uint8 (3, h, w) -> uint8, as large as fits into height x width with its proportions kept: enlarged by repeating
     pixels, so that a coarse scale is shown as coarse as it is, or reduced by area."""
     h, w = image.shape[-2:]
     factor = min(height / h, width / w)

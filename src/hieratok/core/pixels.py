@@ -1,9 +1,8 @@
-"""One image: from a file or a Pillow image to uint8 RGB, the two crops, and between uint8 and [-1, 1].
+"""One image: from a file or a Pillow image to uint8 RGB, the two crops, and conversion between uint8 and [-1, 1].
 
-Any trouble with an image is a `BadImageError`.
+Every error of an image is a `BadImageError`.
 
-This is the one place where pictures are opened, wherever they come from: of known formats alone, whatever the file is
-called, and with a limit on their pixels.
+Pictures are opened here only: known formats alone, whatever the file's name, and with a limit on their pixels.
 """
 
 import contextlib
@@ -26,40 +25,38 @@ from torchvision.transforms.v2 import functional
 from hieratok.core.errors import NotFinite
 from hieratok.core.files import read_bytes, read_start, shown
 
-# What is looked for in folders, globs and shards. A file's content, not its name, then says how it is decoded.
+# Suffixes looked for in folders, globs and shards. How a file is decoded depends on its content, not its name.
 SUFFIXES = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif", "gif", "ppm", "pgm", "pbm", "pnm"
 )  # fmt: skip
 
-# Pillow would also open PostScript (by starting another program) and many formats which no photo comes in.
+# Pillow would also open PostScript (by starting another program) and many formats that photos do not have.
 Image.init()
 FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF", "PPM") if name in Image.OPEN]
 
-# Pillow warns before it refuses; the limit here is below that at which it refuses. Once for the process, as images are
-# opened in threads.
+# Pillow warns before it refuses, and our limit is below the one at which it refuses. Set once, for all threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MAX_IMAGE_BYTES = 1 << 28
-HEADER_BYTES = 1 << 20  # in which an image's format and size are found
+HEADER_BYTES = 1 << 20  # enough to find an image's format and size
 MAX_PIXELS = 1 << 27
-"""134 million, the largest cameras' images; decoding one takes some 7 bytes a pixel."""
+"""134 million, the images of the largest cameras; decoding takes about 7 bytes per pixel."""
 MAX_SCANS = 100
-"""Of a JPEG, each of which goes over the whole image: a small file of thousands would decode for minutes. Cameras and
-programs write some ten; libtiff has the same limit."""
+"""Of a JPEG. Each scan covers the whole image: a small file of thousands would decode for minutes. Cameras and
+programs write about ten; libtiff has the same limit."""
 MAX_SEGMENTS = 10_000
-"""Of a JPEG: its parts with a marker each."""
+"""Of a JPEG: the parts that begin with a marker."""
 BAND_ROWS = 256  # of a decoded image that are converted at a time
 
 JPEG_START = b"\xff\xd8"
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # of those that stand alone, the end's only
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # of markers without a length, only the end's
 JPEG_END, JPEG_SCAN = b"\xd9", b"\xda"
 JPEG_SEQUENTIAL = (b"\xc0", b"\xc1", b"\xc9")  # frames whose scans each hold whole components
 
 TORCHVISION_RGB = 3  # torchvision.io.ImageReadMode.RGB
 CROP_TRIES = 10
 
-# EXIF's orientation -> what makes the image upright: whether rows and columns change places, and then which axes are
-# turned around, of (3, H, W)
+# EXIF's orientation -> how to make the image upright: whether to transpose, and then which axes of (3, H, W) to flip
 UPRIGHT: dict[int, tuple[bool, list[int]]] = {
     2: (False, [2]),
     3: (False, [1, 2]),
@@ -74,7 +71,7 @@ Rows = Callable[[int, int], np.ndarray]  # the rows of an image from the first u
 
 
 class TooManyPixels(ValueError):
-    """An image larger than is decoded."""
+    """An image with more pixels than the limit."""
 
 
 class TooManyScans(ValueError):
@@ -85,7 +82,7 @@ class BadImageError(ValueError):
     """An image that cannot be read, or cannot be cropped as asked; the message is one line and names it."""
 
     def __init__(self, message: str):
-        # A DataLoader raises a worker's error again with the worker's traceback as the message; its last line is ours.
+        # A DataLoader raises a worker's error again, with the traceback as its message; the last line is ours.
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__name__}: "))
 
@@ -96,7 +93,7 @@ def has_image_suffix(name: str) -> bool:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file's first bytes are an image's, whatever it is called; False also where it cannot be read."""
+    """Whether a file's first bytes are an image's, whatever its name; False also if it cannot be read."""
     try:
         open_image(read_start(path, HEADER_BYTES))
     except Exception:  # damaged headers make Pillow raise errors of many types
@@ -105,7 +102,7 @@ def is_image(path: str) -> bool:
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
-    """An image file -> uint8 (3, H, W), as `decode_image` has it.
+    """An image file -> uint8 (3, H, W), as `decode_image`.
 
     Raises:
         BadImageError: no such file, not a regular one, one that may not be read, or not an image; names the file.
@@ -120,10 +117,10 @@ def read_image(path: str | os.PathLike) -> Tensor:
 def decode_image(data: bytes, name: str) -> Tensor:
     """Decode an image file's bytes.
 
-    JPEG goes through torchvision, which is faster than Pillow and gives the same pixels; all else, and JPEGs that it
-    refuses, through Pillow. The image is turned upright (by EXIF, or else XMP), colour profiles are ignored. Grey,
-    palette and CMYK become RGB, 16 bits become 8 by rounding, transparent parts lie on white, and the first frame of
-    several counts.
+    JPEG is decoded by torchvision, which is faster than Pillow and gives the same pixels; other formats, and JPEGs that
+    it refuses, by Pillow. The image is turned upright (by EXIF, or else XMP), colour profiles are ignored. Grey,
+    palette and CMYK become RGB, 16 bits become 8 by rounding, transparent parts become white, and of several frames
+    the first is taken.
 
     Args:
         data: the whole file.
@@ -139,8 +136,8 @@ def decode_image(data: bytes, name: str) -> Tensor:
     try:
         picture = open_image(data)
         if picture.format in ("JPEG", "MPO"):
-            # RuntimeError: truncated, or an encoding that it does not know; Pillow then tells which. AttributeError: a
-            # later torchvision: 0.29 announced that its decoders will go, and its Python function warns at each call.
+            # RuntimeError: truncated or an unknown encoding; Pillow then says which. AttributeError: a later
+            # torchvision, as 0.29 announced to remove its decoders (its Python function warns at each call).
             with contextlib.suppress(RuntimeError, AttributeError):
                 buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 image = torch.ops.image.decode_jpeg(buffer, TORCHVISION_RGB, False)  # upright below: False
@@ -155,9 +152,9 @@ def decode_image(data: bytes, name: str) -> Tensor:
 
 
 def from_picture(picture: Image.Image) -> Tensor:
-    """A Pillow image as `decode_image` has its file: RGB, turned upright, transparent parts on white.
+    """A Pillow image as `decode_image` decodes its file: RGB, turned upright, transparent parts white.
 
-    Colours of 16 bits are cut to 8, as Pillow itself does it; give the file's path to have them rounded.
+    Pillow itself cuts colours of 16 bits to 8; `read_image` rounds them.
 
     Returns:
         uint8 (3, H, W).
@@ -167,7 +164,7 @@ def from_picture(picture: Image.Image) -> Tensor:
     """
     try:
         return _upright(_rgb(picture), _orientation(picture))
-    except Exception as error:  # an image that was opened and not read yet may be damaged in every way
+    except Exception as error:  # an opened image that was not read yet may be damaged
         reason = shown(" ".join(str(error).split())) or type(error).__name__
         raise BadImageError(f"cannot read a Pillow image of mode {picture.mode}: {reason}") from error
 
@@ -180,8 +177,8 @@ def open_image(data: bytes, with_texts: bool = False) -> ImageFile.ImageFile:
         with_texts: keep a PNG's texts, which Pillow then limits.
 
     Raises:
-        UnidentifiedImageError: no image of a known format.
-        TooManyPixels, TooManyScans: says of how many.
+        UnidentifiedImageError: not an image of a known format.
+        TooManyPixels, TooManyScans: more than the limits.
         ...: whatever Pillow raises for a damaged header.
     """
     if data.startswith(JPEG_START):
@@ -196,7 +193,7 @@ def open_image(data: bytes, with_texts: bool = False) -> ImageFile.ImageFile:
 
 
 def _check_scans(data: bytes) -> None:
-    """Refuse a JPEG that would take long however few pixels and bytes it has."""
+    """Refuse a small JPEG that would take very long to decode."""
     scans, position, components = 0, len(JPEG_START), None
     for _ in range(MAX_SEGMENTS):
         found = JPEG_MARKER.search(data, position)
@@ -207,7 +204,7 @@ def _check_scans(data: bytes) -> None:
             components = data[content + 5 : content + 6]
         if found[1] == JPEG_SCAN:
             if scans == 0 and data[content : content + 1] == components:
-                return  # most photos: one scan holds all, and decoders read no other
+                return  # most photos: one scan holds everything, and decoders read no other
             scans += 1
             if scans > MAX_SCANS:
                 raise TooManyScans(f"it is a JPEG of more than {MAX_SCANS} scans, which would take very long to decode")
@@ -216,8 +213,8 @@ def _check_scans(data: bytes) -> None:
 
 
 def _without_text(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile, which nothing here reads: Pillow refuses a sound image for a text of
-    more than a megabyte. XMP, which may say how to turn the image, is a text that stays."""
+    """A PNG without its texts and colour profile, which are not used: Pillow refuses an intact image with a text of
+    more than a megabyte. XMP, a text that may hold the orientation, stays."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     dropped = [
@@ -234,7 +231,7 @@ def _without_text(data: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of each chunk that is whole."""
+    """Kind, start and end of each complete chunk."""
     position = 8
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -246,7 +243,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """How the camera was held, 1 to 8, by EXIF or else XMP; 1, upright, where they say nothing or are damaged."""
+    """Orientation of the camera, 1 to 8, by EXIF or else XMP; 1, upright, if missing or damaged."""
     with contextlib.suppress(Exception):  # a damaged EXIF says nothing about the pixels
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
@@ -259,7 +256,7 @@ def _upright(image: Tensor, orientation: int) -> Tensor:
 
 
 def _rgb(picture: Image.Image, data: bytes | None = None) -> Tensor:
-    """Any mode of Pillow's -> uint8 (3, H, W), not turned; `data` is its file, for all bits of 16-bit colour."""
+    """Any of Pillow's modes -> uint8 (3, H, W), not turned; `data` is the file, for all bits of 16-bit colour."""
     if picture.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
     wide = None
@@ -289,10 +286,9 @@ def _grey_rows(picture: Image.Image) -> Rows:
 
 
 def _wide_rows(picture: ImageFile.ImageFile, data: bytes) -> Rows | None:
-    """Of 16-bit colour, (rows, W, 2, 3 or 4): grey or RGB, perhaps with opacity after it. None: it has 8 bits.
+    """Of 16-bit colour, (rows, W, 2, 3 or 4): grey or RGB, possibly with opacity. None: the image has 8 bits.
 
-    Pillow keeps the upper byte of each number alone. A second decoding that takes the file for one of the other order
-    of bytes keeps the lower ones.
+    Pillow keeps only the upper byte of each number. A second decoding with the opposite byte order keeps the lower one.
     """
     arguments = picture.tile[0].args if picture.tile else None
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -300,7 +296,7 @@ def _wide_rows(picture: ImageFile.ImageFile, data: bytes) -> Rows | None:
         return None
     again = open_image(data)
     other = raw[:-1] + ("L" if raw.endswith("B") or (raw.endswith("N") and sys.byteorder == "big") else "B")
-    if raw == "LA;16B":  # it has no counterpart, but as many bytes as RGBA of 8 bits
+    if raw == "LA;16B":  # no mode of the opposite order; RGBA of 8 bits has as many bytes
         again._mode, other = "RGBA", "RGBA"
     again.tile = [
         tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other) for tile in again.tile
@@ -318,7 +314,7 @@ def _wide_rows(picture: ImageFile.ImageFile, data: bytes) -> Rows | None:
 def _from_16_bits(values: np.ndarray, transparent: Any) -> np.ndarray:
     """int64 (H, W, C) up to 65535, on white -> uint8 (H, W, 1 or 3), rounded.
 
-    C is 1 or 3, or 2 or 4 with opacity; `transparent` is the one colour that stands for white, if there is one.
+    C is 1 or 3, or 2 or 4 with opacity; `transparent` is the colour that counts as transparent, if there is one.
     """
     if values.shape[2] in (2, 4):
         opacity = values[..., -1:]
@@ -334,7 +330,7 @@ def _from_pillow(picture: Image.Image) -> Tensor:
 
 
 def _in_bands(picture: Image.Image, rows: Rows) -> Tensor:
-    """uint8 (3, H, W) from rows of (rows, W, 1 or 3): band after band, as whole copies on the way would take much."""
+    """uint8 (3, H, W) from rows of (rows, W, 1 or 3), band by band: whole copies would need much memory."""
     image = np.empty((picture.height, picture.width, 3), np.uint8)
     for top in range(0, picture.height, BAND_ROWS):
         bottom = min(picture.height, top + BAND_ROWS)

@@ -1,4 +1,4 @@
-"""Parts from outside of this package: modules that register down-samplers, losses, discriminators and data sources.
+"""Parts from other packages: modules that register down-samplers, losses, discriminators and data sources.
 
 A module is loaded because the command line names it, `--plugin MODULE`, or because an installed package declares it as
 an entry point of the group `hieratok.plugins`. A file (settings, a model's config.json) may name a registered part, and
@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 from hieratok.core.messages import nearest, shown
 
 GROUP = "hieratok.plugins"
-"""Of entry points."""
+"""Group of the entry points."""
 VARIABLE = "HIERATOK_PLUGINS"
 """In the environment: the modules that the command line named, for the processes that a command starts."""
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -34,11 +34,11 @@ _loaded: set[str] = set()
 
 
 class Registry(Generic[Part]):
-    """Parts of one kind, by the names that settings call them.
+    """Parts of one kind, by their names in settings.
 
     Args:
         kind: what they are, for messages.
-        setting: where they are named, for messages.
+        setting: the setting that names them, for messages.
         built_in: names that are taken.
     """
 
@@ -49,7 +49,7 @@ class Registry(Generic[Part]):
         self._parts: dict[str, Part] = {}
 
     def register(self, name: str) -> Callable[[Part], Part]:
-        """Enter the decorated class or function.
+        """Register the decorated class or function.
 
         Args:
             name: lower-case letters, digits, - and _, beginning with a letter.
@@ -58,7 +58,7 @@ class Registry(Generic[Part]):
             ValueError: another name, or one that is taken by another part.
         """
         if not NAME.fullmatch(name):
-            raise ValueError(f"a {self.kind} is called by lower-case letters, digits, - and _, not {name!r}")
+            raise ValueError(f"the name of a {self.kind} has lower-case letters, digits, - and _ only, not {name!r}")
 
         def enter(part: Part) -> Part:
             taken = self._parts.get(name)
@@ -70,12 +70,12 @@ class Registry(Generic[Part]):
         return enter
 
     def names(self) -> list[str]:
-        """Of all parts, those of installed plugins too."""
+        """Names of all parts, including those of installed plugins."""
         load_plugins()
         return [*self.built_in, *self._parts]
 
     def check(self, name: str) -> None:
-        """Raise ValueError if there is no such part, with the nearest name and how one is added."""
+        """Raise ValueError if there is no such part; the message offers the nearest name."""
         if name not in self.built_in and name not in self._parts and name not in self.names():
             raise ValueError(
                 f"{self.setting} must be one of {', '.join(self.names())}, not {shown(repr(name))[:80]}"
@@ -146,7 +146,7 @@ def load_plugins() -> None:
 
 def _once(module: str) -> None:
     if module not in _loaded:
-        _loaded.add(module)  # before: what it imports may ask for parts
+        _loaded.add(module)  # before the import, as the module may ask for parts
         try:
             load(module)
         except ValueError:
@@ -163,7 +163,7 @@ def take_plugins(arguments: Sequence[str]) -> list[str]:
     rest: list[str] = []
     words: Iterator[str] = iter(arguments)
     for word in words:
-        if word == "--":  # behind it there are no flags
+        if word == "--":  # no flags after it
             return [*rest, word, *words]
         flag, equals, module = word.partition("=")
         if flag != "--plugin":

@@ -1,4 +1,4 @@
-"""Mixed precision: one name for it in all settings, and what it means."""
+"""Mixed precision."""
 
 from typing import TYPE_CHECKING, Literal
 

@@ -14,16 +14,16 @@ class Pretrained(nn.Module):
     """A model whose configuration is a dataclass, its only argument."""
 
     model_type: ClassVar[str]
-    """What `config.json` calls it."""
+    """The model's type in `config.json`."""
     kind: ClassVar[str]
-    """What its folder in a run is called."""
+    """Name of its folder in a run."""
     config_class: ClassVar[type]
     others: ClassVar[tuple[str, ...]] = ()
-    """What `config.json` holds besides the configuration."""
+    """Names in `config.json` besides the configuration."""
     config: Any
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write `config.json` and `model.safetensors` into `folder` (made if need be).
+        """Write `config.json` and `model.safetensors` into `folder`, which is created if needed.
 
         `state_dict` is the whole model's where this module holds only a part of it (FSDP).
         """
@@ -53,9 +53,9 @@ class Pretrained(nn.Module):
             dtype: of the weights, such as torch.bfloat16; None: float32.
             device: where to put it, such as "cuda".
             revision: branch, tag or commit on the hub.
-            cache_dir: where downloads are kept; None: the hub's own place.
-            token: for what is private on the hub; None: the one that this machine is logged in with; False: none.
-            local_files_only: take what was downloaded before and ask no network.
+            cache_dir: where downloads are kept; None: the hub's own folder.
+            token: for private models; None: the token that this machine is logged in with; False: none.
+            local_files_only: use earlier downloads only, without the network.
 
         Raises:
             FileNotFoundError: nothing there, or a file is missing.
@@ -82,7 +82,7 @@ class Pretrained(nn.Module):
         return {}
 
     def _take_over(self, others: dict[str, Any], folder: Path) -> None:
-        """Check the folder, and what stands in its `config.json` besides the configuration, before weights are read.
+        """Check the folder, and the other values of its `config.json`, before weights are read.
 
         Raises:
             ValueError: they do not fit.

@@ -1,4 +1,4 @@
-"""The one progress bar: how much is done, how fast, and how long the rest takes."""
+"""The progress bar of all commands."""
 
 import sys
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from hieratok.core.distributed import is_first
 
 
 def note(text: str) -> None:
-    """A line on standard error of the first process, above a bar that may be there."""
+    """Print a line on standard error of the first process, above a progress bar if there is one."""
     if is_first():
         tqdm.write(text, file=sys.stderr)
 
@@ -25,10 +25,10 @@ def progress(
     leave: bool = True,
     hide: bool = False,
 ) -> tqdm:
-    """A bar on standard error, updated often on a terminal and seldom in a file; of several processes the first has it.
+    """A bar on standard error of the first process, updated often on a terminal and seldom in a file.
 
     Args:
-        items: gone through, if given; else call `update(count)`.
+        items: iterated over, if given; else call `update(count)`.
         unit: what is counted, in the plural.
         title: what is being done.
         total: how many there are.

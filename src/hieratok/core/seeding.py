@@ -1,4 +1,4 @@
-"""The one way from what a random number is for to a seed."""
+"""Seeds of random generators, from what the numbers are for."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""One table, for every place where one is printed: as text, as Markdown; pages show it by `report.table`."""
+"""Tables as text and as Markdown; pages show them with `reports.page.table`."""
 
 import json
 import math
@@ -10,20 +10,20 @@ from typing import Any, Literal
 from hieratok.core.estimates import Estimate
 
 Kind = Literal["number", "sentences", "words"]
-"""Of a column: numbers are aligned to the right, sentences are wrapped."""
+"""Kind of a column: numbers are aligned to the right, sentences are wrapped."""
 
 _VALUE = r"([-+−]?[\d,]*\.?\d+(e[-+]?\d+)?|–|∞)"
 NUMBER = re.compile(rf"({_VALUE}( \[{_VALUE}, {_VALUE}\])?|{_VALUE} to {_VALUE}|± {_VALUE}|)")
 SENTENCE = 60
-"""A cell with more characters makes its column one of sentences."""
+"""A column with a longer cell is one of sentences."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells below their heads. Every row has as many cells as there are heads."""
+    """Rows of cells below a header. Every row has as many cells as the header."""
 
     header: Sequence[str]
-    """A name, with its unit, for each column; all empty: the text has no line of heads."""
+    """A name, with its unit, for each column; if all are empty, the text has no header line."""
     rows: Sequence[Sequence[str]]
     caption: str = ""
     """What the table shows."""
@@ -57,12 +57,12 @@ def _kind(cells: Sequence[str]) -> Kind:
 
 
 def cell(text: str) -> str:
-    """Text inside a Markdown table: on one line, without a pipe or a tag of its own."""
+    """Text inside a Markdown table: on one line, pipes and tags escaped."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def digits(value: float | None, significant: int = 5) -> str:
-    """A number as all tables show it: whole ones as they are, with commas; others with so many significant digits."""
+    """A number as all tables show it: whole numbers in full, with commas; others with `significant` digits."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, float) and math.isinf(value):
@@ -76,7 +76,7 @@ def signed(value: float | None) -> str:
 
 
 def estimated(estimate: Estimate | None, is_difference: bool = False) -> str:
-    """A mean, and in brackets its interval, with four significant digits, if it has one."""
+    """A mean with four significant digits, and in brackets its interval if it has one."""
     if estimate is None:
         return "–"
     mean = signed(estimate.mean) if is_difference else digits(estimate.mean)
@@ -86,7 +86,7 @@ def estimated(estimate: Estimate | None, is_difference: bool = False) -> str:
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Facts as rows of two cells, nested ones with their names joined."""
+    """Facts as rows of two cells; names of nested facts are joined."""
     rows = []
     for key, value in facts.items():
         if isinstance(value, Mapping):

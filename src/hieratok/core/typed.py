@@ -1,4 +1,4 @@
-"""Dataclasses from tables of plain values, and back: one check of types for JSON, YAML and the command line."""
+"""Dataclasses from and to tables of plain values, with one type check for JSON, YAML and the command line."""
 
 import dataclasses
 import json
@@ -12,18 +12,18 @@ from hieratok.core.messages import nearest, shown
 
 Config = TypeVar("Config")
 MOST_SHOWN = 80
-"""Characters of a wrong value in a message."""
+"""Characters of a wrong value that a message shows."""
 LARGEST = 10**300
-"""Whole numbers beyond it are no floating-point ones."""
+"""Larger whole numbers are not taken for floating-point ones: they could overflow."""
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as what YAML and JSON hold: nested dicts, lists for tuples."""
+    """A config dataclass as plain values: nested dicts, lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def as_json(value: Any) -> Any:
-    """A typed value as what JSON holds: what its `to_json` says, else its fields by name; lists for tuples."""
+    """A typed value as plain values: the result of its `to_json`, else its fields by name; lists for tuples."""
     if hasattr(value, "to_json"):
         return value.to_json()
     if is_dataclass(value):
@@ -59,7 +59,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_types(config_class: type, prefix: str = "") -> dict[str, Any]:
-    """The types of a dataclass's fields by name; of fields that are dataclasses theirs: {"train.steps": int}."""
+    """The types of a dataclass's fields by name, nested dataclasses flattened: {"train.steps": int}."""
     types = {}
     hints = get_type_hints(config_class)
     for field in fields(config_class):
@@ -109,15 +109,15 @@ def _from_json(config_class: type[Config], values: Any, where: str, prefix: str)
 
 
 def typed(value: Any, wanted: Any, name: str) -> Any:
-    """A plain value as a type wants it: a tuple for a list, a floating-point number for a whole one.
+    """A plain value converted to a type: lists to tuples, whole numbers to floating-point.
 
     Args:
-        value: of JSON or YAML.
+        value: from JSON or YAML.
         wanted: the type of a dataclass's field.
         name: of the value, for the message.
 
     Raises:
-        ValueError: it has another type, or is a number that is not finite.
+        ValueError: the value has another type, or is not finite.
     """
     if not has_type(value, wanted):
         raise ValueError(f"{name} must be {words(wanted)}, not {_brief(value)}")
@@ -137,7 +137,7 @@ def _cast(value: Any, wanted: Any) -> Any:
 
 
 def has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value from JSON, whose lists stand for tuples, has a type. Numbers must be finite."""
+    """Whether a value from JSON, with lists in place of tuples, has a type. Numbers must be finite."""
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin is Literal:
         return isinstance(value, str) and value in parts

@@ -11,18 +11,18 @@ class WriteLatents:
     """
 
     run: str
-    """The tokenizer: a run's folder, a tokenizer's folder or a hub id; or a folder of diffusers' AutoencoderKL or
+    """Tokenizer: a run's folder, a tokenizer's folder, a hub id, or a folder of diffusers' AutoencoderKL or
     AutoencoderDC."""
     data: str
     """Images, as `hieratok train` takes them; each is cut to the tokenizer's size as ADM does."""
     out: str | None = None
     """Folder to write to; the same command again resumes."""
     stats_only: bool = False
-    """Write no latents: measure every channel's mean and deviation over all images and put them into RUN."""
+    """Write no latents; measure each channel's mean and deviation over all images and store them in RUN."""
     size: int | None = None
-    """Side that images are cut to, in pixels, for an autoencoder of diffusers. Default: the tokenizer's own."""
+    """Image size in pixels, for an autoencoder of diffusers. Default: the tokenizer's own."""
     batch_size: int = 32
-    """Images at a time, each with its mirror image."""
+    """Batch size in images, each with its mirror image."""
     device: str | None = None
     """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""
 
@@ -32,4 +32,4 @@ class WriteLatents:
         if self.stats_only and self.out:
             raise ValueError("--stats-only writes into RUN alone: leave out --out")
         if not self.stats_only and not self.out:
-            raise ValueError("say where to write by --out DIR, or --stats-only to put statistics into RUN")
+            raise ValueError("say where to write with --out DIR, or --stats-only to store statistics in RUN")

@@ -1,4 +1,4 @@
-"""Image files below a folder, and a count of what is left out, so that nothing is left out silently."""
+"""Image files in a folder and its sub-folders, and a count of files left out, so that none is left out silently."""
 
 import functools
 import heapq
@@ -10,7 +10,7 @@ from hieratok.core.files import shown
 from hieratok.core.pixels import has_image_suffix, is_image
 
 MOST_KINDS = 8
-"""That are named; the rest are counted together."""
+"""Kinds that are named; the rest are counted together."""
 LONGEST_SUFFIX = 12
 TRAIN_NAMES = {"train", "training"}
 HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
@@ -20,22 +20,22 @@ logger = logging.getLogger(__name__)
 
 
 class LeftOut:
-    """How many files of each kind are not taken."""
+    """Number of files left out, by kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def count(self, kind: str, number: int = 1) -> None:
-        """Some more of a kind."""
+        """Count more files of a kind."""
         if number:
             self.counts[kind] += number
 
     def add(self, other: "LeftOut") -> None:
-        """What was counted elsewhere."""
+        """Add another count."""
         self.counts.update(other.counts)
 
     def words(self, before: str = "") -> str:
-        """Such as `.heic (3), links to nothing (1)`; nothing, not even `before`, where nothing was left out."""
+        """`before` and then such as `.heic (3), broken links (1)`; empty if nothing was left out."""
         most = self.counts.most_common(MOST_KINDS)
         rest = self.counts.total() - sum(count for _, count in most)
         parts = [f"{kind} ({count:,})" for kind, count in [*most, *([("other kinds", rest)] if rest else [])]]
@@ -43,7 +43,7 @@ class LeftOut:
         return before + ", ".join(parts) + advice if parts else ""
 
     def say(self, where: str) -> None:
-        """A warning, once in this process for each place, if anything was left out."""
+        """Warn if anything was left out, once per process and place."""
         if self.counts:
             _warn_once(f"{shown(where)}: not taken for images: {self.words()}")
 
@@ -54,10 +54,10 @@ def _warn_once(message: str) -> None:
 
 
 def kind_left_out(path: str) -> str:
-    """Why a file is not taken: its kind, in words; empty if it is taken. By its suffix, or if it has none by its first
-    bytes."""
+    """The kind of a file that is left out, in words; empty if it is an image. Decided by the suffix, or without one by
+    the first bytes."""
     if not os.path.isfile(path):
-        return "special files" if os.path.exists(path) else "links to nothing"
+        return "special files" if os.path.exists(path) else "broken links"
     if has_image_suffix(path):
         return ""
     suffix = os.path.splitext(path)[1].lower()
@@ -65,17 +65,17 @@ def kind_left_out(path: str) -> str:
 
 
 def kind_of_suffix(suffix: str) -> str:
-    """A suffix with its dot as a kind of file."""
+    """The kind of files with a suffix, which includes its dot."""
     if not suffix:
         return "no suffix"
     return shown(suffix) if len(suffix) <= LONGEST_SUFFIX else "long suffixes"
 
 
 def images_below(folder: str) -> tuple[list[str], LeftOut]:
-    """Relative paths of all images in a folder and below it, in order, and what else there is.
+    """Sorted relative paths of all images in a folder and its sub-folders, and the count of other files.
 
-    Hidden files and folders are left out. Links are followed, but each folder is read once: where it really lies, if
-    that is below `folder`, else at the first link to it.
+    Hidden files and folders are left out. Links are followed, but each folder is read once: at its real place, if that
+    is below `folder`, else at the first link to it.
 
     Raises:
         OSError: a folder that may not be read.
@@ -83,13 +83,13 @@ def images_below(folder: str) -> tuple[list[str], LeftOut]:
     names, left_out = [], LeftOut()
     seen: set[tuple[int, int]] = set()
     folders: list[str] = [""]
-    links: list[str] = []  # a heap, so that of several links to one folder the first by name is taken
+    links: list[str] = []  # a heap: of several links to a folder, the first by name is taken
     while folders or links:
         below = folders.pop() if folders else heapq.heappop(links)
         here = os.path.join(folder, below)
         status = os.stat(here)
         if (status.st_dev, status.st_ino) in seen:
-            left_out.count("links to folders that are read already")
+            left_out.count("links to folders that are read anyway")
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(here) as entries:
@@ -103,7 +103,7 @@ def images_below(folder: str) -> tuple[list[str], LeftOut]:
                 elif is_hidden:
                     left_out.count("hidden files", has_image_suffix(name))
                 elif entry.is_file() and has_image_suffix(name):
-                    names.append(name)  # without asking the disk again: there may be millions
+                    names.append(name)  # without another disk access: there may be millions
                 elif kind := kind_left_out(entry.path):
                     left_out.count(kind)
                 else:

@@ -1,4 +1,4 @@
-"""Where images lie within a larger file, and that table in the cache, for files that are read over the network."""
+"""The index of images within a larger file, and its cache for files that are read over the network."""
 
 import contextlib
 import hashlib
@@ -18,33 +18,33 @@ from hieratok.data.folders import LeftOut
 from hieratok.data.ranges import Version
 
 FORMAT = 1
-"""Of what is kept; another one is not found, and made again."""
+"""Version of the cached files; those of another version are not found and made again."""
 MAX_NAME_LENGTH = 1024
 UNUSED_DAYS = 30
-"""After which what lies in the cache is removed."""
+"""Days after which unused files of the cache are removed."""
 
 
 class ImageIndex(NamedTuple):
     """The images of one file, in order."""
 
     path: str
-    """Of the file that holds them: a path or an address."""
+    """Path or address of the file that holds the images."""
     version: Version
     names: np.ndarray
-    """(n,) bytes: of members, or of rows."""
+    """(n,) bytes: names of members or rows."""
     offsets: np.ndarray
-    """(n,) int64: where an image's bytes begin; of a zip, its member's header."""
+    """(n,) int64: offset of an image's bytes; in a zip, of its member's header."""
     sizes: np.ndarray
-    """(n,) int64: of the image's bytes in the file."""
+    """(n,) int64: size of the image in the file, in bytes."""
     labels: np.ndarray
     """(n,) int64: the class index, -1: none."""
     left_out: LeftOut
     classes: tuple[str, ...] | None = None
-    """The names that the labels stand for, where the file says them."""
+    """The names of the labels, if the file has them."""
 
 
 def check_name(name: str, path: str) -> None:
-    """Refuse a member's name that could not be part of a path below a folder.
+    """Refuse a member's name that is not a path below a folder.
 
     Raises:
         ValueError: it leads outside the archive or is too long.
@@ -61,21 +61,21 @@ def cache_folder() -> Path:
 
 
 def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callable[[Path], None]) -> Path:
-    """A file in the cache that belongs to one version of another, made if it is not there.
+    """A cached file that belongs to one version of a source file; made if missing.
 
-    Several processes that ask for it wait for one that makes it; it is whole or not there. Whenever one is made, those
-    that nobody has asked for in 30 days are removed.
+    Other processes wait while one makes it; it is written atomically. Whenever one is made, files that were not used for
+    30 days are removed.
 
     Args:
-        kind: what it is, a folder in the cache.
-        path: the other file's path or address.
-        version: of it.
-        suffix: of the file's name.
-        make: writes it, to a path.
+        kind: sub-folder of the cache.
+        path: path or address of the source file.
+        version: of the source file.
+        suffix: of the cached file.
+        make: writes the cached file to the given path.
 
     Raises:
         OSError: the cache cannot be written to.
-        ...: whatever `make` raises.
+        ...: as `make`.
     """
     key = hashlib.sha256(json.dumps([FORMAT, path, *version]).encode(errors="surrogateescape")).hexdigest()[:40]
     place = cache_folder() / kind / f"{key}{suffix}"
@@ -88,7 +88,7 @@ def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callabl
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
         if not place.is_file():
-            part = place.with_suffix(".part")  # what a killed process left is written over
+            part = place.with_suffix(".part")  # a killed process's file is overwritten
             try:
                 make(part)
                 os.replace(part, place)
@@ -112,7 +112,7 @@ def kept_index(path: str, version: Version, make: Callable[[], ImageIndex]) -> I
 
     Raises:
         OSError: the cache cannot be written to.
-        ...: whatever `make` raises.
+        ...: as `make`.
     """
     place = kept_file("index", path, version, ".npz", lambda to: _save(make(), to))
     try:

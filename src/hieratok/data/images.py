@@ -69,7 +69,7 @@ __all__ = [
 
 COMPRESSED_SHARDS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 FOLDERS_HOLD = (".tar", ".parquet")
-"""Of the files that hold many images, those that are looked for in a folder; beside images a zip is a copy of them."""
+"""Suffixes of files with many images that are looked for in a folder. Zips are not: next to images they are copies."""
 BRACES = re.compile(r"\{(?:(?P<first>\d{1,12})\.\.(?P<last>\d{1,12})|(?P<choices>[^{},]*(?:,[^{},]*)+))\}")
 MAX_SHARDS = 100_000
 MOST_STEM_BYTES = 200
@@ -100,7 +100,7 @@ class Source(Protocol):
 
 
 def read_ahead(source: Source, indices: Sequence[int]) -> None:
-    """Say which images will be asked for next, to a source that has a method `read_ahead` for this."""
+    """Tell a source which images come next, if it has a method `read_ahead`."""
     begin = getattr(source, "read_ahead", None)
     if begin is not None:
         begin(indices)
@@ -113,11 +113,11 @@ class ImageFiles:
         paths: a folder, which is searched to any depth and whose sub-folders, in alphabetical order, are the classes
             (an image directly in it has none); or a file, or several, without classes.
 
-    A file is taken by its suffix, or if it has none by its first bytes. What is left out is counted, and said once.
+    A file counts as an image by its suffix, or without one by its first bytes. Others are counted in one warning.
 
     Raises:
         FileNotFoundError, PermissionError: a file is missing, or a folder may not be read.
-        ValueError: no images, a file that is no image by its name or no regular file, or one that is listed twice.
+        ValueError: no images, a file that is not named like an image or not regular, or a file that is listed twice.
     """
 
     def __init__(self, paths: str | Sequence[str]):
@@ -146,7 +146,7 @@ class ImageFiles:
             classes = [""] * len(names)
         self.classes = sorted(set(classes) - {""})
         class_index = {"": -1, **{name: i for i, name in enumerate(self.classes)}}
-        # Arrays and not lists of objects: forked workers then share them instead of each coming to own a copy.
+        # Arrays, not lists of objects: forked workers then share the memory.
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self._labels = np.array([class_index[name] for name in classes], dtype=np.int64)
 
@@ -178,8 +178,8 @@ class BundledPhotos:
     """Photos inside scikit-image's and scikit-learn's wheels, for a first look without a download: a `Source`.
 
     `train` has the left three quarters of ten photos, `val` 20 square tiles from their right quarters, two each: pixels
-    that are never trained on; `whole` has the photos as they are. Of the stereo pair only one photo is taken, as the
-    other shows the same. All are decoded at once and kept. No classes.
+    that are never trained on; `whole` has the whole photos. Of a stereo pair only one photo is taken. All are decoded
+    at once and kept in memory. No classes.
 
     Args:
         split: "train", "val" or "whole".
@@ -236,7 +236,7 @@ class BundledPhotos:
         return -1
 
     def image(self, index: int) -> Tensor:
-        """uint8 (3, H, W); the one that is kept, so not to be written to."""
+        """uint8 (3, H, W); do not modify it."""
         return self._images[self._names[index]]
 
 
@@ -256,7 +256,7 @@ class Subset:
         return len(self.indices)
 
     def name(self, index: int) -> str:
-        """As the source calls it."""
+        """As in the source."""
         return self.source.name(self.indices[index])
 
     def label(self, index: int) -> int:
@@ -264,23 +264,23 @@ class Subset:
         return self.source.label(self.indices[index])
 
     def image(self, index: int) -> Tensor:
-        """As the source reads it."""
+        """As in the source."""
         return self.source.image(self.indices[index])
 
     def read_ahead(self, indices: Sequence[int]) -> None:
-        """As the source does it."""
+        """As in the source."""
         read_ahead(self.source, [self.indices[index] for index in indices])
 
 
 def evenly_spread(source: Source, num_images: int) -> Subset:
-    """So many images of a source, evenly spread over it; all where it has no more."""
+    """`num_images` images, evenly spread over a source; all if it has fewer."""
     count = min(num_images, len(source))
     return Subset(source, [i * len(source) // count for i in range(count)])
 
 
 def flat_stem(name: str) -> str:
-    """An image's name within its source as the start of a file name: folders become dashes, the suffix goes; of more
-    than 200 bytes the first, and a hash of all."""
+    """An image's name within its source as the start of a file name: folders become dashes, the suffix is removed, and
+    names of more than 200 bytes are cut and get a hash."""
     stem = os.path.splitext(name)[0].replace("/", "-").replace("\\", "-")
     data = os.fsencode(stem)
     if len(data) <= MOST_STEM_BYTES:
@@ -289,7 +289,7 @@ def flat_stem(name: str) -> str:
 
 
 def names_sha256(source: Source) -> str:
-    """SHA-256 of the names and classes of a source's images, in their order: whether two sources are of one set."""
+    """SHA-256 of the names and classes of a source's images, in order; the same for two sources of the same set."""
     digest = hashlib.sha256()
     for i in range(len(source)):
         digest.update(f"{source.name(i)}\0{source.label(i)}\n".encode(errors="surrogateescape"))
@@ -297,7 +297,7 @@ def names_sha256(source: Source) -> str:
 
 
 def _bundled(package: str, file: str) -> Tensor:
-    """A photo from a package's folder, found without importing the package, which would take seconds."""
+    """A photo from a package's folder. The package is not imported, which would take seconds."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise MissingPackageError(package)
@@ -308,25 +308,25 @@ def _bundled(package: str, file: str) -> Tensor:
 
 
 def open_source(path: str | Sequence[str]) -> Source:
-    """What a user's data setting means.
+    """The source that a user's data setting means.
 
     - `bundled:train` (or just `bundled`), `bundled:val`, `bundled:whole`: the photos that come with the dependencies;
     - an image file, a folder of images (classes: its sub-folders), a pattern such as `photos/*.jpg`;
-    - WebDataset shards: a folder of `.tar` files, one of them, a pattern such as `shards/train-*.tar`, or several in
-      WebDataset's notation, `shards/train-{000000..000146}.tar`;
+    - WebDataset shards: a folder of `.tar` files, one file, a pattern such as `shards/train-*.tar`, or WebDataset's
+      notation for several, `shards/train-{000000..000146}.tar`;
     - a zip of images, or several;
-    - Hugging Face's `datasets`: a folder from `save_to_disk`, or Parquet files in the ways of shards;
-    - shards, zips and Parquet files by address, in the same ways: `s3://BUCKET/train-*.tar`, `gs://`, `https://`
+    - Hugging Face's `datasets`: a folder from `save_to_disk`, or Parquet files, given like shards;
+    - shards, zips and Parquet files by address, given in the same ways: `s3://BUCKET/train-*.tar`, `gs://`, `https://`
       without patterns, `hf://datasets/OWNER/NAME` for a dataset on the hub;
     - a list of these;
     - `NAME:TEXT`, a plugin's data source.
 
     Raises:
-        FileNotFoundError: nothing there; the message offers the nearest name.
+        FileNotFoundError: nothing found; the message offers the nearest name.
         PermissionError: a file or folder that may not be read.
         RemoteError: a server refuses or fails.
         ValueError: no images, images and shards mixed, compressed shards, several sets in one folder, such as train
-            and val, or an address that is not read.
+            and val, or an address that is not supported.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if len(paths) == 1 and paths[0].split(":")[0] == "bundled":
@@ -354,19 +354,19 @@ def open_source(path: str | Sequence[str]) -> Source:
         return ImageFiles(files)
     if len(shards) < len(files):
         other = next(file for file in files if not _is_packed(file))
-        raise ValueError(f"{shown(shards[0])} holds many images and {shown(other)} one: give one kind or the other")
+        raise ValueError(f"{shown(shards[0])} holds many images and {shown(other)} is a single one: give only one kind")
     return PackedImages(shards)
 
 
 def _is_packed(file: str) -> bool:
-    """Whether a file holds many images by its name: a WebDataset shard, a zip, an Arrow or Parquet file.
+    """Whether a file's name says that it holds many images: a WebDataset shard, a zip, an Arrow or Parquet file.
 
     Raises:
         ValueError: a compressed one.
     """
     if file.lower().endswith(COMPRESSED_SHARDS):
         raise ValueError(
-            f"{shown(file)} is a compressed archive, of which images cannot be read in any order: unpack it to .tar"
+            f"{shown(file)} is a compressed archive, whose images cannot be read in any order: unpack it to .tar"
             " (such as by gunzip)"
         )
     return packed_suffix(file) != ""
@@ -381,7 +381,7 @@ def _files_of(path: str, left_out: LeftOut) -> list[str]:
 
 
 def _expand(path: str, left_out: LeftOut) -> list[str]:
-    """A path itself if it exists, else what it matches in WebDataset's notation or as a pattern, without files of other
+    """A path itself if it exists, else its matches as WebDataset's notation or as a pattern, without files of other
     kinds."""
     if not is_address(path) and os.path.lexists(path):
         return [path]
@@ -411,7 +411,7 @@ def _expand(path: str, left_out: LeftOut) -> list[str]:
 
 
 def _expand_address(address: str, left_out: LeftOut) -> list[str]:
-    """An address itself if it is a file's by its name, else what it matches, or what is in the folder."""
+    """An address itself if it is named like a file, else its matches, or the files in the folder."""
     check_address(address)
     if not is_several(address) and _is_packed(address):
         return [address]
@@ -431,7 +431,7 @@ def _expand_address(address: str, left_out: LeftOut) -> list[str]:
 
 
 def _check_one_set(folder: str, files: list[str]) -> None:
-    """Refuse files that are called differently but for their numbers, as of training and held-out images."""
+    """Refuse files whose names differ in more than numbers, such as those of training and held-out images."""
     start = folder.rstrip("/") + "/"
     sets = sorted({re.sub(r"\d+", "*", file.removeprefix(start)) for file in files})
     if len(sets) > 1:
@@ -440,7 +440,7 @@ def _check_one_set(folder: str, files: list[str]) -> None:
 
 
 def _expand_braces(path: str) -> Iterator[str]:
-    """WebDataset's notation for several shards: `{000..146}` stands for numbers, `{a,b}` for either text.
+    """WebDataset's notation for several shards: `{000..146}` means numbers, `{a,b}` either text.
 
     Raises:
         ValueError: more than 100,000 shards.
@@ -465,7 +465,7 @@ def _expand_braces(path: str) -> Iterator[str]:
 
 
 def _open_folder(folder: str) -> Source:
-    """A folder of shards or of images; one that holds several sets is refused, as mixing them would go unnoticed."""
+    """A folder of shards or of images; a folder of several sets is refused, as mixing them would not be noticed."""
     if (saved := saved_shards(folder)) is not None:
         return PackedImages(saved)
     names = sorted(name for name in listdir(folder) if not name.startswith("."))
@@ -496,8 +496,8 @@ def _open_folder(folder: str) -> Source:
 class ImageDataset(Dataset):
     """Training images: decoded, cropped, half of them mirrored.
 
-    An item is asked for as (index, epoch), and its augmentation depends on (seed, epoch, index) alone: any order and
-    any number of processes give the same pixels.
+    An item's key is (index, epoch), and its augmentation depends on (seed, epoch, index) alone: any order and any
+    number of processes give the same pixels.
 
     Args:
         source: whole images.
@@ -505,7 +505,7 @@ class ImageDataset(Dataset):
         crop: "random-resized", or "center" for the crop of evaluation.
         flip: mirror with probability one half.
         seed: of crops and flips.
-        on_bad_image: "error", or "skip": take the next readable image instead, log the bad one and count.
+        on_bad_image: "error", or "skip": take the next readable image instead, log and count the bad one.
         min_area: least share of the image's area in a random-resized crop.
 
     Raises:
@@ -572,7 +572,7 @@ class ImageDataset(Dataset):
         raise BadImageError(f"none of the {len(self)} images can be read, {shown(self.source.name(index))} among them")
 
     def __getitems__(self, items: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Several items, which a DataLoader asks for at once: a batch."""
+        """Several items: a batch, which a DataLoader reads at once."""
         read_ahead(self.source, [index for index, _ in items])
         return [self[item] for item in items]
 
@@ -592,24 +592,24 @@ def _read(source: Source, index: int, crop: Callable[[Tensor], Tensor]) -> Tenso
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Which images each micro-batch of this process holds, as lists of (index, epoch).
+    """The images of each micro-batch of this process, as lists of (index, epoch).
 
-    The samples of a whole run are numbered through: place j of step s is number p = s * batch_size + j, which is image
+    The samples of a run are numbered: position j of step s is number p = s * batch_size + j, which is image
     permutation(seed, epoch)[p % num_images] of epoch p // num_images. So each epoch shows every image exactly once,
     whatever the batch size, and `start_step` alone says what comes next.
 
-    Micro-batch m of a step has the places from m * micro_batch_size on. Of the M micro-batches of a step, process r of
-    P takes the M / P from r * M / P on: two processes do the same micro-batches as one with twice the accumulation.
+    Micro-batch m of a step has the positions from m * micro_batch_size on. Of a step's M micro-batches, process r of P
+    takes M / P, from r * M / P on: two processes compute the same micro-batches as one with twice the accumulation.
 
     Args:
         num_images: of the source.
         batch_size: images per step over all processes.
         micro_batch_size: images per list.
-        start_step: steps done before.
-        num_steps: how many more to do.
+        start_step: number of steps done.
+        num_steps: number of steps to do.
         seed: of the permutations.
         process_index: this process, from 0.
-        num_processes: of them all.
+        num_processes: number of processes.
 
     Raises:
         ValueError: numbers out of range, or a batch that does not divide into processes times micro-batches.
@@ -675,12 +675,12 @@ def available_cores() -> int:
 
 
 def training_loader(dataset: Dataset, batches: StepBatches, num_workers: int) -> DataLoader:
-    """Loads the micro-batches in worker processes, each with one thread, which keep two batches each ready.
+    """Loads the micro-batches in worker processes with one thread each, two batches ahead per worker.
 
     Args:
         dataset: what to load from.
         batches: in what order.
-        num_workers: processes, at most one for each available CPU core; 0: load in this process, when asked for.
+        num_workers: processes, at most one for each available CPU core; 0: load in this process.
 
     Returns:
         Batches of `image` uint8 (B, 3, size, size), `label` int64 (B,), `skipped` int64 (B,).
@@ -692,7 +692,7 @@ def training_loader(dataset: Dataset, batches: StepBatches, num_workers: int) ->
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        # The loader draws a seed for its workers, which nothing here uses; not from the generator that the run uses.
+        # The loader draws a seed for its workers, which is not used; it must not come from the run's generator.
         generator=torch.Generator(),
     )
 
@@ -702,8 +702,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Every image of a source exactly once over all processes, cut by `center_crop`, in the source's order.
 
-    Process r of P gets the images r, r + P, r + 2 P, ... The last batch may be smaller. Images are decoded in as many
-    threads as torch may use, one batch ahead.
+    Process r of P gets the images r, r + P, r + 2 P, ... The last batch may be smaller. Images are decoded one batch
+    ahead, in as many threads as torch uses.
 
     Yields:
         names; labels int64 (B,), -1: none; images uint8 (B, 3, size, size).

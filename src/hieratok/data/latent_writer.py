@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_IMAGES = 2_048
 FILES = [f"{name}.npy" for name in ("mean", "logvar", "labels", "names", "moments")]
-"""Of a shard."""
+"""Size of a shard in bytes."""
 
 
 class Posterior(Protocol):
@@ -107,10 +107,10 @@ def describe(tokenizer: dict[str, Any], source: Source, path: str, size: int, sh
 
 
 def start(out: Path, manifest: Manifest) -> Manifest:
-    """Begin a folder, or resume it if it is of the same tokenizer and images; every process must call.
+    """Begin a folder, or resume it if the tokenizer and the images are the same; every process must call it.
 
     Raises:
-        ValueError: it holds latents of something else, or a damaged manifest.
+        ValueError: it holds other latents, or a damaged manifest.
     """
     if (out / MANIFEST).is_file():
         try:
@@ -124,7 +124,7 @@ def start(out: Path, manifest: Manifest) -> Manifest:
             raise ValueError(f"{out} holds latents of {others}: choose another --out, or remove the folder")
         if (before.data["names_sha256"], before.data["crop"]) != (manifest.data["names_sha256"], manifest.data["crop"]):
             raise ValueError(f"{out} holds latents of other images, {before.data['path']}: choose another --out")
-        manifest = replace(manifest, shard_images=before.shard_images)  # all else is as it was, or was changed since
+        manifest = replace(manifest, shard_images=before.shard_images)  # the rest is equal, or was changed since
     wait()
     if process()[0] == 0:
         for name in (MANIFEST, "shard-*"):
@@ -135,7 +135,7 @@ def start(out: Path, manifest: Manifest) -> Manifest:
 
 
 def write_manifest(out: Path, manifest: Manifest) -> None:
-    """Whole or not at all."""
+    """Write the manifest atomically."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(out / MANIFEST, asdict(manifest))
 
@@ -143,7 +143,7 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 def write_shards(
     encode: Callable[[Tensor], Posterior], source: Source, size: int, manifest: Manifest, out: Path, batch_size: int
 ) -> None:
-    """This process's share of the shards, without those that are there and as they were written."""
+    """Write this process's share of the shards, except intact ones."""
     rank, world = process()
     mine = [k for k in range(len(manifest))[rank::world] if not is_whole(out, k, manifest)]
     everything = range(len(source))
@@ -169,7 +169,7 @@ def write_shards(
 
 
 def belongs_to(manifest: Manifest, shard: int) -> dict[str, Any]:
-    """What a shard's checksums.json states besides them: latents of what it holds."""
+    """The facts in a shard's checksums.json: the tokenizer and images of its latents."""
     return {
         "encoder_sha256": manifest.tokenizer["encoder_sha256"],
         "data": {name: manifest.data[name] for name in ("crop", "names_sha256")},
@@ -180,7 +180,7 @@ def belongs_to(manifest: Manifest, shard: int) -> dict[str, Any]:
 
 
 def is_whole(out: Path, shard: int, manifest: Manifest) -> bool:
-    """Whether a shard is there, of this tokenizer and these images, and as it was written."""
+    """Whether a shard of this tokenizer and these images exists and is intact."""
     folder = shard_folder(out, shard)
     if not folder.is_dir():
         return False
@@ -210,7 +210,7 @@ def encoded(
 
 
 def with_statistics(manifest: Manifest, out: Path) -> Manifest:
-    """The manifest of finished latents: with the statistics over all shards."""
+    """The manifest of finished latents, with the statistics over all shards."""
     d, h, w = manifest.shape
     statistics = LatentStatistics(d)
     for shard in range(len(manifest)):

@@ -1,13 +1,13 @@
-"""Latents as data: their statistics, and a folder of them that training reads instead of images.
+"""Latents as data: their statistics, and folders of them that training reads instead of images.
 
 A folder holds `manifest.json` and shards of consecutive images, `shard-00000/` and so on, each with
 
     mean.npy, logvar.npy   float32 (n, 2, d, h, w): raw, of each image and of its mirror image
     labels.npy             int64 (n,): class index, -1 where there is none
-    names.npy              bytes (n,): as the source calls the images
+    names.npy              bytes (n,): the images' names in their source
     moments.npy            float64 (2, d): sums of z and of its square, for the statistics
 
-float32 and not float16: a folder trains what the images themselves would, and reading is never what limits it.
+float32, not float16: training is then the same as from the images, and reading is never the bottleneck.
 """
 
 import dataclasses
@@ -26,28 +26,28 @@ from hieratok.core.errors import NotFinite
 from hieratok.core.files import read_json_table, read_npy, shown
 
 MANIFEST = "manifest.json"
-MOST = 10**12  # of anything that a manifest counts
+MOST = 10**12  # limit of all counts in a manifest
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of latents holds, and of what."""
+    """What a folder of latents holds."""
 
     tokenizer: dict[str, Any]
-    """`source` as it was given, `sha256` of its file, `encoder_sha256` (which alone decides what the latents are),
-    and its `config`."""
+    """`source` as given, `sha256` of its file, `encoder_sha256` (the latents depend on the encoder alone), and its
+    `config`."""
     data: dict[str, Any]
-    """`path` as it was given, the `crop`, `names_sha256` of the images' names and labels in order."""
+    """`path` as given, the `crop`, `names_sha256` of the images' names and labels in order."""
     images: int
-    """How many, without their mirror images."""
+    """Number of images, without mirror images."""
     shape: tuple[int, int, int]
     """(d, h, w) of one latent."""
     shard_images: int
     """Images in each shard but the last."""
     mean: tuple[float, ...] | None = None
-    """(d,): of every channel over all images and mirror images; None while the folder is not finished."""
+    """(d,): mean of every channel over all images and mirror images; None until the folder is finished."""
     std: tuple[float, ...] | None = None
-    """Its standard deviation."""
+    """(d,): standard deviation of every channel."""
 
     def __len__(self) -> int:
         """Shards."""
@@ -59,7 +59,7 @@ class Manifest:
 
         Raises:
             FileNotFoundError: it holds no latents.
-            ValueError: a damaged file, or values that no latents have.
+            ValueError: a damaged file, or impossible values.
         """
         path = Path(folder) / MANIFEST
         if not os.path.lexists(path):
@@ -71,14 +71,14 @@ class Manifest:
         try:
             manifest = cls(**{**values, **lists})
             problem = manifest.problem()
-        except (TypeError, AttributeError, KeyError) as error:  # wrong names, or types of what was not checked yet
+        except (TypeError, AttributeError, KeyError) as error:  # wrong names or types
             raise ValueError(f"{shown(path)} is damaged or of another version: write the latents again") from error
         if problem:
             raise ValueError(f"{shown(path)}: {problem}: write the latents again")
         return manifest
 
     def problem(self) -> str:
-        """What is wrong with the values, in words; empty if nothing is."""
+        """What is wrong with the values; empty if nothing is."""
         if not all(isinstance(self.tokenizer[name], str) for name in ("source", "sha256", "encoder_sha256")):
             return "its tokenizer lacks names"
         if not all(isinstance(self.data[name], str) for name in ("path", "crop", "names_sha256")):
@@ -100,27 +100,27 @@ class Manifest:
 
 
 def whose(before: str | None, now: str) -> str:
-    """Of which tokenizer latents are that are not those of `now`, in words.
+    """Which tokenizer latents belong to if not to `now`, in words.
 
     Args:
-        before: what the tokenizer was called whose latents they are; None: not known.
-        now: what the other one is called.
+        before: name of the tokenizer that made the latents; None: not known.
+        now: name of the other tokenizer.
     """
     if before is not None and os.path.abspath(before) == os.path.abspath(now):
-        return f"{shown(now)} as it was before: its weights have changed since"
+        return f"{shown(now)} with other weights than it has now"
     named = f", {shown(before)}," if before else ""
     return f"another tokenizer{named} than {shown(now)}"
 
 
 def shard_folder(folder: str | Path, shard: int) -> Path:
-    """Where a shard lies."""
+    """A shard's folder."""
     return Path(folder) / f"shard-{shard:05d}"
 
 
 class LatentDataset(Dataset):
     """Latents for training, read from memory-mapped files; the counterpart of `ImageDataset` with centre crops.
 
-    An item is asked for as (index, epoch), and whether it is mirrored depends on (seed, epoch, index) alone, as there.
+    An item's key is (index, epoch), and whether it is mirrored depends on (seed, epoch, index) alone, as there.
 
     Args:
         folder: of `hieratok latents`.
@@ -150,8 +150,7 @@ class LatentDataset(Dataset):
         """Args: item: (index, epoch).
 
         Returns:
-            `mean`, `logvar`: float32 (d, h, w), raw; `label`: class index or -1; `skipped`: 0, as of an image that
-            could be read.
+            `mean`, `logvar`: float32 (d, h, w), raw; `label`: class index or -1; `skipped`: 0, as for readable images.
         """
         index, epoch = item
         generator = seeding.generator("augmentation", self.seed, epoch, index)
@@ -217,7 +216,7 @@ def read_shard(path: Path, shape: tuple[int, ...], dtype: type, mapped: bool = F
 class LatentStatistics:
     """Mean and standard deviation of every latent channel, over images and positions, as float64 sums.
 
-    Of z as it is sampled in training, so the variance is that of the means plus the mean of the variances. [ours]
+    They are those of z as sampled in training: the variance of the means plus the mean of the variances. [ours]
 
     Args:
         channels: d.

@@ -1,7 +1,7 @@
-"""Images within larger files, read map-style: any image in any order, so shuffling is complete and resuming exact.
+"""Images within larger files, read in any order: shuffling is complete and resuming exact.
 
 The files are WebDataset shards (`shards`), zips (`zips`), Arrow and Parquet files (`tables`), on this machine or,
-but for Arrow, behind an address (`remote`). Over the network the index is read once and kept, and images are read
+except Arrow, on the network (`remote`). Over the network the index is read once and cached, and images are read
 ahead.
 """
 
@@ -24,14 +24,14 @@ from hieratok.data.tables import index_arrow, unpacked_parquet
 from hieratok.data.zips import index_zip, read_member
 
 SUFFIXES = (".tar", ".zip", ".arrow", ".parquet")
-INDEX_THREADS = 16  # they wait for the disk or the network; the parsing itself is not parallel
+INDEX_THREADS = 16  # they wait for the disk or the network; the parsing is not parallel
 READ_AHEAD_THREADS = 32
 READ_AHEAD_BYTES = 64 << 20
-"""That may be on their way, or wait to be decoded, in one process."""
+"""Limit per process for images that are being read or wait to be decoded."""
 
 
 def packed_suffix(file: str) -> str:
-    """A file's suffix, if it is one that holds many images; else empty."""
+    """A file's suffix if it is one of files with many images; else empty."""
     suffix = os.path.splitext(file)[1].lower()
     return suffix if suffix in SUFFIXES else ""
 
@@ -39,13 +39,12 @@ def packed_suffix(file: str) -> str:
 class PackedImages:
     """Images and class labels in WebDataset shards, zips, Arrow or Parquet files: a `Source`.
 
-    Of a shard, members whose paths agree up to the first dot of the file name are one sample. Its images are those
-    called KEY.SUFFIX with an image's suffix, or where there is none those with more between, such as `7.input.jpg`;
-    links to members in the archive count as what they lead to. The label is the `.cls` member of the same path up to
-    the suffix or to an earlier dot; it holds the class index as text. A zip counts as the folder that it was made from.
-    Of Arrow and Parquet files, a column of structs with `bytes`, as `datasets` writes images, or one of bytes that is
-    called like an image, and an integer column called `label` or the like. What else there is, is counted and said
-    once.
+    In a shard, members whose paths agree up to the first dot of the file name are one sample. Its images are named
+    KEY.SUFFIX with an image's suffix or, if there is none, have more in between, such as `7.input.jpg`; links to
+    members count as their targets. The label is the `.cls` member of the same path up to the suffix or to an earlier
+    dot; it holds the class index as text. A zip counts as the folder that it was made from. In Arrow and Parquet files,
+    images are a column of structs with `bytes`, as `datasets` writes them, or of bytes with a name such as `image`;
+    labels are an integer column with a name such as `label`. Everything else is counted in one warning.
 
     Args:
         paths: files of one of these kinds, tar files uncompressed; paths or, but for Arrow, addresses.
@@ -53,9 +52,9 @@ class PackedImages:
     Raises:
         FileNotFoundError, PermissionError: a file is missing or may not be read.
         RemoteError: a server refuses or fails.
-        ValueError: files of several kinds, one that is damaged, truncated or of another kind, two members of one name,
-            a label that is no class index, a member's name that leads outside the archive, a file that is listed twice,
-            an address that is not read, or no images.
+        ValueError: files of several kinds, a damaged or truncated file, two members with the same name, a label that
+            is not a class index, a member's name that leads outside the archive, a file that is listed twice, an
+            address that is not supported, or no images.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
@@ -67,13 +66,13 @@ class PackedImages:
         suffixes = {packed_suffix(path) or ".tar": path for path in self.paths}
         if len(suffixes) > 1:
             first, second = list(suffixes.values())[:2]
-            raise ValueError(f"{shown(first)} and {shown(second)} are of two kinds: give one or the other")
+            raise ValueError(f"{shown(first)} and {shown(second)} are of different kinds: give only one kind")
         (self._suffix,) = suffixes
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
             indexes = list(pool.map(lambda path: _index(path, self._suffix), self.paths))
         self._folder = os.path.commonpath([os.path.dirname(path) for path in self.paths])
         self._files = [(index.path, index.version) for index in indexes]
-        # Arrays and not lists of objects: forked workers then share them, and the index of a million images is small.
+        # Arrays, not lists of objects: forked workers then share them, and the index of a million images is small.
         self._shards = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.names) for index in indexes])
         self._names = np.concatenate([index.names for index in indexes])
         self._offsets = np.concatenate([index.offsets for index in indexes])
@@ -112,9 +111,9 @@ class PackedImages:
         return decode_image(self._bytes(index) if data is None else data.result(), self._full_name(index))
 
     def read_ahead(self, indices: Sequence[int]) -> None:
-        """Begin to read some images over the network, all at once, for `image` to find them; 64 MiB at most.
+        """Start to read images over the network in parallel, for later calls of `image`; 64 MiB at most.
 
-        On this machine's disks it does nothing: the file cache does.
+        It does nothing for files on this machine, which the operating system reads ahead.
         """
         if is_address(self._files[0][0]):
             for index in indices:
@@ -142,7 +141,7 @@ class PackedImages:
 
 
 class _Ahead:
-    """Images that are on their way, by index. It is empty in another process: threads do not survive a fork."""
+    """Images that are being read, by index. Empty in a forked process, as threads do not survive a fork."""
 
     def __init__(self) -> None:
         self._process = -1
@@ -159,7 +158,7 @@ class _Ahead:
             self._waiting: dict[int, tuple[Future[bytes], int]] = {}
 
     def begin(self, index: int, size: int, read: Callable[[int], bytes]) -> None:
-        """Begin to read an image, unless too much is on its way."""
+        """Start to read an image, unless too much is being read."""
         self._reset()
         with self._lock:
             on_its_way = sum(other for _, other in self._waiting.values())
@@ -167,7 +166,7 @@ class _Ahead:
                 self._waiting[index] = (self._pool.submit(read, index), size)
 
     def take(self, index: int) -> "Future[bytes] | None":
-        """An image that was begun; the next one who asks for it gets None."""
+        """An image that is being read, once; None if there is none."""
         self._reset()
         with self._lock:
             return self._waiting.pop(index, (None,))[0]
@@ -193,7 +192,7 @@ def _index(path: str, suffix: str) -> ImageIndex:
 
 
 def _common_labels(indexes: list[ImageIndex]) -> np.ndarray:
-    """Labels that mean the same in all files: of zips, places among the classes of all of them."""
+    """Labels that mean the same in all files: for zips, indices into the classes of all files."""
     classes = sorted({name for index in indexes for name in index.classes or ()})
     place = {name: i for i, name in enumerate(classes)}
     labels = []

@@ -1,7 +1,7 @@
-"""Bytes from any place within a file, on this machine or behind an address (`hieratok.data.remote`).
+"""Reads at any offset of a file, on this machine or on the network (`hieratok.data.remote`).
 
-Nothing is read twice by two names: a file is known by its path and its `Version`, so that one that is written to while
-it is in use is noticed when it is opened again.
+A file is identified by its path and its `Version`, so that a change while it is in use is noticed when it is opened
+again.
 """
 
 import functools
@@ -15,7 +15,7 @@ from hieratok.data.remote import RemoteFile, is_address
 
 MAX_OPEN_FILES = 256
 WINDOW_BYTES = 1 << 20
-"""A request over the network takes as long as some hundred kilobytes do."""
+"""A request over the network takes about as long as some hundred kilobytes."""
 
 
 class Version(NamedTuple):
@@ -23,24 +23,24 @@ class Version(NamedTuple):
 
     size: int
     mark: str
-    """On this machine when it was modified, in ns; elsewhere what the server says of it, such as an ETag."""
+    """Local files: time of modification in ns; remote ones: what the server gives, such as an ETag."""
 
 
 class RangeFile(Protocol):
     """A file that threads may read from at the same time."""
 
     def read(self, size: int, offset: int) -> bytes:
-        """So many bytes from a place on; fewer where the file ends."""
+        """`size` bytes from an offset; fewer at the end of the file."""
         ...
 
     def version(self) -> Version:
-        """As it is now."""
+        """The present version."""
         ...
 
 
 class LocalFile:
-    """A file open for positional reads, which threads and forked processes may share. It is closed when the last user
-    lets go of it, as another thread may be reading when it leaves the cache.
+    """A file open for positional reads, which threads and forked processes may share. It is closed with its last
+    reference, as another thread may still read when it leaves the cache.
 
     Args:
         path: of a regular file.
@@ -82,7 +82,7 @@ class _RemoteRanges:
 
 
 def open_ranges(path: str) -> RangeFile:
-    """A path's or address's file.
+    """The file at a path or address.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError, RemoteError: it cannot be opened.
@@ -94,7 +94,7 @@ def open_version(path: str, version: Version) -> RangeFile:
     """The same, kept open for the next time.
 
     Raises:
-        BadImageError: it has another version than that.
+        BadImageError: it has another version.
         ...: as `open_ranges`.
     """
     return _open_version(path, version, os.getpid())  # connections do not survive a fork
@@ -109,7 +109,7 @@ def _open_version(path: str, version: Version, process: int) -> RangeFile:
 
 
 class Windowed:
-    """A file that is read from its beginning to its end in many small parts, in few larger ones. For one thread.
+    """Turns many small reads from beginning to end into few larger ones. For one thread.
 
     Args:
         file: to read from.
@@ -120,19 +120,19 @@ class Windowed:
         self._window, self._start = b"", 0
 
     def read(self, size: int, offset: int) -> bytes:
-        """So many bytes from a place on; fewer where the file ends."""
+        """`size` bytes from an offset; fewer at the end of the file."""
         at = offset - self._start
         if not 0 <= at <= at + size <= len(self._window):
             self._window, self._start, at = self._file.read(max(size, WINDOW_BYTES), offset), offset, 0
         return self._window[at : at + size]
 
     def version(self) -> Version:
-        """Of the file."""
+        """The file's version."""
         return self._file.version()
 
 
 class Seekable(io.RawIOBase):
-    """A `RangeFile` as Python's libraries want a file.
+    """A `RangeFile` as a Python file object.
 
     Args:
         file: to read from.
@@ -153,7 +153,7 @@ class Seekable(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Offset of the next read."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

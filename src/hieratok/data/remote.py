@@ -1,8 +1,8 @@
 """Files on object stores and web servers, by address: s3://, gs://, hf://, https:// (http:// on this machine only).
 
-fsspec and its companions speak to the servers, with the credentials that they find where each service's own tools look
-for them: environment variables and files in the home folder, never the address. Nothing here prints an address's query,
-a password or a library's message that holds one. Reads have bounds, are tried again, and end in one line.
+fsspec and its companions talk to the servers. They find credentials where each service's own tools do: in environment
+variables and files in the home folder, never in the address. Nothing here prints an address's query, a password, or a
+library's message that holds one. Reads have limits and are retried; an error is one line.
 """
 
 import functools
@@ -24,43 +24,43 @@ THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 TRIES = 6
 FIRST_WAIT = 0.5
-"""Seconds before the second try; it doubles with each: 15 s in all."""
+"""Seconds before the second try; doubled for each further try: 15 s in all."""
 TIMEOUT = 60.0
-"""Seconds without a byte after which a web server has failed."""
+"""Seconds without a byte after which a request to a web server fails."""
 MAX_REASON = 200
 MAX_LISTED = 1_000_000
 MARKS = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified", "updated")
-"""Which a server may say of a file, the surest first; the first one that is there tells one version from another."""
+"""Fields that identify a file's version, the most reliable first; the first available one is used."""
 PASSING = {408, 425, 429, 500, 502, 503, 504}
-"""Answers of web servers after which it is worth asking again."""
+"""Status codes of web servers that are worth a retry."""
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
 class RemoteError(OSError):
-    """A server that does not give what it is asked for; the message is one line, names the file and has no secrets."""
+    """A request that a server refused or failed; the message is one line, names the file and has no secrets."""
 
     def __init__(self, message: str):
-        # A DataLoader raises a worker's error again with the worker's traceback as the message; its last line is ours.
+        # A DataLoader raises a worker's error again, with the traceback as its message; the last line is ours.
         last_line = message.strip().splitlines()[-1]
         super().__init__(last_line.removeprefix(f"{type(self).__module__}.{type(self).__name__}: "))
 
 
 class _Final(Exception):
-    """Not worth another try; said in our own words."""
+    """An error not worth a retry, with a message of ours, which may be shown."""
 
 
 # --- Addresses --------------------------------------------------------------------------------------------------------
 
 
 def is_address(path: str) -> bool:
-    """Whether a path is one of those that lead over the network."""
+    """Whether a path is an address on the network."""
     return SCHEME.match(path) is not None
 
 
 def check_address(address: str) -> None:
-    """Refuse what cannot be read, and what holds a secret or may: it would go into a run's settings and messages.
+    """Refuse addresses that cannot be read or may hold a secret, which would go into a run's settings and messages.
 
     Raises:
         ValueError: another scheme, http to another machine, a user's name, a query, or a chain of addresses.
@@ -68,21 +68,21 @@ def check_address(address: str) -> None:
     scheme, _, rest = address.partition("://")
     if scheme not in SCHEMES:
         raise ValueError(
-            f"{shown(scheme)}:// is not read: give a path of this machine, or s3://, gs://, hf:// or https://"
+            f"{shown(scheme)}:// is not supported: give a path of this machine, or s3://, gs://, hf:// or https://"
         )
     server = rest.split("/", 1)[0]
     if "::" in address.replace("[::1]", "") or "#" in rest:
-        raise ValueError(f"an address of {scheme}:// with :: or # in it is not read")
+        raise ValueError(f"an address of {scheme}:// with :: or # in it is not supported")
     if scheme in ("http", "https"):
         if "?" in rest:
             raise ValueError(
                 f"{shown(without_secrets(address))} was given with a query (?...), which may hold a secret and would be"
-                " written down with the run's settings: give the address without it"
+                " saved with the run's settings: give the address without it"
             )
         if "@" in server:
             raise ValueError(
-                f"{shown(without_secrets(address))} was given with a user's name or password, which would be written"
-                " down with the run's settings: leave it out"
+                f"{shown(without_secrets(address))} was given with a user's name or password, which would be saved"
+                " with the run's settings: leave it out"
             )
         if scheme == "http" and urlsplit(address).hostname not in THIS_MACHINE:
             raise ValueError(f"http://{shown(server)} is not encrypted: give https:// (http:// is for this machine)")
@@ -91,7 +91,7 @@ def check_address(address: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """Text from a library or a user without queries and users in addresses, which may be keys."""
+    """Text without the queries and user names of its addresses, which may be keys."""
     text = re.sub(r"(://[^\s'\"?]*)\?[^\s'\")]*", r"\1", text)
     return re.sub(r"(://)[^\s/'\"]*@", r"\1", text)
 
@@ -107,7 +107,7 @@ def matching(pattern: str) -> list[str]:
     Raises:
         FileNotFoundError: none.
         RemoteError: the server does not answer, or refuses.
-        ValueError: a web server, which cannot be listed, or an address that is not read.
+        ValueError: a web server, which cannot be listed, or an address that is not supported.
     """
     _check_can_list(pattern)
     system = _system(pattern)
@@ -118,7 +118,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def files_in(folder: str) -> list[str]:
-    """Addresses of the files in a folder, in order; of a repository on the Hugging Face hub, those below it too.
+    """Sorted addresses of the files in a folder; on the Hugging Face hub, in its sub-folders too.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -146,7 +146,7 @@ def _addresses(system: Any, keys: list[str]) -> list[str]:
 
 
 def _key(address: str) -> str:
-    """What a file system calls an address: web servers' is the address itself."""
+    """A file system's name for an address; for web servers, the address itself."""
     return address if address.startswith("http") else address.partition("://")[2]
 
 
@@ -154,14 +154,14 @@ def _key(address: str) -> str:
 
 
 class RemoteFile:
-    """A file behind an address, for reads by ranges from any thread.
+    """A remote file, for reads by ranges from any thread.
 
     Args:
         address: checked by `check_address`.
 
     Attributes:
         size: in bytes.
-        mark: what the server says to tell this version from others; empty if nothing.
+        mark: what identifies this version on the server; empty if unknown.
 
     Raises:
         FileNotFoundError: no such file.
@@ -193,11 +193,11 @@ class RemoteFile:
         return _ask(self._address, lambda: self._range(offset, end))
 
     def _info(self) -> dict[str, Any]:
-        self._system.invalidate_cache()  # a listing may be older
+        self._system.invalidate_cache()  # a cached listing may be outdated
         return self._system.info(self._key)
 
     def _range(self, start: int, end: int) -> bytes:
-        # hf:// has no ranges but those of files that it opens, which would otherwise read ahead megabytes
+        # hf:// reads ranges from opened files only, which would otherwise read ahead megabytes
         options = {"cache_type": "none"} if self._address.startswith("hf://") else {}
         data = self._system.cat_file(self._key, start=start, end=end, **options)
         if len(data) != end - start:
@@ -243,12 +243,12 @@ def _web_system() -> Any:
     from fsspec.implementations.http import HTTPFileSystem
 
     class BoundedHTTPFileSystem(HTTPFileSystem):
-        """fsspec's takes whatever comes: all of the file from a server without ranges, and more than was asked for."""
+        """fsspec's class reads an answer of any size: the whole file from a server that ignores ranges."""
 
         async def _info(self, url: str, **kwargs: Any) -> dict[str, Any]:
             try:
                 return await super()._info(url, **kwargs)
-            except FileNotFoundError as error:  # its word for every failure
+            except FileNotFoundError as error:  # raised for every failure
                 cause = error.__cause__
                 if isinstance(cause, Exception) and _status(cause) not in (404, 410):
                     raise cause from None
@@ -274,11 +274,11 @@ def _web_system() -> Any:
 
 
 def _ask(address: str, call: Callable[[], Result]) -> Result:
-    """What a call to a server gives, at the sixth try at the latest.
+    """The result of a call to a server, which is tried up to six times.
 
     Raises:
         FileNotFoundError: there is no such file.
-        RemoteError: all else.
+        RemoteError: any other failure.
     """
     name = shown(without_secrets(address))
     for wait in _waits():
@@ -308,7 +308,7 @@ def _waits() -> Iterator[float]:
 
 
 def _status(error: Exception) -> int | None:
-    """Of a web server's answer."""
+    """Status code of a web server's answer."""
     for holder, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
         found = getattr(holder, name, None)
         if found is not None and str(found).isdigit():
@@ -317,7 +317,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _refusal(error: Exception) -> str:
-    """Why another try would be refused as well; empty if it may not be."""
+    """Why the server refuses, so that a retry is of no use; empty for other failures."""
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"):
         return "there are no credentials for it (docs/train.md says where they are looked for)"
     if isinstance(error, PermissionError) or _status(error) in (401, 403):

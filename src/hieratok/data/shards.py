@@ -1,8 +1,8 @@
-"""The index of a WebDataset shard: where each image lies, and its class.
+"""The index of a WebDataset shard: the place of each image, and its class.
 
-One pass over the tar headers gives an index of where each image lies; an image is then one `pread`. Python's `tarfile`
-reads the same archives but takes three times as long for the headers (`benchmarks/data.py`). A shard may come from
-anywhere, so nothing in it is trusted: only regular files are read, of bounded size, and nothing is written to disk.
+One pass over the tar headers gives the index; reading an image is then one `pread`. Python's `tarfile` takes three
+times as long for the headers (`benchmarks/data.py`). Shards are not trusted: only regular files of bounded size are
+read, and nothing is written to disk.
 """
 
 import posixpath
@@ -19,20 +19,20 @@ from hieratok.data.image_index import ImageIndex, check_name
 from hieratok.data.ranges import RangeFile
 
 BLOCK = 512  # bytes: a tar archive is a sequence of blocks
-READ_BYTES = 4096  # one page of the file cache: often holds the next small member and the header after it
+READ_BYTES = 4096  # one page of the file cache, which often holds the next small member and the header after it
 MAX_TEXT_BYTES = 1 << 16  # of a label, a long name or a pax header
 
 
 def index_tar(file: RangeFile, path: str) -> ImageIndex:
-    """Where each image lies in one shard, in the order of the archive.
+    """The index of one shard, in the order of the archive.
 
     Raises:
-        ValueError: truncated, damaged or no tar file, two members of one name, a label that is no class index, or a
-            name that leads outside the archive.
+        ValueError: truncated, damaged or not a tar file, two members with the same name, a label that is not a class
+            index, or a name that leads outside the archive.
     """
     images: dict[str, tuple[int, int]] = {}  # name -> offset, size
     labels: dict[str, int] = {}  # name without .cls
-    links: list[tuple[str, str]] = []  # names of a link and of what it leads to
+    links: list[tuple[str, str]] = []  # names of a link and of its target
     left_out = LeftOut()
     for member in _members(file, path):
         name, base = member.name, member.name[member.name.rfind("/") + 1 :]
@@ -45,22 +45,22 @@ def index_tar(file: RangeFile, path: str) -> ImageIndex:
         check_name(name, path)
         key = name.removesuffix(base[-4:]) if suffix == ".cls" else name
         if key in (labels if suffix == ".cls" else images):
-            raise ValueError(f"{shown(path)} has two members called {shown(name)}")
+            raise ValueError(f"{shown(path)} has two members named {shown(name)}")
         if member.kind == "file" and suffix == ".cls":
             labels[key] = _label(file.read(min(member.size, MAX_TEXT_BYTES), member.offset), f"{path}/{name}")
         elif member.kind == "file":
             images[name] = (member.offset, member.size)
         elif member.kind == "link" and is_image:
-            images[name] = (-1, -1)  # holds its place
+            images[name] = (-1, -1)  # keeps its position
             links.append((name, member.target))
         else:
             left_out.count(member.kind)
-    for name, target in links:  # a link may come before what it leads to; of links to links, only to earlier ones
+    for name, target in links:  # a link may come before its target; links to links must lead to earlier ones
         images[name] = images.get(target, (-1, -1))
     for name, _ in links:
         if images[name][0] < 0:
             del images[name]
-            left_out.count("links to nothing")
+            left_out.count("broken links")
     _leave_out_other_fields(images, left_out)
     return ImageIndex(
         path,
@@ -74,7 +74,7 @@ def index_tar(file: RangeFile, path: str) -> ImageIndex:
 
 
 def _leave_out_other_fields(images: dict[str, tuple[int, int]], left_out: LeftOut) -> None:
-    """Of a sample with an image KEY.jpg, an image KEY.seg.png is another field, such as a mask."""
+    """In a sample with an image KEY.jpg, an image KEY.seg.png is another field, such as a mask."""
     plain = {name[: name.rfind(".")] for name in images if _key(name) == name[: name.rfind(".")]}
     for name in [name for name in images if _key(name) != name[: name.rfind(".")] and _key(name) in plain]:
         del images[name]
@@ -82,13 +82,13 @@ def _leave_out_other_fields(images: dict[str, tuple[int, int]], left_out: LeftOu
 
 
 def _key(name: str) -> str:
-    """WebDataset's name of a sample: up to the first dot of the file's name."""
+    """WebDataset's key of a sample: the path up to the first dot of the file's name."""
     base = name.rfind("/") + 1
     return name[: name.index(".", base + 1)]
 
 
 def _label_of(name: str, labels: dict[str, int]) -> int:
-    """The label that belongs to an image: of the longest name before one of its dots. -1: none."""
+    """An image's label: the one with the longest name that ends at one of the image's dots. -1: none."""
     folder, slash, base = name.rpartition("/")
     while "." in base:
         base = base.rpartition(".")[0]
@@ -103,25 +103,25 @@ def _label(text: bytes, name: str) -> int:
     except ValueError:
         label = -1
     if not 0 <= label < 1 << 63:
-        raise ValueError(f"{shown(name)} holds no class index: {text[:40]!r}")
+        raise ValueError(f"{shown(name)} is not a class index: {text[:40]!r}")
     return label
 
 
 class _Member(NamedTuple):
-    """Of a tar archive."""
+    """A member of a tar archive."""
 
     name: str
     kind: str
-    """file, link, folder, or what else in words."""
+    """file, link, folder, or another kind in words."""
     offset: int
-    """Of its data in the archive."""
+    """Offset of its data in the archive."""
     size: int
     target: str = ""
-    """Of a link: the name of the member that it leads to."""
+    """A link's target, as a member's name."""
 
 
 class _Extended(NamedTuple):
-    """What the headers before a member say of it."""
+    """Values for the next member from extended headers."""
 
     name: str | None = None
     size: int | None = None
@@ -141,7 +141,7 @@ def _members(file: RangeFile, path: str) -> Iterator[_Member]:
     """Each member of a tar archive of any dialect: v7, ustar, GNU, pax.
 
     Raises:
-        ValueError: truncated, damaged or no tar archive.
+        ValueError: truncated, damaged or not a tar archive.
     """
     end = file.version().size
     chunk, chunk_start = b"", 0
@@ -169,45 +169,52 @@ def _members(file: RangeFile, path: str) -> Iterator[_Member]:
             size = extended.size
         if size < 0:
             raise ValueError(f"{shown(path)} is damaged at byte {position}")
-        if letter == b"S":  # blocks that say where more holes are come before the data
+        if letter == b"S":  # blocks with more entries of the sparse map come before the data
             has_more = header[482]
             while has_more:
                 block = file.read(BLOCK, offset)
                 if len(block) < BLOCK:
                     raise ValueError(f"{shown(path)} is truncated: it has no end-of-archive mark")
                 has_more, offset = block[504], offset + BLOCK
-        has_data = letter not in b"123456"  # links, devices, folders and pipes have none whatever their size field says
+        has_data = letter not in b"123456"  # links, devices, folders and pipes have none, whatever their size field
         position = offset + (-(-size // BLOCK) * BLOCK if has_data else 0)
         if position > end:
             raise ValueError(f"{shown(path)} is truncated: a member ends at byte {position}, the file at {end}")
 
         if letter in b"KLxX":
-            text = file.read(min(size, MAX_TEXT_BYTES), offset)
-            if letter == b"L":  # GNU: the next member's long name
-                extended = extended._replace(name=_decode(text.split(b"\0", 1)[0]))
-            elif letter == b"K":  # and where it leads
-                extended = extended._replace(target=_decode(text.split(b"\0", 1)[0]))
-            else:  # pax: the next member's name and size, among other things
-                extended = _read_pax(text, path)
-            continue
-        if letter == b"g":  # defaults for the whole archive
-            continue
-        name = _decode(header[:100].split(b"\0", 1)[0])
-        if header[257:263] == b"ustar\0" and header[345]:
-            name = _decode(header[345:500].split(b"\0", 1)[0]) + "/" + name
-        name = _inside(extended.name or name)
-        target = ""
-        if kind == "link":
-            target = extended.target or _decode(header[157:257].split(b"\0", 1)[0])
-            if letter == b"2":  # a hard link names a member, a symbolic one leads on from its own folder
-                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-            target = _inside(target)
-        yield _Member(name, "sparse files" if extended.is_sparse else kind, offset, size, target)
-        extended = _Extended()
+            extended = _extend(extended, letter, file.read(min(size, MAX_TEXT_BYTES), offset), path)
+        elif letter != b"g":  # which has defaults for the whole archive
+            name, target = _names(header, extended)
+            yield _Member(name, "sparse files" if extended.is_sparse else kind, offset, size, target)
+            extended = _Extended()
+
+
+def _extend(extended: _Extended, letter: bytes, text: bytes, path: str) -> _Extended:
+    """Values for the next member, with those of one more extended header, of GNU or pax."""
+    if letter == b"L":
+        return extended._replace(name=_decode(text.split(b"\0", 1)[0]))
+    if letter == b"K":
+        return extended._replace(target=_decode(text.split(b"\0", 1)[0]))
+    return _read_pax(text, path)
+
+
+def _names(header: bytes, extended: _Extended) -> tuple[str, str]:
+    """A member's name, and its link's target if it is a link."""
+    name = _decode(header[:100].split(b"\0", 1)[0])
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = _decode(header[345:500].split(b"\0", 1)[0]) + "/" + name
+    name = _inside(extended.name or name)
+    letter = header[156:157]
+    if MEMBER_KINDS.get(letter) != "link":
+        return name, ""
+    target = extended.target or _decode(header[157:257].split(b"\0", 1)[0])
+    if letter == b"2":  # a hard link names a member, a symbolic link is relative to its own folder
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    return name, _inside(target)
 
 
 def _inside(name: str) -> str:
-    """A member's name as it lies in the archive: without ./ and / at its beginning."""
+    """A member's name without ./ and / at its beginning."""
     return name.removeprefix("./").lstrip("/")
 
 
@@ -219,14 +226,14 @@ def _checksum_fits(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """An octal number, or a binary one where it did not fit."""
+    """An octal number, or a binary one if it was too large."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
 def _read_pax(text: bytes, path: str) -> _Extended:
-    """What a pax header says about the next member, in records "LENGTH KEY=VALUE\n"; LENGTH counts the whole record."""
+    """A pax header's values for the next member, in records "LENGTH KEY=VALUE\n"; LENGTH counts the whole record."""
     extended = _Extended()
     try:
         while text.strip(b"\0"):

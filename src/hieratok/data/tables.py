@@ -1,8 +1,8 @@
-"""Images in Apache Arrow and Parquet files, as Hugging Face's `datasets` writes them, read map-style.
+"""Images in Apache Arrow and Parquet files, as Hugging Face's `datasets` writes them.
 
-A folder from `save_to_disk` holds Arrow files, in which each image's bytes lie as they are: the index says where, and
-an image is one read. Parquet packs rows in compressed groups, so it is written to the cache as an Arrow file once, as
-`datasets` does it too. Of an image only its bytes are read, never the path beside them.
+A folder from `save_to_disk` holds Arrow files, which store each image's bytes uncompressed: with an index, reading an
+image is one read. Parquet packs rows in compressed groups, so it is converted once to an Arrow file in the cache, as
+`datasets` does. Only the bytes of an image are read, never a file at the path next to them.
 """
 
 import os
@@ -24,18 +24,18 @@ from hieratok.data.remote import RemoteError
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
 PARQUET_ROWS = 4
-"""That are decoded at a time: a small file may repeat one large image in all of them."""
+"""Rows decoded at a time: few, as a small file may repeat one large image in every row."""
 MAX_GROWTH = 20
-"""How many times a Parquet file's size its images may take: they are compressed already."""
+"""Limit of the unpacked size, relative to the Parquet file's: images are compressed already."""
 FREE_BYTES = 1 << 30
-"""That stay free on the cache's disk."""
+"""Bytes that stay free on the cache's disk."""
 
 
 def saved_shards(folder: str) -> list[str] | None:
-    """The Arrow files of a folder from `Dataset.save_to_disk`, in order; None: it is no such folder.
+    """The Arrow files of a folder from `Dataset.save_to_disk`, in order; None: not such a folder.
 
     Raises:
-        ValueError: a folder from `DatasetDict.save_to_disk`, of which one part has to be chosen, or a damaged one.
+        ValueError: a folder from `DatasetDict.save_to_disk`, of which the user must choose a part, or a damaged one.
     """
     splits_file = os.path.join(folder, "dataset_dict.json")
     if os.path.lexists(splits_file):
@@ -48,7 +48,7 @@ def saved_shards(folder: str) -> list[str] | None:
         return None
     state = read_json_table(state_file)
     if state.get("_indices_data_files"):
-        raise ValueError(f"{shown(folder)} has rows in another order than its files: save flatten_indices() of it")
+        raise ValueError(f"{shown(folder)} has its rows in another order than its files: save its flatten_indices()")
     files = state.get("_data_files")
     try:
         names = [file["filename"] for file in files]  # type: ignore[union-attr]
@@ -60,10 +60,10 @@ def saved_shards(folder: str) -> list[str] | None:
 
 
 def index_arrow(file: RangeFile, path: str) -> ImageIndex:
-    """Where each row's image lies in an Arrow file of this machine, and its class index.
+    """The place of each row's image in an Arrow file on this machine, and its class index.
 
     Raises:
-        ValueError: damaged, compressed, no Arrow file, or without a column of images.
+        ValueError: damaged, compressed, not an Arrow file, or without a column of images.
     """
     check_regular(path)
     with needs_extras():
@@ -103,7 +103,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _batches(content: Any, path: str) -> Iterator[tuple[Any, np.ndarray]]:
-    """The column of images of each batch, and its labels; checked, as the file may come from anywhere."""
+    """The column of images of each batch, and its labels; checked, as the file is not trusted."""
     import pyarrow as pa
 
     source = pa.BufferReader(content)
@@ -113,7 +113,7 @@ def _batches(content: Any, path: str) -> Iterator[tuple[Any, np.ndarray]]:
     image, label = _columns(schema, path)
     wanted = [schema.get_field_index(name) for name in (image, label) if name is not None]
     source.seek(0)
-    if is_file:  # the choice of columns would copy them
+    if is_file:  # selecting columns would copy them
         file = pa.ipc.open_file(source)
         batches = (file.get_batch(i).select(wanted) for i in range(file.num_record_batches))
     else:
@@ -128,7 +128,7 @@ def _columns(schema: Any, path: str) -> tuple[str, str | None]:
     """Names of the columns of images and of labels, None if there is none.
 
     Raises:
-        ValueError: no column of images, or several and none of them called like one.
+        ValueError: no column of images, or several without a name such as `image`.
     """
     import pyarrow.types as types
 
@@ -149,13 +149,13 @@ def _columns(schema: Any, path: str) -> tuple[str, str | None]:
         names = ", ".join(shown(str(field.name)) for field in fields[:12])
         raise ValueError(f"{shown(path)} has {'several columns' if images else 'no column'} of images among: {names}")
     if len({field.name for field in fields}) < len(fields):
-        raise ValueError(f"{shown(path)} has two columns of one name")
+        raise ValueError(f"{shown(path)} has two columns with the same name")
     labels = [field.name for field in fields if types.is_integer(field.type)]
     return images[0], next((name for name in LABEL_COLUMNS if name in labels), None)
 
 
 def _bytes_of(column: Any) -> Any:
-    """A column of images' bytes, null where there are none."""
+    """The bytes of a column of images, null where missing."""
     import pyarrow.types as types
 
     if not types.is_struct(column.type):
@@ -164,7 +164,7 @@ def _bytes_of(column: Any) -> Any:
 
 
 def _labels(column: Any) -> np.ndarray:
-    """int64; -1 where there is none."""
+    """int64; -1 where missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -173,7 +173,7 @@ def _labels(column: Any) -> np.ndarray:
 
 
 def _places(values: Any, content: Any, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each value lies in the file, how long it is, and whether it is there."""
+    """Offset and size of each value in the file, and whether it is present."""
     import pyarrow.types as types
 
     _, ends, data = values.buffers()
@@ -184,7 +184,7 @@ def _places(values: Any, content: Any, path: str) -> tuple[np.ndarray, np.ndarra
     edges = np.frombuffer(ends, width, len(values) + 1, values.offset * width.itemsize).astype(np.int64)
     start = 0 if data is None else data.address - content.address
     if data is not None and not 0 <= start <= start + data.size <= content.size:
-        raise ValueError(f"{shown(path)} is compressed: images in it cannot be read in any order; save it uncompressed")
+        raise ValueError(f"{shown(path)} is compressed, so images cannot be read in any order: save it uncompressed")
     there = ~np.asarray(values.is_null()) & (edges[1:] > edges[:-1])
     return start + edges[:-1], edges[1:] - edges[:-1], there
 
@@ -193,14 +193,14 @@ def _places(values: Any, content: Any, path: str) -> tuple[np.ndarray, np.ndarra
 
 
 class _DiskFull(OSError):
-    """Said in our own words."""
+    """An error with a message of ours, which may be shown."""
 
 
 def unpacked_parquet(file: RangeFile, path: str) -> str:
     """The Arrow file in the cache that holds the images and labels of a Parquet file.
 
     Raises:
-        ValueError: damaged, no Parquet file, without a column of images, or one that grows out of all proportion.
+        ValueError: damaged, not a Parquet file, without a column of images, or too large when unpacked.
         OSError: the cache's disk is full, or the server fails.
     """
     version = file.version()

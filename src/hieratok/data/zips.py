@@ -1,7 +1,7 @@
-"""A zip of images read map-style: its table of contents, which lies at its end, is the index.
+"""A zip of images: the table of contents at its end is the index.
 
-Python's `zipfile` reads the same archives but takes a kilobyte of memory for each member; a hostile table of contents
-of some megabytes would then take gigabytes. Nothing is unpacked to the disk.
+Python's `zipfile` takes a kilobyte of memory for each member, so a hostile table of contents of some megabytes would
+take gigabytes. Nothing is unpacked to the disk.
 """
 
 import struct
@@ -24,9 +24,9 @@ ENTRY = struct.Struct("<4s6H3I5H2I")
 HEADER = struct.Struct("<4s5H3I2H")
 MAX_COMMENT = 1 << 16
 MAX_TABLE_BYTES = 1 << 28
-"""Of a table of contents: of more than a million members."""
+"""Limit of a table of contents: enough for more than a million members."""
 MAX_EXTRA = 512
-"""Bytes between a member's name and its content that are read with it; where there are more it takes a second read."""
+"""Bytes between a member's name and its content that are read at once; if there are more, a second read follows."""
 STORED, DEFLATED = 0, 8
 ENCRYPTED = 1
 UTF8 = 1 << 11
@@ -37,20 +37,20 @@ class _Entry(NamedTuple):
     flags: int
     method: int
     offset: int
-    """Of the member's own header."""
+    """Offset of the member's header."""
     stored_size: int
-    """In the archive."""
+    """Size in the archive."""
 
 
 def index_zip(file: RangeFile, path: str) -> ImageIndex:
-    """Where each image of a zip lies, in the order of their names, and its class.
+    """The place of each image of a zip, in the order of names, and its class.
 
-    A zip counts as the folder that it was made from: first-level folders are the classes. If all images lie in one
+    A zip counts as the folder that it was made from: first-level folders are the classes. If all images are in one
     folder, that is the one.
 
     Raises:
-        ValueError: damaged, of several parts or no zip, two members of one name, a name that leads outside, or it holds
-            both training and held-out images.
+        ValueError: damaged, split or not a zip, two members with the same name, a name that leads outside, or both
+            training and held-out images.
     """
     places: dict[str, tuple[int, int]] = {}  # name -> offset, size
     left_out = LeftOut()
@@ -67,7 +67,7 @@ def index_zip(file: RangeFile, path: str) -> ImageIndex:
         if entry.flags & ENCRYPTED or entry.method not in (STORED, DEFLATED):
             left_out.count("encrypted files" if entry.flags & ENCRYPTED else "files compressed in another way")
         elif name in places:
-            raise ValueError(f"{shown(path)} has two members called {shown(name)}")
+            raise ValueError(f"{shown(path)} has two members named {shown(name)}")
         else:
             places[name] = (entry.offset, entry.stored_size)
     names = sorted(places)
@@ -85,7 +85,7 @@ def index_zip(file: RangeFile, path: str) -> ImageIndex:
 
 
 def _classes(names: list[str], path: str) -> tuple[tuple[str, ...], list[int]]:
-    """The first-level folders, and each image's among them."""
+    """The first-level folders, and each image's index among them."""
     parts = [name.split("/") for name in names]
     depth = 0
     while parts and all(len(one) > depth + 1 and one[depth] == parts[0][depth] for one in parts):
@@ -141,7 +141,7 @@ def _entries(file: RangeFile, path: str) -> Iterator[_Entry]:
     """The table of contents, without folders' content.
 
     Raises:
-        ValueError: damaged, too large or no zip.
+        ValueError: damaged, too large or not a zip.
     """
     table_size, table_offset, shift = _find_table(file, path)
     if table_size > MAX_TABLE_BYTES:
@@ -176,20 +176,20 @@ def _entries(file: RangeFile, path: str) -> Iterator[_Entry]:
 
 
 def _find_table(file: RangeFile, path: str) -> tuple[int, int, int]:
-    """Size and place of the table of contents, and what to add to the places in it: bytes before the archive."""
+    """Size and offset of the table of contents, and the number of bytes before the archive, to add to its offsets."""
     end = file.version().size
     start = max(0, end - MAX_COMMENT - END.size - END64_PLACE.size - END64.size)
     tail = file.read(end - start, start)
     at = tail.rfind(b"PK\5\6", 0, max(0, len(tail) - END.size + 4))
     if at < 0:
-        raise ValueError(f"{shown(path)} is no zip, or is truncated: it has no table of contents")
+        raise ValueError(f"{shown(path)} is not a zip, or truncated: it has no table of contents")
     _, disk, table_disk, _, _, size, offset, _ = END.unpack_from(tail, at)
     if disk not in (0, 0xFFFF) or table_disk not in (0, 0xFFFF):
-        raise ValueError(f"{shown(path)} is a part of a zip of several parts: join them first (zip -s 0)")
+        raise ValueError(f"{shown(path)} is a part of a split zip: join the parts first (zip -s 0)")
     table_end = start + at
     place = at - END64_PLACE.size
-    if place >= 0 and tail[place : place + 4] == b"PK\6\7":  # some write it where it is not needed, too
-        record = start + place - END64.size  # not where it says: there may be bytes before the archive
+    if place >= 0 and tail[place : place + 4] == b"PK\6\7":  # some programs write it even if it is not needed
+        record = start + place - END64.size  # not where the record says, as there may be bytes before the archive
         data = file.read(END64.size, record) if record >= 0 else b""
         if len(data) < END64.size or data[:4] != b"PK\6\6":
             raise ValueError(f"{shown(path)} is damaged: its table of contents cannot be found")
@@ -201,7 +201,7 @@ def _find_table(file: RangeFile, path: str) -> tuple[int, int, int]:
 
 
 def _large(extra: bytes, stored: int, size: int, offset: int, path: str) -> tuple[int, int]:
-    """Sizes and places that 32 bits do not hold: in field 1, each only where it is needed, in this order."""
+    """Sizes and offsets that 32 bits do not hold: in field 1, each only if needed, in this order."""
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:

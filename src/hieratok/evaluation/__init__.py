@@ -1,4 +1,4 @@
-"""Numbers to trust: pixel metrics, distances between sets of images, and the protocols that stamp them.
+"""Evaluation: pixel metrics, distances between sets of images, and the protocols that use them.
 
-Nothing here knows a model: everything takes images, as tensors, iterators or files.
+Nothing here depends on a model: inputs are images, as tensors, iterators or files.
 """

@@ -1,21 +1,21 @@
-"""Options of `hieratok evaluate`, a dataclass a protocol. Imports no torch."""
+"""Options of `hieratok evaluate`, one dataclass per protocol. Imports no torch."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True)
 class EvaluationOptions:
-    """What the commands have in common."""
+    """Options of all protocols."""
 
     features: str = "inception"
-    """Feature network of the distances: inception, vgg16, squeezenet, dinov2-small, dinov2-base,
-    dinov2-large, package.module:function of your own, or none for no distances."""
+    """Feature network of the distances: inception, vgg16, squeezenet, dinov2-small, dinov2-base, dinov2-large, your own
+    as package.module:function, or none for no distances."""
     weights: str | None = None
-    """The network's weights; by default the published file in torch's cache. Nothing is downloaded."""
+    """File with the network's weights. Default: the published file in torch's cache; nothing is downloaded."""
     size: int | None = None
-    """Cut every image to this side, in pixels, as ADM does. Default: images stay as they are and must have one size."""
+    """Crop every image to this size in pixels, as ADM does. Default: no crop; images must have the same size."""
     batch_size: int = 32
-    """Images at a time. It changes the speed, not the result."""
+    """Batch size in images. It changes the speed, not the result."""
     device: str | None = None
     """Where to run the networks, such as cuda:0 or cpu. Default: the GPU if there is one."""
     json: bool = False
@@ -24,11 +24,11 @@ class EvaluationOptions:
 
 @dataclass(kw_only=True)
 class PairedOptions(EvaluationOptions):
-    """What commands on pairs of images have in common."""
+    """Options of protocols on pairs of images."""
 
     lpips: list[str] = field(default_factory=lambda: ["alex", "vgg"])
     """Trunks of LPIPS: alex, vgg, squeeze, each optionally =FILE with its weights; squeeze-caffe=FILE gives a distance
-    that is not LPIPS and is not called so. '[]' for none."""
+    that is not LPIPS. '[]' for none."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,7 @@ class EvaluateReconstruction(PairedOptions):
     data: str
     """Images to reconstruct: a folder, a pattern, or WebDataset shards."""
     scales: bool = False
-    """Evaluate every scale, each against the original resized to it by area, and not only the finest."""
+    """Evaluate every scale, not only the finest, each against the original resized to it by area."""
     sample: bool = False
     """Decode a sample of the posterior instead of its mean."""
     out: str | None = None
@@ -62,8 +62,8 @@ class EvaluateImages(PairedOptions):
     b: str
     """Reconstructions, of the same names (.jpg and .png may differ)."""
     suffix: str | None = None
-    """What the reconstructions' names have more, such as --suffix=-128px for those of `hieratok reconstruct`; other
-    files there are left out, and folders in names count as dashes."""
+    """Suffix of the reconstructions' names, such as --suffix=-128px for `hieratok reconstruct`; files without it are
+    left out, and folders in names count as dashes."""
     out: str | None = None
     """Folder for metrics.json, reconstructions.png and index.html. Default: nothing is written."""
 
@@ -78,14 +78,14 @@ class EvaluateSamples(EvaluationOptions):
     path: str
     """Generated images: a folder, a pattern, WebDataset shards, or an .npz with uint8 arr_0 (N, H, W, 3)."""
     reference: str
-    """Real images, in any of those forms, or an .npz of statistics: of `hieratok evaluate stats`, or ADM's."""
+    """Real images, given likewise, or an .npz of statistics from `hieratok evaluate stats` or ADM."""
     out: str | None = None
     """Folder for metrics.json and index.html. Default: nothing is written."""
 
 
 @dataclass(kw_only=True)
 class EvaluateStats(EvaluationOptions):
-    """Write the statistics of a set of images, to be used as a reference again and again.
+    """Write the statistics of a set of images, for use as a reference.
 
     Example: hieratok evaluate stats imagenet/val --size 256 --out val256.npz
     """
@@ -98,7 +98,7 @@ class EvaluateStats(EvaluationOptions):
 
 @dataclass(kw_only=True)
 class EvaluateCompare:
-    """Set two results beside each other, if their manifests agree.
+    """Compare two results if their manifests agree.
 
     Example: hieratok evaluate compare single/metrics.json multi/metrics.json
     """

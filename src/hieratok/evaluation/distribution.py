@@ -1,7 +1,7 @@
-"""Distances between two sets of images: Frechet, kernel (KID), precision and recall; and the Inception Score of one.
+"""Distances between two sets of images: Frechet, kernel (KID), precision and recall; and the Inception Score.
 
-Every function here is given features or statistics, never images or a network, and computes in float64. None clamps: a
-distance estimated from samples may come out a little below zero.
+Functions take features or statistics, not images or networks, and compute in float64. Nothing is clamped: a distance
+estimated from samples may be a little below zero.
 """
 
 import math
@@ -25,7 +25,7 @@ KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 NEIGHBOURS = 3  # k of precision and recall
 
-# What the numbers below are, for the manifest that goes with them.
+# Definitions for the manifest.
 DISTRIBUTION_PROTOCOL = {
     "frechet": "float64, covariance with ddof 1",
     "kernel": f"polynomial degree 3, gamma 1/d, coef 1, unbiased, {KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE}",
@@ -68,7 +68,7 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     """Squared maximum mean discrepancy under the kernel (x . y / D + 1)^3, unbiased, averaged over seeded subsets.
 
     KID is this distance of the Inception network's features (Binkowski et al. 2018). 100 subsets of 1000 images, or of
-    as many as the smaller set has. The subsets depend on the order of the rows, so give them in a defined one.
+    as many as the smaller set has. The subsets depend on the order of the rows, so keep it fixed.
 
     Args: features (n_x, D), (n_y, D). Raises ValueError below two images and for bad features.
     """
@@ -77,7 +77,7 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
     size = min(KID_SUBSET_SIZE, len(x), len(y))
     random = np.random.RandomState(SEED)
     values = []
-    # Where both sets are the subset, all the subsets are equal.
+    # If both sets are as small as a subset, all subsets are equal.
     for _ in range(1 if size == len(x) == len(y) else KID_SUBSETS):
         a = x[random.choice(len(x), size, replace=False)]
         b = y[random.choice(len(y), size, replace=False)]
@@ -95,9 +95,9 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
 def inception_score(logits: Tensor) -> float:
     """exp(E_x KL(p(y|x) | p(y))), averaged over splits of 5,000 images (Salimans et al. 2016).
 
-    Splits as ADM's evaluator makes them: the last has what is left, and below 5,000 images it is the only one. It takes
-    images in their order, we a seeded permutation of it, as samples may be sorted by class. The score rises with the
-    size of a split: scores of few images are not those of 50,000.
+    Splits as in ADM's evaluator: the last has the rest, and below 5,000 images there is only one. ADM keeps the images'
+    order; here a seeded permutation is used, as samples may be sorted by class. The score rises with the size of a
+    split: scores of few images cannot be compared with those of 50,000.
 
     Args: logits (n, classes) of images in a defined order; n at least 2. Raises ValueError for fewer or bad logits.
     """
@@ -133,7 +133,7 @@ def _share_inside(points: Tensor, balls: Tensor, block: int = 2048) -> float:
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(n, m); exactly 0 where only rounding is left, so that two copies of an image are at no distance."""
+    """(n, m); exactly 0 if below rounding errors, so that two copies of an image have distance 0."""
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
     distances = squares - 2 * x @ y.T
     return torch.where(distances > 1e-13 * squares, distances, 0)
@@ -149,7 +149,7 @@ def _check_two_sets(x: Tensor, y: Tensor, at_least: int, what: str) -> None:
 
 
 def distances(samples: SetStatistics, reference: SetStatistics, network: FeatureNetwork) -> dict[str, float]:
-    """Every metric that the two sets' statistics allow, under the name it has with this network.
+    """Every metric that the two sets' statistics allow, named after the network.
 
     The Frechet distance always; sFID where the network has spatial features; the Inception Score where it has classes
     and the samples' features were kept; KID, precision and recall where those of both sets were. Precision and recall

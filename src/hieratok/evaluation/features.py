@@ -1,11 +1,11 @@
-"""Feature networks by name: what turns images into the features whose distributions are compared.
+"""Feature networks by name, whose features' distributions are compared.
 
     network = load_network("squeezenet", "squeezenet1_1.pth")
     pool, spatial = network(images)        # uint8 (B, 3, H, W) -> float32 (B, D), and (B, S) for Inception only
 
-A distance means nothing without its network, so each network carries its weights' SHA-256 and a sentence that says what
-happens to an image first, and both go into every manifest. Only the Inception network of 2015 with its real
-weights gives numbers called FID, sFID, IS and KID; everything else is named after its network (`fd-squeezenet`).
+A distance means nothing without its network, so each network has its weights' SHA-256 and a description of its
+preprocessing, which go into every manifest. Only the Inception network of 2015 with its published weights gives numbers
+called FID, sFID, IS and KID; other distances are named after their network (`fd-squeezenet`).
 
 Nothing is downloaded: weights come from a file or from torch's cache.
 """
@@ -32,7 +32,7 @@ from hieratok.core.extras import needs_extras
 from hieratok.core.files import check_regular, shown
 from hieratok.evaluation.pixels import check_images
 
-INCEPTION_SHA256 = "6726825d"  # how the real file's SHA-256 begins, by torch hub's convention also in its name
+INCEPTION_SHA256 = "6726825d"  # start of the published file's SHA-256, which torch hub's convention puts in its name
 INCEPTION_FILES = (
     f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth",
     f"pt_inception-2015-12-05-{INCEPTION_SHA256}.pth",
@@ -47,19 +47,19 @@ DINOV2_OFFSET = 0.1  # `interpolate_offset` of the published models without regi
 
 
 class Features(NamedTuple):
-    """What a network says about a batch of images, float32."""
+    """A network's features of a batch of images, float32."""
 
     pool: Tensor
-    """(B, D): the features whose distribution is compared."""
+    """(B, D): features for distances."""
     spatial: Tensor | None
     """(B, S): features that keep positions, for sFID; only Inception has them."""
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen network with the preprocessing it was trained with, the name of its distances and where it came from.
+    """A frozen network with its preprocessing, the name of its distances and the hash of its weights.
 
     Args:
-        name: after which distances are called: `fd-<name>`.
+        name: used in the distances' names: `fd-<name>`.
         module: from prepared images to features (B, D), or to (pool, spatial).
         prepare: from uint8 images (B, 3, H, W) to what `module` takes.
         preprocessing: what `prepare` does, in words for the manifest.
@@ -96,12 +96,12 @@ class FeatureNetwork(nn.Module):
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def key(self, metric: str) -> str:
-        """The name of a metric ("fid", "sfid", "kid", "is") under this network, as it stands in JSON."""
+        """The name in JSON of a metric ("fid", "sfid", "kid", "is") with this network."""
         other = {"fid": "fd", "sfid": "sfd", "kid": "kd", "is": "class-score"}
         return metric if self.is_fid else f"{other[metric]}-{self.name}"
 
     def description(self) -> dict[str, str]:
-        """What has to be equal for two sets of features to be comparable."""
+        """Facts that must be equal for two sets of features to be comparable."""
         return {"network": self.name, "weights sha256": self.sha256, "preprocessing": self.preprocessing}
 
     @torch.inference_mode()
@@ -119,7 +119,7 @@ class FeatureNetwork(nn.Module):
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Products of float32 matrices in float32: TF32 and bfloat16 shortcuts off, the user's settings restored after."""
+    """Compute float32 products in full precision: TF32 and bfloat16 are off, and the user's settings restored after."""
     backends = torch.backends
     settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
@@ -133,8 +133,8 @@ def exact_float32() -> Iterator[None]:
 
 
 # --- Inception, 2015, as TensorFlow ran it -------------------------------------------------------------------------
-# torchvision's blocks have its structure and parameter names, but for the pooling: TensorFlow leaves padding out of an
-# average, and the last block takes a maximum.
+# torchvision's blocks have the same structure and parameter names, but other pooling: TensorFlow leaves padding out of
+# averages, and the last block takes a maximum.
 
 _average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
@@ -196,7 +196,7 @@ class Inception(tv.Inception3):
 
 
 def resize_tf1(images: Tensor, side: int) -> Tensor:
-    """Bilinear resize as TensorFlow 1 does it: output pixel i samples at i * (input side / side), without half-pixel
+    """Bilinear resize as in TensorFlow 1: output pixel i samples at i * (input side / side), without half-pixel
     centres and without antialiasing. (B, 3, H, W) -> float32 (B, 3, side, side)."""
     images = images.float()
     for dim in (3, 2):
@@ -258,7 +258,7 @@ def _load_vgg16(path: Path) -> FeatureNetwork:
 
 
 def _load_squeezenet(path: Path) -> FeatureNetwork:
-    """SqueezeNet 1.1, torchvision's or (.npz) the one its authors trained in Caffe, with another input."""
+    """SqueezeNet 1.1: torchvision's or (.npz) its authors' from Caffe, whose input differs."""
     from torchvision.models import squeezenet1_1
 
     network = squeezenet1_1(weights=None)
@@ -286,7 +286,7 @@ def _load_dinov2(size: str, path: Path) -> FeatureNetwork:
     network: Any = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, img_size=518, num_classes=0)
     try:
         tensors = checkpoint_filter_fn(read_tensors(path), network)  # type: ignore[arg-type]
-    except Exception as error:  # timm looks up tensors of the size it expects
+    except Exception as error:  # timm expects tensors of certain sizes
         raise ValueError(f"{path} does not hold the weights of DINOv2 {size}: {error}") from error
     _load_state(network, tensors, path)
     _shrink_positions(network, 224)
@@ -298,18 +298,18 @@ def _load_dinov2(size: str, path: Path) -> FeatureNetwork:
 
 
 def _imagenet_by_pillow(images: Tensor) -> Tensor:
-    """Resized in 8 bits, then as `_imagenet`."""
+    """Pillow's resize in 8 bits, then as `_imagenet`."""
     pictures = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
     resized = [np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC)) for picture in pictures]
     return _imagenet(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images.device))
 
 
 def _shrink_positions(network: Any, side: int) -> None:
-    """Have a ViT of timm's, trained at a larger size, take images of `side` px as DINOv2's own code does.
+    """Resample the positions of timm's ViT, trained at a larger size, for images of `side` px, as DINOv2's own code.
 
-    That code adds an offset to the number of tokens per side and hands their ratio to the interpolation, which then
-    samples at steps of old / (new + offset). timm's own resampling has neither the offset nor aliasing: 2% apart in
-    features.
+    That code adds an offset to the number of tokens per side and passes the ratio to the interpolation, which then
+    samples at steps of old / (new + offset). timm's own resampling has no offset and is antialiased: features differ by
+    2%.
     """
     old, prefix = network.patch_embed.grid_size[0], network.num_prefix_tokens
     new = side // network.patch_embed.patch_size[0]
@@ -342,13 +342,13 @@ def load_network(
     Args:
         name: one of `NETWORK_NAMES`, or `package.module:function` of your own: the function gets `weights` (a Path or
             None) and returns a `FeatureNetwork`, or an nn.Module from uint8 images (B, 3, H, W) to features (B, D); its
-            annotation says so. It is code, so never take such a name from a file (`hieratok.settings` does not).
+            annotation must say so. It is code, so never take such a name from a file (`hieratok.settings` does not).
         weights: the weights' file, .pth (tensors only), .safetensors or .npz. Default: the published file in torch's
             cache, `torch.hub.get_dir()/checkpoints`. Never downloaded.
         device: where to run it.
 
     Raises:
-        ValueError: unknown name, or a damaged file or one of another network.
+        ValueError: unknown name, or a file that is damaged or of another network.
         FileNotFoundError: no weights.
     """
     if ":" in name:
@@ -373,7 +373,7 @@ def _cached(name: str, files: tuple[str, ...]) -> Path:
             return folder / file
     where = f" (from {INCEPTION_URL})" if name == "inception" else ""
     wanted = f", or put {files[0]}{where} into {folder}" if files else ""
-    raise FileNotFoundError(f"no weights for the feature network {name}: give their file by --weights FILE{wanted}")
+    raise FileNotFoundError(f"no weights for the feature network {name}: give the file with --weights FILE{wanted}")
 
 
 def _load_own(name: str, weights: Path | None) -> FeatureNetwork:
@@ -384,7 +384,7 @@ def _load_own(name: str, weights: Path | None) -> FeatureNetwork:
         raise ValueError(f"feature network {name!r} cannot be imported as package.module:function: {error}") from error
     if not _gives_network(build):
         raise ValueError(
-            f"feature network {name!r} is not called: it must be a function whose annotation says that it returns an"
+            f"feature network {name!r} cannot be used: it must be a function whose annotation says that it returns an"
             " nn.Module, such as `def load(weights: Path | None) -> nn.Module`"
         )
     network = build(weights)
@@ -397,23 +397,23 @@ def _load_own(name: str, weights: Path | None) -> FeatureNetwork:
 
 
 def _gives_network(build: Any) -> bool:
-    """Whether a function says that it returns a network, or is a network's class: nothing else is called at all."""
+    """Whether an object is a network's class, or a function annotated to return a network: nothing else is called."""
     try:
         result = build if inspect.isclass(build) else get_type_hints(build).get("return")
-    except Exception:  # what cannot be called, or has annotations that cannot be read
+    except Exception:  # not callable, or with annotations that cannot be read
         return False
     return inspect.isclass(result) and issubclass(result, nn.Module)
 
 
 def check_hash_in_name(path: Path) -> None:
-    """Torch hub's convention: `name-<8 digits>.pth` says how the file's SHA-256 begins. ValueError if it does not."""
+    """ValueError if a file's SHA-256 does not begin as in its name, `name-<8 digits>.pth` by torch hub's convention."""
     found = re.fullmatch(r".*-([0-9a-f]{8})", path.stem)
     if found and not (actual := file_sha256(path)).startswith(found[1]):
         raise ValueError(f"{path} is damaged or renamed: its SHA-256 begins with {actual[:8]}, not {found[1]}")
 
 
 def _load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load every parameter, or raise a ValueError of one line that names the first that does not fit."""
+    """Load every parameter, or raise a ValueError that names the first that does not fit."""
     wanted = {k: v.shape for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
     given = {k: v.shape for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
     for key in sorted(wanted.keys() | given.keys()):

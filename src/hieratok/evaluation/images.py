@@ -1,4 +1,4 @@
-"""Images for an evaluation: every image once, at its own size or under one crop, and two sets paired by name."""
+"""Images for an evaluation: every image once, at its own size or cropped, and two sets paired by name."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from hieratok.data.images import Source, center_crop, flat_stem, open_source
 class NpzImages:
     """The images in an .npz of ADM's evaluation suite: `arr_0`, uint8, N x H x W x 3. A `Source` without classes.
 
-    An uncompressed file, as numpy's `savez` writes it, is mapped and not read; a compressed one is read as a whole.
+    An uncompressed file, as from numpy's `savez`, is mapped; a compressed one is read as a whole.
 
     Raises:
         FileNotFoundError, PermissionError: no file, or one that may not be read.
@@ -55,14 +55,14 @@ class NpzImages:
 
 
 def open_images(path: str | Path) -> Source:
-    """An .npz of images, or whatever `hieratok.data.open_source` takes: a folder, a pattern, shards."""
+    """An .npz of images, or any source of `hieratok.data.images.open_source`: a folder, a pattern, shards."""
     return NpzImages(path) if str(path).endswith(".npz") else open_source(str(path))
 
 
 def load_image(source: Source, index: int, size: int | tuple[int, int]) -> Tensor:
     """uint8 (3, H, W), cut by `center_crop` if `size` is a side; if it is (H, W), the image must have it.
 
-    Raises ValueError that names the image: it cannot be read, or has another size.
+    Raises a ValueError that names the image if it cannot be read or has another size.
     """
     image = source.image(index)
     if isinstance(size, int):
@@ -71,7 +71,7 @@ def load_image(source: Source, index: int, size: int | tuple[int, int]) -> Tenso
         height, width = image.shape[1:]
         raise ValueError(
             f"{shown(source.name(index))} has {height} x {width} pixels where {size[0]} x {size[1]} are expected: "
-            "nothing is resized unasked; give --size to crop every image"
+            "give --size to crop every image"
         )
     return image
 
@@ -104,26 +104,26 @@ def batches(
 
 
 def pair(a: Source, b: Source, name_a: str, name_b: str, suffix: str = "") -> tuple[list[str], list[int], list[int]]:
-    """Indices into two sources of the images with the same id: the name without .png and the like.
+    """Indices into two sources of the images with the same id, which is the name without its suffix.
 
     Args:
         a, b: images.
-        name_a, name_b: what the sources are called, for messages.
-        suffix: what names in `b` have more: its images without it are left out, and the ids of both are flat stems, as
+        name_a, name_b: the sources' names, for messages.
+        suffix: of names in `b`: images without it are left out, and ids are flat stems, as
             `hieratok reconstruct` writes them.
 
     Returns:
         Ids in order, indices into a, indices into b.
 
     Raises:
-        ValueError: an id that one side lacks or has twice.
+        ValueError: an id that is missing on one side or occurs twice.
     """
     stems_a = {i: flat_stem(name) if suffix else os.path.splitext(name)[0] for i, name in _names(a)}
     stems_b = {i: os.path.splitext(name)[0] for i, name in _names(b)}
     if suffix:
         flat = {
             i: re.sub(r"[/\\]", "-", stem) for i, stem in stems_b.items()
-        }  # and not shortened, which has cut it off
+        }  # unless the name was shortened, which cuts the suffix off
         stems_b = {i: stem.removesuffix(suffix) for i, stem in flat.items() if stem.endswith(suffix)}
     if not stems_b:
         raise ValueError(f"{shown(name_b)} has no image whose name ends in {shown(suffix)}")
@@ -132,7 +132,7 @@ def pair(a: Source, b: Source, name_a: str, name_b: str, suffix: str = "") -> tu
         lacking = sorted(one.keys() - other.keys())
         if lacking:
             count = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
-            hint = "" if suffix else "; --suffix=TEXT says what reconstructions' names have more"
+            hint = "" if suffix else "; --suffix=TEXT is for a suffix of the reconstructions' names"
             raise ValueError(
                 f"{shown(where)} has no image named {shown(lacking[0] + end)}{count}: images are paired by name{hint}"
             )
@@ -148,6 +148,6 @@ def _by_id(stems: dict[int, str], name: str) -> dict[str, int]:
     twice = [key for key, count in Counter(stems.values()).items() if count > 1]
     if twice:
         raise ValueError(
-            f"{shown(name)} has two images named {shown(twice[0])}: images are paired by name without .png and the like"
+            f"{shown(name)} has two images named {shown(twice[0])}: images are paired by name without the suffix"
         )
     return {key: i for i, key in stems.items()}

@@ -1,9 +1,9 @@
-"""PSNR, SSIM and perceptual distances, one value per image, on the 8-bit images a user would look at.
+"""PSNR, SSIM and perceptual distances of 8-bit images, one value per image.
 
-Every function takes uint8 tensors of shape (B, 3, H, W): a model's output is clamped, checked for NaN and rounded
-before it comes here (`hieratok.data.to_uint8`), so that no metric sees pixels which no file could hold.
+Every function takes uint8 tensors (B, 3, H, W): a model's output is first clamped, checked for NaN and rounded
+(`hieratok.core.pixels.to_uint8`), as in a file.
 
-An image's value does not depend on the batch it came in (PSNR and SSIM: to the last bit on a CPU).
+An image's value does not depend on its batch (PSNR and SSIM on a CPU: to the last bit).
 """
 
 import math
@@ -19,7 +19,7 @@ from hieratok.core.estimates import Estimate
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 
-# What the numbers below are, for the manifest that goes with them: public SSIM variants differ by up to 0.08.
+# Definitions for the manifest: public SSIM variants differ by up to 0.08.
 PIXEL_PROTOCOL = {
     "psnr": "per image on uint8, mean over images; identical images counted apart",
     "ssim": f"per image on uint8, per RGB channel, gaussian {SSIM_WINDOW}x{SSIM_WINDOW} sigma {SSIM_SIGMA}, "
@@ -28,7 +28,7 @@ PIXEL_PROTOCOL = {
 
 
 class Perceptual(Protocol):
-    """What `PixelMetrics` asks of a perceptual distance; `hieratok.losses.lpips.PerceptualLoss` is one."""
+    """A perceptual distance for `PixelMetrics`, such as `hieratok.losses.lpips.PerceptualLoss`."""
 
     name: str
 
@@ -113,7 +113,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
         return rows @ (x @ columns)
 
     values = []
-    for x, y in zip(images, references):  # one image at a time stays in the CPU's cache: 1.5x faster than the batch
+    for x, y in zip(images, references):  # single images stay in the CPU's cache: 1.5 times as fast as the batch
         x, y = x.double(), y.double()
         mean_x, mean_y = blur(x), blur(y)
         mean_xy, mean_squares = mean_x * mean_y, mean_x.square() + mean_y.square()
@@ -127,11 +127,11 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
 class PixelMetrics:
     """Collects the pixel metrics of pairs of images, batch after batch.
 
-    Keeps one row of numbers per image under the image's name, so that the result does not depend on the order, the
-    batches or the processes the images came in, and nothing is counted twice.
+    Keeps one row of numbers per image, by name, so that the result does not depend on order, batches or processes, and
+    no image is counted twice.
 
     Args:
-        perceptual: perceptual distances (`PerceptualLoss` objects) to compute too, each under its own `.name`.
+        perceptual: perceptual distances (`PerceptualLoss` objects) to compute too, by their `.name`.
         ssim: False for images smaller than SSIM's window of 11 pixels.
     """
 
@@ -187,7 +187,7 @@ class PixelMetrics:
         """Means over the images: `psnr` (dB, over the images that differ from their original; infinite if none does),
         `psnr_identical` (how many do not differ), `ssim`, and each perceptual distance under its name; and `n`.
 
-        Sums are exactly rounded (`math.fsum`): any order gives the same number. Raises ValueError without images.
+        Sums are exact (`math.fsum`): any order gives the same number. Raises ValueError without images.
         """
         result: dict[str, float] = {}
         for key, estimate in self.estimates().items():
@@ -204,6 +204,6 @@ class PixelMetrics:
         return {key: Estimate.of([row[key] for row in rows]) for key in rows[0]}
 
     def ranked(self, metric: str) -> list[str]:
-        """The images' names from best to worst by `metric`: PSNR and SSIM downwards, distances upwards."""
+        """The images' names from best to worst by `metric`."""
         sign = -1 if metric in ("psnr", "ssim") else 1
         return sorted(self.rows, key=lambda name: (sign * self.rows[name][metric], name))

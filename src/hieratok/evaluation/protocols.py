@@ -1,4 +1,4 @@
-"""The evaluation protocols, from images to numbers that carry their protocol.
+"""The evaluation protocols, from images to numbers with a manifest.
 
     evaluate_reconstruction   originals and reconstructions from a tokenizer: rFID, PSNR, SSIM, LPIPS
     evaluate_images           the same for any two sets of image files
@@ -6,7 +6,7 @@
     write_statistics          a reference as a file
     compare                   two results, if their manifests agree
 
-Each takes its command's options as a dataclass and prints a table (or JSON); the first three write a `Result` as
+Each takes its command's options as a dataclass and prints a table or JSON; the first three write a `Result` as
 `metrics.json` and return it. Under `torchrun` the images are divided among the processes.
 """
 
@@ -18,9 +18,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hieratok.core.checkpoint import remove_leftovers
 from hieratok.core.devices import best_device
 from hieratok.core.distributed import merge_processes, process, process_group, wait
 from hieratok.core.files import npz_names
+from hieratok.core.lock import lock
 from hieratok.core.progress import progress
 from hieratok.data.images import Source
 from hieratok.evaluation.config import (
@@ -56,17 +58,17 @@ def evaluate_reconstruction(
     write_page: WritePage | None = None,
     patch_size: int | None = None,
 ) -> Result:
-    """The reconstruction protocol on batches that the caller reconstructs.
+    """The reconstruction protocol, on batches from the caller.
 
     Args:
         pairs: (names, originals, reconstructions) as `ReconstructionMetrics.update` takes them; of all processes
             together each image once.
         options: of the command.
         total: how many images this process will see, for the progress bar.
-        details: what else the numbers depend on, for the manifest, such as the crop and the precision.
-        network, perceptual: already loaded, for calls that repeat; default: those that `options` names.
-        write_page: of the result, beside metrics.json.
-        patch_size: pixels a side of a token's patch, for the baseline of one colour per token; None: no baseline.
+        details: further facts for the manifest, such as the crop and the precision.
+        network, perceptual: if already loaded; default: those of `options`.
+        write_page: writes a page next to metrics.json.
+        patch_size: side of a token's patch in pixels, for the baseline of one colour per token; None: no baseline.
 
     Raises:
         ValueError, FileNotFoundError: bad images or weights, in one line.
@@ -91,7 +93,7 @@ def evaluate_reconstruction(
 
 
 def evaluate_images(options: EvaluateImages, write_page: WritePage | None = None) -> Result:
-    """The command `hieratok evaluate images`; `write_page` of the result, beside metrics.json.
+    """The command `hieratok evaluate images`; `write_page` writes a page next to metrics.json.
 
     Raises ValueError or FileNotFoundError, in one line that names the file.
     """
@@ -137,7 +139,7 @@ def _paired_result(
 
 
 def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = None) -> Result:
-    """The command `hieratok evaluate samples`; `write_page` of the result, beside metrics.json.
+    """The command `hieratok evaluate samples`; `write_page` writes a page next to metrics.json.
 
     Raises ValueError or FileNotFoundError, in one line that names the file.
     """
@@ -147,7 +149,7 @@ def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = No
             raise ValueError("samples are evaluated by distances alone: --features none leaves nothing to compute")
         source = open_images(options.path)
         size = _size(options, source)
-        reference = _reference(options, network, size)  # first: a wrong one is then refused before the long part
+        reference = _reference(options, network, size)  # first: errors in it then come before the long part
         samples = collect(source, network, size, options.batch_size, "samples", keep=None)
         numbers = {"n": samples.pool.n, **distances(samples, reference, network)}
         facts = manifest("samples", network) | {
@@ -167,7 +169,7 @@ def evaluate_samples(options: EvaluateSamples, write_page: WritePage | None = No
 def _sample_warnings(
     numbers: Mapping[str, float], samples: SetStatistics, reference: SetStatistics, network: FeatureNetwork
 ) -> list[str]:
-    """What should not be trusted, and what could not be measured."""
+    """Warnings about numbers that are unreliable or could not be measured."""
     warnings = count_warnings(samples.pool.n, len(samples.pool.mu), "samples")
     warnings += count_warnings(reference.pool.n, len(reference.pool.mu), "reference images")
     wanted = [network.key("kid"), "precision", "recall"]
@@ -192,8 +194,10 @@ def write_statistics(options: EvaluateStats) -> SetStatistics:
         size = _size(options, source)
         statistics = collect(source, network, size, options.batch_size, "statistics")
         if process()[0] == 0:
-            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-            statistics.save(options.out)
+            out = Path(options.out)
+            with lock(out.parent, "evaluate stats", f".{out.name}.lock"):
+                remove_leftovers(out)
+                statistics.save(out)
             facts = {"out": options.out, "n": statistics.pool.n, "images sha256": statistics.images}
             facts |= network.description() | {"crop": _crop(size)}
             print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in facts.items()))
@@ -209,15 +213,15 @@ def collect(
     what: str,
     keep: int | None = REFERENCE_FEATURES,
 ) -> SetStatistics:
-    """The statistics of a source's images over all processes; every process must call.
+    """The statistics of a source's images over all processes; every process must call it.
 
     Args:
         source: images.
-        network: whose features.
-        size: side to cut them to, or the size that all must have.
+        network: gives the features.
+        size: side to crop to, or the size that all images must have.
         batch_size: images at a time.
-        what: they are, for the progress bar.
-        keep: features of so many images are kept beside the sums; None: of all.
+        what: name of the images, for the progress bar.
+        keep: number of images whose features are kept besides the sums; None: all.
     """
     rank, world = process()
     features = FeatureSet(network, keep)
@@ -231,7 +235,7 @@ def collect(
 
 
 def _reference(options: EvaluateSamples, network: FeatureNetwork, size: int | tuple[int, int]) -> SetStatistics:
-    """From images, or from a file of statistics; ADM's carries images for precision, recall and KID beside them."""
+    """Statistics from images or a file; ADM's file also has images, for precision, recall and KID."""
     arrays = _array_names(options.reference)
     if "mu" not in arrays:
         return collect(open_images(options.reference), network, size, options.batch_size, "reference")
@@ -264,7 +268,7 @@ def _network(options: EvaluationOptions) -> FeatureNetwork | None:
 
 
 def load_perceptual(trunks: Sequence[str], device: str) -> list[PerceptualLoss]:
-    """Perceptual distances by their trunks, each optionally =FILE with its weights, as `--lpips` takes them.
+    """Perceptual distances by trunk, each optionally =FILE with its weights, as for `--lpips`.
 
     Raises:
         ValueError, FileNotFoundError: no such trunk, or no weights for it.
@@ -274,10 +278,10 @@ def load_perceptual(trunks: Sequence[str], device: str) -> list[PerceptualLoss]:
         trunk, _, weights = entry.partition("=")
         try:
             losses.append(PerceptualLoss(trunk, weights or None).to(device))  # type: ignore[arg-type]
-        except FileNotFoundError as error:  # its advice is for training's settings
+        except FileNotFoundError as error:  # its advice is for settings of training
             what = str(error).split(": ")[0]
             raise FileNotFoundError(
-                f"{what}; name it by --lpips '[{trunk}=FILE]' or go without by --lpips '[]'"
+                f"{what}; give it with --lpips '[{trunk}=FILE]', or leave LPIPS out with --lpips '[]'"
             ) from error
     return losses
 
@@ -287,7 +291,7 @@ def _device(options: EvaluationOptions) -> str:
 
 
 def _size(options: EvaluationOptions, source: Source) -> int | tuple[int, int]:
-    """The side to cut to, or the size that every image must have: that of the first."""
+    """The side to crop to, or the size of the first image, which all must have."""
     if options.size is None:
         return _shape(source)
     if options.size < 1:

@@ -1,4 +1,4 @@
-"""The metrics of originals and reconstructions, at one or several scales, as one object that takes batches."""
+"""The metrics of originals and reconstructions, at one or several scales."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -17,39 +17,39 @@ from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.pixels import SSIM_WINDOW, Perceptual, PixelMetrics
 from hieratok.evaluation.statistics import FeatureSet, pixels_sha256, set_sha256
 
-# For the manifest. Not the patch size: it is the tokenizer's, and tokenizers are what is compared.
+# For the manifest. Not the patch size: tokenizers that are compared may differ in it.
 BASELINE_PROTOCOL = {
     "baseline_psnr": "PSNR, as above, of the original at the scale with each token's patch in its mean colour, on uint8"
 }
 Value = TypeVar("Value")
-SHOWN = 4  # worst and best reconstructions in the picture
+SHOWN = 4  # number of worst and best reconstructions in the picture
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Metrics by name (`hieratok.core.glossary` says what each is), at one or several scales."""
+    """Metrics by name (see `hieratok.core.glossary`), at one or several scales."""
 
     finest: dict[str, float]
-    """Of the finest scale, `n` images among them."""
+    """Numbers of the finest scale, with `n`, the number of images."""
     scales: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of every scale by its side in pixels, coarse to fine; empty where there is but one."""
+    """Numbers of every scale by its side in pixels, coarse to fine; empty for a single scale."""
 
     def to_json(self) -> dict[str, Any]:
-        """As they stand in `metrics.json`."""
+        """The form in `metrics.json`."""
         return {**self.finest, "scales": self.scales} if self.scales else {**self.finest}
 
 
 class ReconstructionMetrics:
     """Collects the metrics of originals and their reconstructions, at one or several scales, batch after batch.
 
-    Of the distances only Frechet's: KID, precision and recall compare single images of independent sets, and an image
-    is no independent draw beside its reconstruction (KID comes out far below zero, precision and recall at 1).
+    The Frechet distance is the only distance of sets: KID, precision and recall compare independent sets,
+    but a reconstruction depends on its image (KID would be far below zero, precision and recall 1).
 
     Args:
         network: for the Frechet distance; None for none.
         perceptual: perceptual distances (`PerceptualLoss` objects).
-        patch_size: pixels a side that one token stands for, f: beside each scale's `psnr` then stands `baseline_psnr`,
-            that of one colour per token. None: no tokens, no baseline.
+        patch_size: f, side of a token's patch in pixels, for `baseline_psnr`, the PSNR of one colour per token; None:
+            no baseline.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ReconstructionMetrics:
         """Add a batch: the B images' names, uint8 (B, 3, H, W), and uint8 reconstructions: (B, 3, H, W), or coarse to
         fine one (B, 3, h, w) for each scale, of which the last has the originals' size.
 
-        Raises ValueError for another dtype or shape, a name seen before, and what the networks give that is not finite.
+        Raises ValueError for another dtype or shape, a repeated name, and outputs of networks that are not finite.
         """
         pyramid = [reconstructions] if isinstance(reconstructions, Tensor) else list(reconstructions)
         if not pyramid or pyramid[-1].shape != originals.shape:
@@ -131,15 +131,15 @@ class ReconstructionMetrics:
         return {_side(size): scale.estimates() for size, scale in sorted(self.scales.items())}
 
     def psnr_of_images(self) -> list[float]:
-        """Of the finest scale, in dB, in the order of the images' names; infinite where nothing differs."""
+        """PSNR of the finest scale in dB, in the order of the images' names; infinite for identical images."""
         return [row["psnr"] for _, row in sorted(self._finest().pixels.rows.items())]
 
     def reference(self) -> str:
-        """SHA-256 of the originals, in any order."""
+        """SHA-256 of the originals, independent of their order."""
         return set_sha256(self.digests.values())
 
     def dimensions(self) -> int | None:
-        """Of the features; None without a network."""
+        """Dimensions of the features; None without a network."""
         originals = self._finest().originals
         return originals.pool.width() if originals else None
 
@@ -193,7 +193,7 @@ class _Scale:
     def compute(self) -> dict[str, float]:
         pixels = self.pixels.compute()
         baseline = self._baseline(self.baseline.compute() if self.baseline else {})
-        result = {"n": pixels["n"], "psnr": pixels["psnr"], **baseline, **pixels}  # what is compared stands together
+        result = {"n": pixels["n"], "psnr": pixels["psnr"], **baseline, **pixels}  # compared numbers side by side
         if self.network and self.originals and self.reconstructions:
             result |= distances(self.reconstructions.compute(), self.originals.compute(), self.network)
         return result
@@ -203,7 +203,7 @@ class Pair(NamedTuple):
     """One image and its reconstruction."""
 
     psnr: float
-    """In dB; infinite if they are equal."""
+    """In dB; infinite for identical images."""
     name: str
     original: Tensor
     """uint8 (3, H, W)."""
@@ -214,13 +214,13 @@ class Pair(NamedTuple):
 
 
 class Shown:
-    """The worst and best few pairs so far, by PSNR."""
+    """The worst and the best pairs so far, by PSNR."""
 
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
 
     def update(self, pixels: PixelMetrics, names: Sequence[str], originals: Tensor, pyramid: Sequence[Tensor]) -> None:
-        """Add a batch, whose PSNR `pixels` knows; uint8 (B, 3, H, W) and, coarse to fine, (B, 3, H_k, W_k)."""
+        """Add a batch, with its PSNR in `pixels`; uint8 (B, 3, H, W) and, coarse to fine, (B, 3, H_k, W_k)."""
         *coarse, finest = pyramid
         new = [
             Pair(pixels.rows[name]["psnr"], name, originals[i].cpu(), finest[i].cpu(), [x[i].cpu() for x in coarse])
@@ -229,7 +229,7 @@ class Shown:
         self._select(new)
 
     def merge(self, other: "Shown") -> None:
-        """Add another process' ones."""
+        """Add those of another process."""
         self._select(other.pairs)
 
     def _select(self, new: list[Pair]) -> None:
@@ -239,14 +239,14 @@ class Shown:
         self.pairs = list({item.name: item for item in worst + best}.values())
 
     def worst_and_best(self) -> dict[str, list[Pair]]:
-        """The worst from the worst on, and the best from the best on; no pair in both, and none of them empty."""
+        """The worst pairs, worst first, and the best, best first, without a pair in both; empty groups are left out."""
         ordered = sorted(self.pairs, key=lambda item: item[:2])
         half = min(SHOWN, (len(ordered) + 1) // 2)
         parts = {"worst by PSNR": ordered[:half], "best by PSNR": ordered[half:][-half:][::-1]}
         return {title: part for title, part in parts.items() if part}
 
     def picture(self) -> Image.Image:
-        """The worst and the best, beside their originals, on one sheet."""
+        """A sheet of the worst and the best, next to their originals."""
         sheets = []
         for title, part in self.worst_and_best().items():
             originals, reconstructions = (torch.stack(images) for images in list(zip(*part))[2:4])
@@ -270,12 +270,12 @@ def area_resize(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def one_colour_per_token(images: Tensor, patch_size: int) -> Tensor:
-    """Each patch replaced by its mean colour, rounded to uint8: the baseline of a scale whose tokens stand for a patch
-    each. A scale that is no better than it draws nothing within its patches. [ours]
+    """Each token's patch in its mean colour, rounded to uint8: a baseline. A scale that is not better draws nothing
+    within its patches. [ours]
 
     Args:
-        images: uint8 (B, 3, H, W), at the scale's size. Patches begin at the upper left corner, as the tokenizer's do;
-            those that the right and lower border cut are the mean of what is there.
+        images: uint8 (B, 3, H, W), at the scale's size. Patches begin at the upper left corner, as in the tokenizer;
+            those cut by the right and lower border have the mean of their pixels.
         patch_size: f, in pixels.
 
     Returns:

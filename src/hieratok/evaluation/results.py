@@ -1,4 +1,4 @@
-"""Results: the manifest that goes with every number, `metrics.json`, the table on the screen, and comparing two."""
+"""Results of evaluations: manifest, `metrics.json`, tables, and comparison of two results."""
 
 import importlib.metadata
 import math
@@ -10,36 +10,38 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hieratok.core.checkpoint import atomic_file, json_text, write_json
+from hieratok.core.checkpoint import json_text, remove_leftovers, write_json
 from hieratok.core.distributed import process, wait
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_json, read_json_table, shown
 from hieratok.core.glossary import Metric, describe
+from hieratok.core.lock import lock
+from hieratok.core.pictures import save_png
 from hieratok.core.tables import Table, digits
 from hieratok.core.typed import typed
 from hieratok.evaluation.distribution import DISTRIBUTION_PROTOCOL
 from hieratok.evaluation.features import FeatureNetwork
 from hieratok.evaluation.reconstruction import Numbers, ReconstructionMetrics
 
-PUBLISHED_IMAGES = 50_000  # behind the FID of a table: samples, or the validation images of an rFID
+PUBLISHED_IMAGES = 50_000  # usual for published numbers: samples for FID, validation images for rFID
 
 
 Ends = tuple[float | None, float | None]
-"""Of a 95% interval; None where there is none, as of a single image."""
+"""Ends of a 95% interval; None if there is none, as for a single image."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation finds, as `metrics.json` holds it."""
+    """The result of an evaluation, as in `metrics.json`."""
 
     numbers: Numbers
     manifest: dict[str, Any]
-    """Everything that the numbers depend on except the images under test."""
+    """Everything that the numbers depend on, except the evaluated images."""
     warnings: list[str] = field(default_factory=list)
     inputs: Mapping[str, str] = field(default_factory=dict)
-    """The options that say of what, and what else names the images under test."""
+    """The options and other facts that name the evaluated images."""
     intervals: dict[str, dict[str, Ends]] = field(default_factory=dict)
-    """Of means over images, {side in pixels: {metric: ends}}; empty where nothing is such a mean."""
+    """Intervals of means over images, {side in pixels: {metric: ends}}; empty without such means."""
 
     @property
     def n(self) -> int:
@@ -47,7 +49,7 @@ class Result:
         return int(self.numbers.finest["n"])
 
     def to_json(self) -> dict[str, Any]:
-        """What `metrics.json` holds: the finest scale's numbers under their names, and the rest beside them."""
+        """The content of `metrics.json`: the finest scale's numbers by name, next to the rest."""
         lists = {side: {name: list(ends) for name, ends in row.items()} for side, row in self.intervals.items()}
         intervals = {"intervals": lists} if lists else {}
         rest = {"warnings": self.warnings, "manifest": self.manifest, "inputs": self.inputs}
@@ -87,7 +89,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> "Result":
-        """Of a `metrics.json`. Raises as `read_json_table` and `from_json`."""
+        """Read a `metrics.json`. Raises as `read_json_table` and `from_json`."""
         return cls.from_json(read_json_table(path), shown(path))
 
 
@@ -100,8 +102,8 @@ def _numbers(table: Mapping[str, object], where: str) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
-# Writes a page into the folder of a result, which may come with what was collected of each image. What pages look like
-# is no business of the evaluation's: its callers say so.
+# Writes a page into the folder of a result; the second argument has the images' values, if any. Passed by the caller,
+# so that evaluation does not depend on reports.
 WritePage = Callable[[Path, Result, ReconstructionMetrics | None], None]
 
 
@@ -113,11 +115,11 @@ class Measured:
     """Its name in metrics.json."""
     metric: Metric
     values: Mapping[str, Estimate]
-    """By scale, such as 64 px, coarse to fine; under an empty name if there is but one. A scale may lack it."""
+    """Values by scale, such as 64 px, coarse to fine; the name of a single scale is empty. A scale may be missing."""
 
 
 def measured(numbers: Numbers, intervals: Mapping[str, Mapping[str, Ends]] | None = None) -> list[Measured]:
-    """The metrics that the glossary has, in their order, with their intervals."""
+    """The metrics of the glossary, in order, with their intervals."""
     columns = {f"{side} px": row for side, row in numbers.scales.items()} or {"": numbers.finest}
     intervals = intervals or {}
     sides = list(numbers.scales) or list(intervals)[-1:] or [""]
@@ -136,7 +138,7 @@ def measured(numbers: Numbers, intervals: Mapping[str, Mapping[str, Ends]] | Non
 
 
 def manifest(protocol: str, network: FeatureNetwork | None) -> dict[str, Any]:
-    """What the numbers depend on whatever the images: versions, backend, network, definitions."""
+    """Facts that the numbers depend on besides the images: versions, backend, network, definitions."""
     packages = ("hieratok", "torch", "torchvision", "numpy", "pillow")
     device = network.device if network else torch.device("cpu")
     backend = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -148,7 +150,7 @@ def manifest(protocol: str, network: FeatureNetwork | None) -> dict[str, Any]:
 
 
 class Difference(NamedTuple):
-    """A metric that two results have."""
+    """A metric of two results."""
 
     a: float
     b: float
@@ -157,10 +159,10 @@ class Difference(NamedTuple):
 
 
 def compare_files(path_a: str, path_b: str) -> tuple[dict[str, Difference], str]:
-    """The metrics that two metrics.json have in common, by name, and the same as a table.
+    """The metrics that two files metrics.json have in common, by name, and the same as a table.
 
     Raises:
-        ValueError: a file is no result, or the manifests differ; the message lists the lines that do.
+        ValueError: a file is not a result, or the manifests differ; the message lists the differences.
         FileNotFoundError: no file.
     """
     results = [_read_comparable(path) for path in (path_a, path_b)]
@@ -179,7 +181,7 @@ def compare_files(path_a: str, path_b: str) -> tuple[dict[str, Difference], str]
 
 
 class _Comparable(NamedTuple):
-    """Of a metrics.json of any command that writes a manifest."""
+    """The values and manifest of a metrics.json, of any command."""
 
     numbers: Mapping[str, float]
     manifest: dict[str, Any]
@@ -200,7 +202,7 @@ def finish(
     metrics: ReconstructionMetrics | None = None,
     write_page: WritePage | None = None,
 ) -> None:
-    """Write and print a result, in the first process; the others return when that is done."""
+    """Write and print a result in the first process; the others wait."""
     if process()[0] == 0:
         _write_and_print(result, as_json, out, metrics, write_page)
     wait()
@@ -213,22 +215,24 @@ def _write_and_print(
     metrics: ReconstructionMetrics | None,
     write_page: WritePage | None,
 ) -> None:
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        if metrics is not None:
-            with atomic_file(folder / "reconstructions.png") as temporary:
-                metrics.picture().save(temporary, format="PNG")
-        if write_page is not None:
-            write_page(folder, result, metrics)
-        write_json(folder / "metrics.json", result.to_json())  # the last: where it is, all is
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(json_text(result.to_json()) if as_json else format_numbers(result.numbers))
+    if out is None:
+        return
+    folder = Path(out)
+    with lock(folder, "evaluate"):
+        for name in ("reconstructions.png", "index.html", "metrics.json"):
+            remove_leftovers(folder / name)
+        if metrics is not None:
+            save_png(metrics.picture(), folder / "reconstructions.png")
+        if write_page is not None:
+            write_page(folder, result, metrics)
+        write_json(folder / "metrics.json", result.to_json())  # last: if it exists, the result is complete
 
 
 def format_numbers(numbers: Numbers) -> str:
-    """Metrics as a table: a row a metric, a column a scale."""
+    """Metrics as a table: one row per metric, one column per scale."""
     found = measured(numbers)
     titles = list(dict.fromkeys(title for one in found for title in one.values))
     rows = [[one.metric.with_unit, *(digits(_mean(one.values.get(title))) for title in titles)] for one in found]
@@ -245,8 +249,8 @@ def _label(key: str) -> str:
 
 
 def count_warnings(n: int | None, dimensions: int | None, what: str) -> list[str]:
-    """About a number of images with which a distance should not be trusted, or is not published. None: not known, or
-    no distance."""
+    """Warnings about too few images for a distance, or fewer than usual. `n` or `dimensions` None: not known, or no
+    distance."""
     if n is None or dimensions is None or n == PUBLISHED_IMAGES:
         return []
     if n <= dimensions:

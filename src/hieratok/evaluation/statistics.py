@@ -1,8 +1,8 @@
-"""What is kept of a set of images: means and covariances of features in float64, batch by batch, and the features
-themselves where a metric needs them; to and from .npz files.
+"""Statistics of a set of images: means and covariances of features in float64, batch by batch, and the features
+themselves if a metric needs them; to and from .npz files.
 
-Memory does not grow with the number of images but for a hash per image, and the features of metrics that compare images
-with each other (KID, precision and recall, Inception Score).
+Memory grows only by a hash per image, and by features for metrics that need them (KID, precision and recall, Inception
+Score).
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from hieratok.core.checkpoint import atomic_file, file_sha256
 from hieratok.core.files import parse_json, read_npz, shown
 from hieratok.evaluation.features import FeatureNetwork
 
-SEED = 2020  # of everything that draws images: torch-fidelity's default
-MOST_IMAGES = 10**12  # that statistics may be of: far beyond any set there is
-REFERENCE_FEATURES = 10_000  # at most, of a reference: as many images as ADM's file has for precision and recall
+SEED = 2020  # seed of all random choices: torch-fidelity's default
+MOST_IMAGES = 10**12  # limit of a file's count: far beyond any real set
+REFERENCE_FEATURES = 10_000  # of a reference, at most: the number of images in ADM's file for precision and recall
 
 
 def check_features(features: Tensor, what: str = "features") -> None:
@@ -37,14 +37,14 @@ def check_features(features: Tensor, what: str = "features") -> None:
 class Statistics:
     """Mean and covariance (ddof 1) of the features of n images, on the CPU in float64.
 
-    The covariance is held in one of two forms: as such, or - where there are not more images than dimensions, and
-    it is singular - as the centred features, from which distances come out faster and more exact.
+    The covariance is held in one of two forms: as such or, if there are not more images than dimensions and it is
+    singular, as the centred features, which give distances faster and more exactly.
     """
 
     mu: Tensor
     """(D,)"""
     n: int | None
-    """Number of images; None if a file does not say."""
+    """Number of images; None if not in the file."""
     covariance: Tensor | None = None
     """(D, D), or None: then `centred` is set."""
     centred: Tensor | None = None
@@ -68,17 +68,16 @@ class Statistics:
 
 
 class Moments:
-    """Mean and covariance of features that come batch by batch, in float64.
+    """Mean and covariance of features in float64, batch by batch.
 
-    Features wait until there are more of them than dimensions D and are then folded into the sums in one matrix
-    product: so memory is bounded by two D x D matrices, batches of 1 cost no more than others, and for n <= D the
-    features themselves are kept. Sums are of deviations from the running mean, which keeps their digits where the
-    mean is large.
+    Features are collected until there are more than D, their dimension, and then added to the sums in one matrix
+    product. So memory is bounded by two D x D matrices, batches of 1 cost no more than others, and for n <= D the
+    features themselves are kept. Sums are of deviations from the running mean, which is accurate for large means.
     """
 
     def __init__(self) -> None:
         self.n = 0
-        """Images folded into the sums; those still waiting are not counted."""
+        """Images in the sums; those collected but not added yet are not counted."""
         self.mean: Tensor | None = None
         self.scatter: Tensor | None = None  # (D, D) sum of outer products of deviations from the mean
         self.waiting: list[Tensor] = []
@@ -122,7 +121,7 @@ class Moments:
         self.n = total
 
     def state(self) -> dict[str, Any]:
-        """Everything collected, on the CPU: what other processes need for `merge_state`."""
+        """Everything collected, on the CPU, for `merge_state` in another process."""
         return {
             "n": self.n,
             "mean": None if self.mean is None else self.mean.cpu(),
@@ -153,14 +152,14 @@ class Moments:
 
 
 def statistics_of(features: Tensor) -> Statistics:
-    """Statistics of no more images than dimensions, (n, D), in the form that keeps the centred features."""
+    """Statistics of not more images than dimensions, (n, D), as centred features."""
     rows = float64(features).cpu()
     mu = rows.mean(0)
     return Statistics(mu, len(rows), centred=rows - mu)
 
 
 def float64(x: Tensor) -> Tensor:
-    """To float64; on the CPU where the device, Apple's GPU, has none."""
+    """To float64; on the CPU if the device (Apple's GPU) does not have it."""
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
@@ -169,9 +168,9 @@ class FeatureSet:
 
     Args:
         network: gives the features.
-        keep: how many images' features to keep, for KID, precision and recall, and the Inception Score: 0 none, None
-            all. If there are more images, those are kept whose names have the smallest hashes: a random choice, but
-            the same in any order and number of processes.
+        keep: number of images whose features are kept, for KID, precision and recall, and the Inception Score: 0 none,
+            None all. If there are more images, those with the smallest hashes of names are kept: a random choice, but
+            the same for any order and number of processes.
     """
 
     def __init__(self, network: FeatureNetwork, keep: int | None = 0):
@@ -186,7 +185,7 @@ class FeatureSet:
     def update(self, images: Tensor, names: Sequence[str]) -> None:
         """Add a batch: uint8 (B, 3, H, W) and the B images' names.
 
-        Raises ValueError for another dtype, shape or size than before, a name seen before and features that are not
+        Raises ValueError for another dtype, shape or size than before, a repeated name and features that are not
         finite.
         """
         features = self.network(images)
@@ -224,14 +223,14 @@ class FeatureSet:
             self.kept = self._chosen()
 
     def _chosen(self) -> dict[str, Tensor]:
-        """What is kept, at most `keep` images, in the order of their names."""
+        """The kept features, of at most `keep` images, sorted by name."""
         names = sorted(
             self.kept, key=lambda name: hashlib.sha256(f"{SEED} {name}".encode(errors="surrogateescape")).digest()
         )[: self.keep]
         return {name: self.kept[name] for name in sorted(names)}
 
     def state(self) -> dict[str, Any]:
-        """Everything collected, without the network: what other processes need for `merge_state`."""
+        """Everything collected, without the network, for `merge_state` in another process."""
         return {
             "pool": self.pool.state(),
             "spatial": self.spatial.state(),
@@ -284,14 +283,14 @@ def set_sha256(digests: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class SetStatistics:
-    """What distances need to know about a set of images."""
+    """The statistics of a set of images that distances need."""
 
     network: dict[str, str]
     """`FeatureNetwork.description()`."""
     images: str
-    """SHA-256 of the images' pixels, in any order; of the file, for statistics that others wrote."""
+    """SHA-256 of the images' pixels, independent of their order; of the file, for statistics of other programs."""
     size: str | None
-    """Height x width in pixels; None if a file does not say."""
+    """Height x width in pixels; None if not in the file."""
     pool: Statistics
     spatial: Statistics | None = None
     features: Tensor | None = None
@@ -299,7 +298,7 @@ class SetStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write an .npz in the layout of ADM's evaluation suite, which can read it (mu, sigma, mu_s, sigma_s), plus
-        n, `features` if they were kept, and a `manifest`. The file appears as a whole or not at all."""
+        n, `features` if they were kept, and a `manifest`. The file is written atomically."""
         arrays: dict[str, Any] = {"mu": self.pool.mu.numpy(), "sigma": self.pool.sigma().numpy()}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mu.numpy(), "sigma_s": self.spatial.sigma().numpy()}
@@ -321,7 +320,7 @@ class SetStatistics:
             FileNotFoundError, PermissionError: no file, or one that may not be read.
         """
         where = shown(path)
-        arrays = read_npz(path, leave_out=("arr_0",))  # images, which may be many
+        arrays = read_npz(path, leave_out=("arr_0",))  # images, possibly many
         if "mu" not in arrays or "sigma" not in arrays:
             raise ValueError(f"{where} holds no statistics (mu, sigma): write them with `hieratok evaluate stats`")
         n = _count(arrays["n"], where) if "n" in arrays else None
@@ -331,7 +330,7 @@ class SetStatistics:
             images, size = file_sha256(Path(path)), None
             if not network.is_fid:
                 raise ValueError(
-                    f"{where} does not say of which network it is, so of FID's Inception: it cannot be compared "
+                    f"{where} does not name its network, so it is FID's Inception: it cannot be compared "
                     f"with features of {network.name}"
                 )
         pool = _checked(arrays["mu"], arrays["sigma"], n, where)
@@ -390,7 +389,7 @@ def _checked(mu: np.ndarray, sigma: np.ndarray, n: int | None, where: str) -> St
         raise ValueError(f"{where}: sigma is not symmetric, so not a covariance")
     covariance = torch.from_numpy(sigma).double()
     variances = covariance.diagonal()
-    slack = 1e-6 * variances.abs().sum() + 1e-300  # of float32's rounding; and a zero matrix is a covariance too
+    slack = 1e-6 * variances.abs().sum() + 1e-300  # for float32's rounding; a zero matrix is a covariance too
     if (variances < 0).any() or int(
         torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(mu), dtype=torch.float64)).info
     ):

@@ -13,11 +13,11 @@ SHIFT_BASE = 4096
 Sampler = Literal["ddpm", "ddim", "euler", "heun", "sde"]
 Objective = Literal["ddpm", "flow"]
 SAMPLERS: dict[Objective, tuple[Sampler, ...]] = {"ddpm": ("ddpm", "ddim"), "flow": ("heun", "euler", "sde")}
-"""By the objective of the generator; the first is the default."""
+"""Samplers by the generator's objective; the first is the default."""
 NormName = Literal["layer", "rms"]
 MlpName = Literal["gelu", "swiglu"]
 Positions = Literal["sincos", "rotary"]
-# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
+# Far beyond any real model: a file with more is wrong, and building the model would never end.
 MOST = {
     "latent_channels": 65_536,
     "latent_size": 4_096,
@@ -39,14 +39,14 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The generator's shape and what it is trained to predict. Defaults: the paper's DiT-XL on f16d16 at 256 px.
+    """The generator's shape and objective. Defaults: the paper's DiT-XL on f16d16 at 256 px.
 
     Raises:
         ValueError: settings that do not fit together; the message names them.
     """
 
     objective: Objective = "ddpm"
-    """What it predicts: the noise of a DDPM (ddpm), or the velocity of a linear flow (flow)."""
+    """Prediction: the noise of a DDPM (ddpm), or the velocity of a linear flow (flow)."""
     latent_channels: int = 16
     """d: channels of a latent."""
     latent_size: int = 16
@@ -62,17 +62,17 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     """Hidden width of every MLP over its width; swiglu takes two thirds of it, for the same number of parameters."""
     num_classes: int = 1000
-    """Class labels are 0 .. num_classes - 1; the label num_classes stands for "no class"."""
+    """Number of classes: labels are 0 .. num_classes - 1; the label num_classes means "no class"."""
     label_dropout: float = 0.1
-    """Share of training labels replaced by "no class", which guidance needs; 0: there is no such label."""
+    """Share of training labels replaced by "no class", which guidance needs; 0: no such label."""
     learn_sigma: bool = True
-    """Predict the variance of each denoising step too; for the objective ddpm alone."""
+    """Predict the variance of each denoising step too; for objective ddpm only."""
     norm: NormName = "layer"
     """Normalisation before attention and MLP: LayerNorm as in DiT (layer), or RMSNorm (rms)."""
     mlp: MlpName = "gelu"
     """MLP: as in DiT (gelu), or gated (swiglu)."""
     positions: Positions = "sincos"
-    """Where a token lies: fixed sines and cosines added to it, as in DiT (sincos), or rotated queries and keys."""
+    """Positions: fixed sines and cosines added to tokens, as in DiT (sincos), or rotated queries and keys (rotary)."""
     qk_norm: bool = False
     """Normalise queries and keys."""
     wide_width: int | None = None
@@ -180,37 +180,37 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How latents are sampled. Defaults: DiT's protocol for gFID, 250 steps, without guidance as in the paper.
+    """Sampling of latents. Defaults: DiT's protocol for gFID, 250 steps, without guidance as in the paper.
 
     Raises:
-        ValueError: settings out of range, or that the sampler does not have.
+        ValueError: settings out of range, or not for this sampler.
     """
 
     sampler: Sampler | None = None
     """ddpm or ddim for a generator trained with objective ddpm; euler, heun (ODE) or sde for flow. [ours] Default: ddpm
-    or heun, as fits the generator."""
+    or heun, by the generator's objective."""
     steps: int = 250
-    """Steps from noise to latent, at most 1000 with ddpm and ddim; heun evaluates the generator twice in each. [ours]:
+    """Steps from noise to latent, at most 1000 with ddpm and ddim; heun evaluates the generator twice per step. [ours]:
     the paper does not say."""
     cfg: float = 1.0
-    """Guidance weight w: unconditional + w (conditional - unconditional). 1: none. The paper's pictures have 4.2."""
+    """Guidance weight w: unconditional + w (conditional - unconditional). 1: none. The paper's pictures use 4.2."""
     cfg_interval: tuple[float, float] | None = None
-    """Times between which to guide, of 0 (data) .. 999 for ddpm and ddim, of 0 (noise) .. 1 for flow. None: always."""
+    """Guide between these times only: 0 (data) .. 999 for ddpm and ddim, 0 (noise) .. 1 for flow. None: always."""
     legacy_cfg: bool = False
-    """Guide the first three channels alone, as DiT, SiT and LightningDiT do: for parity with their numbers."""
+    """Guide the first three channels only, as DiT, SiT and LightningDiT do, for comparison with their numbers."""
     time_shift: float | None = None
     """s in t' = s t / (1 + (s - 1) t), t = 0 noise; for flow. Below 1 more steps are spent near the noise. None: as the
     generator was trained."""
     eta: float = 0.0
     """Randomness of ddim, from 0 to 1."""
     seed: int = 0
-    """Image i's noise and random label depend on this and i alone."""
+    """Seed. Image i's noise and random label depend on it and i alone."""
     labels: Literal["balanced", "random"] | tuple[int, ...] = "random"
-    """Classes: drawn (random, as DiT's), in turn (balanced: gFID lower by about 0.1), or a list, used in turn."""
+    """Classes: random as in DiT, balanced (each in turn; lowers gFID by about 0.1), or a list, used in turn."""
     num: int = 16
     """Images."""
     batch_size: int = 64
-    """Images at a time."""
+    """Batch size in images."""
 
     def __post_init__(self):
         for name in ("cfg_interval", "labels"):
@@ -246,30 +246,31 @@ class SampleConfig:
 
     @property
     def objective(self) -> Objective | None:
-        """What a generator must have been trained for; None where the sampler is still to be chosen."""
+        """The objective that the sampler needs; None if no sampler is set."""
         return next((objective for objective, samplers in SAMPLERS.items() if self.sampler in samplers), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(SampleConfig):
-    """Sample images from a generator; the same command again makes what is missing.
+    """Sample images from a generator; the same command again makes missing images.
 
     Example: hieratok sample runs/dit-b --tokenizer runs/f16d16-multi --out samples --num 64 --cfg 4.2 --scales all
     """
 
     run: str
-    """The generator: a run's folder, a generator's folder or a hub id."""
+    """Generator: a run's folder, a generator's folder or a hub id."""
     tokenizer: str
-    """The tokenizer whose latents it learned: the same; or a folder of diffusers' AutoencoderKL or AutoencoderDC."""
+    """Its tokenizer: a run's folder, a tokenizer's folder, a hub id, or a folder of diffusers' AutoencoderKL or
+    AutoencoderDC."""
     out: str
     """Folder to write to: 256px/000000.png and so on, samples.npz for ADM's evaluation suite, contact-sheet.png."""
     scales: Literal["finest", "all"] = "finest"
-    """Decode the finest scale, or every one, each into a folder of its own: 16px, 32px, ..."""
+    """Scales to decode: the finest, or all, each into its own folder: 16px, 32px, ..."""
     preview: bool = False
-    """Every scale, and of each batch the coarse ones on the disk before the finest is computed."""
+    """Decode every scale; coarse images of a batch are written before the finest is computed."""
     precision: Precision = "fp32"
-    """bf16: the generator computes in bfloat16 (autocast), as it was trained; about twice as fast on a GPU."""
+    """bf16: the generator runs in bfloat16 (autocast), as in training."""
     compile: bool = False
-    """torch.compile the generator: minutes to start, faster to run. Worth it for thousands of images."""
+    """Use torch.compile for the generator: minutes to start, then faster; for thousands of images."""
     device: str | None = None
     """Where to compute, such as cuda:0 or cpu. Default: the GPU if there is one."""

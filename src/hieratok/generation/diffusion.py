@@ -1,7 +1,7 @@
 """The DDPM process, the paper's generator objective: noise prediction with a learned variance, as DiT trains it.
 
 Convention of time: t = 0 .. 999 are training steps; x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, so t = 0 has least
-noise and t = 999 hardly any data. Sources: Ho et al. 2020 (DDPM), Nichol and Dhariwal 2021 (learned variance,
+noise and t = 999 almost no data. Sources: Ho et al. 2020 (DDPM), Nichol and Dhariwal 2021 (learned variance,
 respacing), Song et al. 2021 (DDIM), Peebles and Xie 2023 (their combination in DiT).
 """
 
@@ -22,15 +22,15 @@ FIRST_BETA, LAST_BETA = 1e-4, 0.02
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The noise added at each step, and what follows from it. Tables are float64 and cast where they are used.
+    """The noise of each step, and derived quantities. Tables are float64 and cast where they are used.
 
-    Functions take `i` (B,), steps of this schedule, 0 .. len - 1; `timesteps[i]` are the times that a model knows.
+    Functions take `i` (B,), steps of this schedule, 0 .. len - 1; `timesteps[i]` are the times passed to a model.
     """
 
     betas: Tensor
     """(T,) float64: variance of the noise that step i adds."""
     timesteps: Tensor
-    """(T,) int64, ascending: the training step that step i stands for."""
+    """(T,) int64, ascending: the training step of step i."""
 
     @classmethod
     def linear(cls) -> "Schedule":
@@ -45,7 +45,7 @@ class Schedule:
         """`steps` of this schedule's steps, evenly spread from the first to the last (a single one: the last).
 
         Raises:
-            ValueError: fewer than 1 or more than there are.
+            ValueError: fewer than 1 or more than the schedule has.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be between 1 and {len(self)}, not {steps}")
@@ -54,7 +54,7 @@ class Schedule:
         return self.subset(spread.round().long().tolist())
 
     def subset(self, steps: Sequence[int]) -> "Schedule":
-        """These steps alone, ascending; their betas grow so that abar, and so the noise at each, stays what it was."""
+        """Only these steps, ascending; their betas grow so that abar, and so each step's noise, does not change."""
         kept = torch.as_tensor(steps, dtype=torch.long)
         abar = self.abar[kept]
         return Schedule(1 - abar / _previous(abar), self.timesteps[kept])
@@ -71,15 +71,15 @@ class Schedule:
 
     @cached_property
     def posterior_logvar(self) -> Tensor:
-        """Its logarithm; the first step's is taken from the second, as is usual, since it would be infinite."""
+        """Log of the posterior variance; the first step, where it is infinite, gets the second's, as in DDPM."""
         return self.posterior_variance[torch.arange(len(self)).clamp(min=min(1, len(self) - 1))].log()
 
     def noisy(self, x: Tensor, noise: Tensor, i: Tensor) -> Tensor:
-        """A draw of q(x_i | x_0)."""
+        """A sample of q(x_i | x_0)."""
         return _at(self.abar.sqrt(), i, x) * x + _at((1 - self.abar).sqrt(), i, x) * noise
 
     def data(self, x_i: Tensor, noise: Tensor, i: Tensor) -> Tensor:
-        """The x_0 that this noise belongs to: `noisy`, solved for x."""
+        """x_0 for a given noise: `noisy`, solved for x."""
         return _at((1 / self.abar).sqrt(), i, x_i) * x_i - _at((1 / self.abar - 1).sqrt(), i, x_i) * noise
 
     def posterior_mean(self, x: Tensor, x_i: Tensor, i: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ def bound_terms(x: Tensor, x_t: Tensor, noise: Tensor, interpolation: Tensor, t:
 
 
 def level_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """-log probability (nats) that a normal falls within half a level of x, of 256 levels over [-1, 1]; the outermost
-    levels reach to infinity. Probabilities are at least 1e-12."""
+    """-log probability (nats) that a normal variable is within half a level of x, of 256 levels over [-1, 1]; the
+    outermost levels reach to infinity. Probabilities are at least 1e-12."""
     upper = torch.special.ndtr((x - mean + 1 / 255) * (-log_std).exp())
     lower = torch.special.ndtr((x - mean - 1 / 255) * (-log_std).exp())
     upper = torch.where(x > 0.999, torch.ones_like(upper), upper)

@@ -1,7 +1,7 @@
 """DiT: a transformer over latents with adaptive layer norm (Peebles and Xie 2023), the paper's generator.
 
 Shapes: B batch, d latent channels, h w latent grid, p patch size, N = h/p w/p tokens, C width.
-Weights are named as in facebookresearch/DiT, so that a state dict from there loads as it is.
+Weights are named as in facebookresearch/DiT, so that its state dicts load unchanged.
 """
 
 import math
@@ -26,20 +26,20 @@ MAX_PERIOD = 10_000  # of timestep features, fixed positions and rotary position
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The latents that a generator has learned: whose they are, and how they were normalised.
+    """The latents that a generator was trained on: their tokenizer and their normalisation.
 
-    [ours] Each channel has its own mean and deviation, as in LightningDiT; DiT scales all by one number.
+    [ours] Each channel has its own mean and deviation, as in LightningDiT; DiT scales all channels by one number.
 
     Raises:
         ValueError: a channel without variance, which cannot be normalised.
     """
 
     encoder_sha256: str
-    """Of the tokenizer's encoder."""
+    """SHA-256 of the tokenizer's encoder."""
     mean: tuple[float, ...]
-    """(d,): of every channel over the training images."""
+    """(d,): mean of every channel over the training images."""
     std: tuple[float, ...]
-    """(d,): its standard deviation."""
+    """(d,): standard deviation of every channel."""
 
     def __post_init__(self):
         for name in ("mean", "std"):
@@ -49,11 +49,11 @@ class LatentSpace:
                 raise ValueError(f"channel {channel} of the latents has deviation {std}: it cannot be normalised")
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Raw latents (B, d, h, w) -> what the generator learns: mean 0 and deviation 1 in every channel."""
+        """Raw latents (B, d, h, w) -> normalised ones, with mean 0 and deviation 1 in every channel."""
         return (z - z.new_tensor(self.mean).view(-1, 1, 1)) / z.new_tensor(self.std).view(-1, 1, 1)
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """The inverse: what the generator makes -> what the tokenizer decodes, (B, d, h, w)."""
+        """The inverse: normalised latents -> raw ones for the tokenizer, (B, d, h, w)."""
         return z * z.new_tensor(self.std).view(-1, 1, 1) + z.new_tensor(self.mean).view(-1, 1, 1)
 
 
@@ -63,9 +63,9 @@ class DiT(Pretrained):
     model_type, kind, config_class, others = "hieratok-dit", "generator", DiTConfig, ("latents",)
     config: DiTConfig
 
-    pos_embed: Tensor  # a buffer: saved with the weights, as DiT's, but fixed
+    pos_embed: Tensor  # a buffer: fixed, but saved with the weights, as in DiT
     latents: LatentSpace | None
-    """What it has learned; None: not known, as with weights from elsewhere. Saved in `config.json`."""
+    """Its latent space, saved in `config.json`; None: not known, as for weights of other projects."""
 
     def __init__(self, config: DiTConfig | None = None):
         super().__init__()
@@ -90,7 +90,7 @@ class DiT(Pretrained):
                 nn.init.zeros_(module.bias)
         for embedder in [self.x_embedder, *([self.wide_head.x_embedder] if self.wide_head else [])]:
             patches = embedder.proj
-            nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))  # as the linear map that it is
+            nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))  # as a linear map
             assert patches.bias is not None
             nn.init.zeros_(patches.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -194,13 +194,13 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, C)."""
         weight_dtype = next(self.mlp.parameters()).dtype
-        # never coarser than float32: bf16 could not tell one time from the next
+        # at least float32: bf16 could not distinguish neighbouring times
         features = timestep_features(t.to(torch.promote_types(weight_dtype, torch.float32)))
         return self.mlp(features.to(weight_dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """A class label -> a learned vector. With dropout there is one row more, for "no class"."""
+    """A class label -> a learned vector. With dropout there is one more row, for "no class"."""
 
     def __init__(self, num_classes: int, width: int, dropout: float):
         super().__init__()
@@ -258,7 +258,7 @@ class SwiGlu(nn.Module):
 
     def __init__(self, width: int, ratio: float):
         super().__init__()
-        hidden = max(8, int(width * ratio * 2 / 3) // 8 * 8)  # multiples of 8 suit matrix units
+        hidden = max(8, int(width * ratio * 2 / 3) // 8 * 8)  # multiples of 8 are fast on GPUs
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.fc2 = nn.Linear(hidden, width)
 
@@ -307,8 +307,8 @@ def attention_of(config: DiTConfig, device: torch.device) -> Attend:
 
 
 def rotary_attention(grid: int, head_width: int, device: torch.device) -> Attend:
-    """Attention whose queries and keys are rotated by their token's row and column, a half of the pairs each, so that
-    it sees relative places (Su et al. 2021, in two dimensions [ours])."""
+    """Attention with queries and keys rotated by their token's row and column, half of the pairs each, so that it
+    depends on relative positions (Su et al. 2021, in two dimensions [ours])."""
     index = torch.arange(grid, dtype=torch.float32, device=device)
     angles = index[:, None] * frequencies(head_width // 4, torch.float32, device)  # (grid, head width / 4)
     row, column = angles.repeat_interleave(grid, dim=0), angles.repeat(grid, 1)

@@ -1,7 +1,7 @@
 """Flow matching along straight lines, with velocity prediction (Lipman et al. 2023; SiT, Ma et al. 2024).
 
-Convention of time: t = 0 is noise and t = 1 data, as in SiT: x_t = t x + (1 - t) noise, velocity v = x - noise. (The
-time of Stable Diffusion 3 and diffusers runs the other way: theirs is 1 - t, their velocity -v.)
+Convention of time: t = 0 is noise and t = 1 data, as in SiT: x_t = t x + (1 - t) noise, velocity v = x - noise.
+(Stable Diffusion 3 and diffusers count the other way: their time is 1 - t, their velocity -v.)
 """
 
 from collections.abc import Callable
@@ -57,11 +57,11 @@ def loss_terms(model: Predict, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -
 
 
 def time_shift(t: Time, shift: float) -> Time:
-    """t' = s t / (1 + (s - 1) t): with s < 1 more steps go to the noisy end, which large latents want.
+    """t' = s t / (1 + (s - 1) t): with s < 1 more steps are at the noisy end, which large latents need.
 
     Stable Diffusion 3 and diffusers count time from the data: their shift is 1 / s.
     """
-    return shift * t / (shift * t + (1 - t))  # so written, 1 stays exactly 1
+    return shift * t / (shift * t + (1 - t))  # in this form, 1 stays exactly 1
 
 
 def sample(
@@ -94,7 +94,7 @@ def sample(
             x = heun_step(velocity, x, t, end)
         elif sampler == "sde" and end < 1:
             x = sde_step(velocity, x, t, end, draw())
-        else:  # the SDE's last step too: it adds no noise and so ends at the data expected from where it stands
+        else:  # the SDE's last step too: it adds no noise and ends at the expected data
             x = euler_step(velocity, x, t, end)
     return x
 

@@ -1,4 +1,4 @@
-"""What a process sees: a generator only as `Predict`, and noise only as `Draw`."""
+"""The types that a process uses: a generator as `Predict`, and noise as `Draw`."""
 
 from collections.abc import Callable
 

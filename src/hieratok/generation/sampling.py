@@ -1,4 +1,4 @@
-"""Sampling latents from a trained DiT: guidance, labels, and noise that belongs to an image and not to its batch."""
+"""Sampling latents from a trained DiT: guidance, labels, and noise per image, independent of its batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from hieratok.generation.dit import DiT, DiTConfig
 from hieratok.generation.process import Predict
 
 Settings = TypeVar("Settings", bound=SampleConfig)
-LEGACY_CHANNELS = 3  # what DiT, SiT and LightningDiT guide
+LEGACY_CHANNELS = 3  # the channels that DiT, SiT and LightningDiT guide
 
 
 class Samples(NamedTuple):
@@ -26,22 +26,22 @@ class Samples(NamedTuple):
     labels: Tensor
     """(B,) int64, on the generator's device."""
     latents: Tensor
-    """(B, d, h, w), as the generator was trained on them: normalised if those were."""
+    """(B, d, h, w), normalised if the generator was trained on normalised latents."""
 
 
-@torch.no_grad()  # and not inference mode, which spoils what FSDP2 keeps between calls
+@torch.no_grad()  # not inference mode, whose tensors FSDP2 could not reuse later
 def sample_latents(
     model: DiT, config: SampleConfig, indices: Sequence[int] | None = None, precision: Precision = "fp32"
 ) -> Iterator[Samples]:
-    """Latents of the images `indices`, batch by batch; decoding them is the caller's business.
+    """Latents of the images `indices`, batch by batch, not decoded.
 
-    An image depends on its index, the seed and the settings, not on which others are asked for, in which order, in
-    batches of which size: so processes can share the indices, and an interrupted job needs only those that are missing.
-    (Up to the last bits: matrix products round differently for other batch sizes. The noise is the same to the bit.)
+    An image depends on its index, the seed and the settings, not on the other images, their order or the batch size. So
+    processes can share the indices, and an interrupted job needs only the missing ones. (Up to the last bits: matrix
+    products round differently for other batch sizes. The noise is bit-equal.)
 
     Args:
         model: in evaluation mode, on any device.
-        config: how.
+        config: the settings.
         indices: of images, from 0; None: 0 .. num - 1.
         precision: of the generator; noise and steps are float32.
 
@@ -81,7 +81,7 @@ def fitted(config: Settings, model: DiTConfig) -> Settings:
     """The settings for a generator, with a sampler and a shift of times that fit it if they name none.
 
     Raises:
-        ValueError: it cannot be sampled like this; says in one line why not.
+        ValueError: the settings do not fit the generator.
     """
     if config.sampler is None:
         config = replace(config, sampler=SAMPLERS[model.objective][0])
@@ -111,12 +111,12 @@ def guided(
     """Classifier-free guidance (Ho and Salimans 2022): the model with and without the class, in one batch of 2 B.
 
     Args:
-        model: what to guide. A learned variance is taken from its conditional prediction.
+        model: to guide. A learned variance is taken from its conditional prediction.
         weight: w in unconditional + w (conditional - unconditional); with 1 the model is returned as it is.
         null_label: the label for "no class".
         interval: times, both included, outside which the conditional prediction is used alone (Kynkaanniemi et al.
             2024), without a second pass; None: guide always.
-        channels: guide the first ones alone; None: all.
+        channels: guide only the first ones; None: all.
     """
     if weight == 1:
         return model
@@ -136,10 +136,10 @@ def guided(
 
 
 def class_labels(labels: str | tuple[int, ...], indices: Sequence[int], num_classes: int, seed: int) -> Tensor:
-    """The classes of images `indices`, (B,) int64, each a function of its index (and, if random, the seed) alone.
+    """The classes of images `indices`, (B,) int64; each depends on its index (and, if random, the seed) alone.
 
     Args:
-        labels: `balanced` (every class in turn), `random`, or classes that are used in turn.
+        labels: `balanced` (every class in turn), `random`, or a list of classes, used in turn.
         indices: of images, from 0.
         num_classes: of the generator.
         seed: of random labels.
@@ -155,13 +155,13 @@ def class_labels(labels: str | tuple[int, ...], indices: Sequence[int], num_clas
 
 
 class ImageNoise:
-    """A `Draw` for a batch of images: each has a stream of normals of its own, seeded by (seed, index).
+    """A `Draw` for a batch of images: each image has its own stream of normals, seeded by (seed, index).
 
     Args:
         seed: of the whole set.
         indices: of the images in the batch.
         shape: (d, h, w) of one.
-        device: where the noise is wanted; it is drawn on the CPU, so that it is the same everywhere.
+        device: of the result; the noise is drawn on the CPU, so that it is the same everywhere.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device):

@@ -1,7 +1,7 @@
-"""hieratok in other people's tools: classes for diffusers, models on the Hugging Face hub, files for other runtimes.
+"""hieratok with other tools: classes for diffusers, models on the Hugging Face hub, files for other runtimes.
 
-The classes for diffusers are names of this package, `from hieratok.interop import AutoencoderHieraTok`, and saved
-pipelines call them so. They are imported on first use: diffusers takes a while.
+The classes for diffusers are imported on first use, as diffusers is slow to import. Saved pipelines name them as part
+of this package: `from hieratok.interop import AutoencoderHieraTok`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
         from hieratok.interop.preview import HieraTokPreview
 
         return HieraTokPreview
-    if name in __all__ or name == "ModelMixin":  # diffusers looks for a class's base class in the class's own module
+    if name in __all__ or name == "ModelMixin":  # diffusers looks up a class's base class in the class's module
         from hieratok.interop import diffusers
 
         return getattr(diffusers, name)

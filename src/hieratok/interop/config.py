@@ -1,4 +1,4 @@
-"""Options of `hieratok export`, without torch."""
+"""Options of `hieratok export`. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,11 +16,11 @@ class Export:
     run: str
     """Run folder, tokenizer folder or hub id."""
     format: Literal["onnx", "torch"] = "onnx"
-    """onnx: for ONNX Runtime and what else reads ONNX. torch: for `torch.export.load`."""
+    """onnx: for ONNX Runtime and other readers of ONNX. torch: for `torch.export.load`."""
     int8: bool = False
-    """Of every ONNX file write one with int8 weights too, and print what that costs in PSNR on --data."""
+    """Write every ONNX file with int8 weights too, and print the cost in PSNR on --data."""
     data: str = "bundled:val"
-    """Images that files are checked and PSNR is measured on: a folder, a pattern or WebDataset shards."""
+    """Images for checking files and measuring PSNR: a folder, a pattern or WebDataset shards."""
     out: str | None = None
     """Folder to write to; an earlier export there is replaced. Default: `export-onnx` or `export-torch` in RUN."""
 

@@ -1,4 +1,4 @@
-"""The models of this package for users of diffusers: `pip install 'hieratok[diffusers]'`.
+"""This package's models as diffusers classes: `pip install 'hieratok[diffusers]'`.
 
     from hieratok.interop import AutoencoderHieraTok, HieraTokDiT, HieraTokPipeline
     vae = AutoencoderHieraTok.from_pretrained("runs/f16d16-multi")
@@ -6,8 +6,8 @@
     pipeline = HieraTokPipeline(dit, vae, DDIMScheduler(clip_sample=False))
     images = pipeline([207, 360], guidance_scale=4.2).images
 
-Importing this module imports diffusers, which takes a while; nothing else of the package imports it. diffusers' classes
-are taken from submodules, where they are declared for type checkers.
+Importing this module imports diffusers, which is slow; no other module imports it. diffusers' classes are imported from
+submodules, where they are declared for type checkers.
 """
 
 import inspect
@@ -49,12 +49,12 @@ from hieratok.tokenizer.tiling import in_tiles, overlap_of
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
-"""Of `from_pretrained`, what our own loaders take too."""
+"""Arguments of `from_pretrained` that our own loaders take too."""
 
 
 def takes(config_class: type) -> Callable[[Callable], Callable]:
-    """Give an `__init__` with `**settings` the fields of a config dataclass as its keywords, in place of a copy of
-    them: diffusers reads a model's configuration off that signature."""
+    """Give an `__init__` with `**settings` the fields of a config dataclass as keywords: diffusers reads a model's
+    configuration from that signature."""
 
     def with_signature(init: Callable) -> Callable:
         own = [p for p in inspect.signature(init).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -69,7 +69,7 @@ def takes(config_class: type) -> Callable[[Callable], Callable]:
 
 
 class OwnModel(ModelMixin, ConfigMixin):
-    """What the classes around our models share: loading runs and pushed models as diffusers loads its own."""
+    """Base of the classes around our models: loads runs and pushed models as diffusers loads its own."""
 
     _supports_gradient_checkpointing = True
     _own: ClassVar[type[HieraTok | DiT]]
@@ -91,8 +91,8 @@ class OwnModel(ModelMixin, ConfigMixin):
 
         Args:
             pretrained_model_name_or_path: where it is.
-            options: all that diffusers takes, such as `torch_dtype`, `device_map`, `variant` or `subfolder`. Some,
-                such as `device_map`, of a model of ours need place for a copy of it in the temporary folder.
+            options: those of diffusers, such as `torch_dtype`, `device_map`, `variant` or `subfolder`. For our models
+                some, such as `device_map`, need space for a copy in the temporary folder.
 
         Raises:
             FileNotFoundError: nothing there, or a file is missing.
@@ -110,13 +110,13 @@ class OwnModel(ModelMixin, ConfigMixin):
             with tempfile.TemporaryDirectory() as folder:
                 loaded.save_pretrained(folder)
                 loaded = super().from_pretrained(folder, torch_dtype=dtype, **rest)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple if output_loading_info is asked for
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
         model.register_to_config(_name_or_path=source)
         return loaded
 
 
 def is_of_diffusers(source: str, inside: str, hub: dict[str, Any]) -> bool:
-    """Whether diffusers wrote the model there.
+    """Whether diffusers wrote a model.
 
     Args:
         source: folder or hub id.
@@ -124,16 +124,16 @@ def is_of_diffusers(source: str, inside: str, hub: dict[str, Any]) -> bool:
         hub: options of `checkpoint.find`.
 
     Raises:
-        FileNotFoundError, ValueError: no model there, or not a readable one.
+        FileNotFoundError, ValueError: no model, or one that cannot be read.
     """
     return "_class_name" in read_json_table(checkpoint.find(source, inside, **hub) / checkpoint.CONFIG)
 
 
 class AutoencoderHieraTok(OwnModel, AutoencoderMixin):
-    """A `HieraTok` with the face of diffusers' autoencoders; the model itself is `.tokenizer`.
+    """A `HieraTok` with the interface of diffusers' autoencoders; the model itself is `.tokenizer`.
 
-    Latents are raw. As diffusers' pipelines have it, `(z - latents_mean) / latents_std * scaling_factor` is what a
-    generator learns, and so `scaling_factor` is 1.
+    Latents are raw. Generators learn `(z - latents_mean) / latents_std * scaling_factor`, the formula of diffusers'
+    pipelines, with `scaling_factor` 1.
 
     `enable_slicing()` encodes and decodes one image at a time, `enable_tiling()` images larger than the training size
     in tiles of that size, which overlap.
@@ -149,7 +149,7 @@ class AutoencoderHieraTok(OwnModel, AutoencoderMixin):
     """
 
     _own, _inside = HieraTok, "tokenizer"
-    _no_split_modules: ClassVar = ["HieraTok"]  # its parts hand each other generators, which no hook moves
+    _no_split_modules: ClassVar = ["HieraTok"]  # its parts exchange generators, which hooks cannot move
 
     @register_to_config
     @takes(TokenizerConfig)
@@ -181,7 +181,7 @@ class AutoencoderHieraTok(OwnModel, AutoencoderMixin):
         return model.train(tokenizer.training)
 
     def enable_tiling(self) -> None:
-        """Encode and decode what is larger than the training size in overlapping tiles of that size, blended.
+        """Encode and decode images larger than the training size in overlapping, blended tiles of that size.
 
         Raises:
             ValueError: no overlap fits the scales.
@@ -216,7 +216,7 @@ class AutoencoderHieraTok(OwnModel, AutoencoderMixin):
         Args:
             z: latents, not normalised.
             return_dict: else a tuple.
-            generator: not used; some pipelines pass one.
+            generator: ignored; some pipelines pass one.
 
         Raises:
             ValueError: another shape.
@@ -236,7 +236,7 @@ class AutoencoderHieraTok(OwnModel, AutoencoderMixin):
         return self._in_parts(self.tokenizer.decode_pyramid, z, unit=self.tokenizer.config.patch_size)
 
     def _in_parts(self, function: Callable[[Tensor], list[Tensor]], x: Tensor, unit: int) -> list[Tensor]:
-        """`function` of all of x (B, C, H, W), whose elements are of `unit` pixels; or as slicing and tiling say."""
+        """`function` of x (B, C, H, W), whose elements have `unit` pixels: whole, or in slices and tiles if enabled."""
         config = self.tokenizer.config
         tile = config.image_size // unit
 
@@ -262,10 +262,10 @@ class AutoencoderHieraTok(OwnModel, AutoencoderMixin):
 
 
 class HieraTokDiT(OwnModel):
-    """A `DiT` with the face of diffusers' transformers; the model itself is `.dit`.
+    """A `DiT` with the interface of diffusers' transformers; the model itself is `.dit`.
 
     Args:
-        latents: the fields of `LatentSpace`, whose latents it has learned; None: not known.
+        latents: the fields of its `LatentSpace`; None: not known.
         settings: the fields of `DiTConfig`.
 
     Raises:
@@ -294,14 +294,14 @@ class HieraTokDiT(OwnModel):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """`DiT.forward`: the same arguments in the same units, whose prediction is `sample`."""
+        """`DiT.forward`, with the same arguments and units; the prediction is `sample`."""
         sample = self.dit(hidden_states, timestep, class_labels)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)  # type: ignore[arg-type]
 
 
 @dataclass
 class HieraTokPipelineOutput(BaseOutput):
-    """What the pipeline returns."""
+    """The pipeline's output."""
 
     images: Any
     """The finest scale: a list of PIL images, or an array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1]; or the
@@ -315,8 +315,7 @@ class HieraTokPipeline(DiffusionPipeline):
 
     Args:
         transformer: the generator.
-        vae: the tokenizer whose latents it has learned, or one of diffusers' image autoencoders if it was trained on
-            that one's.
+        vae: the tokenizer of its latents, or one of diffusers' image autoencoders if it was trained on its latents.
         scheduler: for objective ddpm any that takes a prediction of the noise, on the noise schedule of training and
             without clipping, such as `DDIMScheduler(clip_sample=False)`, `DPMSolverMultistepScheduler()` or, for the
             learned variance, `DDPMScheduler(variance_type="learned_range", clip_sample=False)`; their
@@ -350,17 +349,17 @@ class HieraTokPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that runs; a callback changes it by `_guidance_scale`."""
+        """Guidance of the running call; a callback may set `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Of the call that runs."""
+        """Number of steps of the running call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the steps that are left are skipped: a callback sets `_interrupt`."""
+        """Whether the remaining steps are skipped; a callback may set `_interrupt`."""
         return self._interrupt
 
     @torch.no_grad()
@@ -381,22 +380,22 @@ class HieraTokPipeline(DiffusionPipeline):
         """Sample B images: `num_images_per_prompt` for each label, one after the other.
 
         Args:
-            class_labels: a class, or several; nested ones count row by row.
+            class_labels: a class, or several; nested lists are read row by row.
             guidance_scale: w in unconditional + w (conditional - unconditional), over all channels; 1: no guidance.
             num_inference_steps: of the scheduler.
             generator: for the noise; with one for each image, an image does not depend on the others.
             latents: standard normals (B, d, h, w) to start from; None: drawn.
-            output_type: PIL images, an array (np), a tensor (pt), or normalised latents (latent), of which
-                `latent_space().denormalize` makes what the autoencoder decodes.
-            all_scales: decode every scale, and not the finest alone.
+            output_type: PIL images, an array (np), a tensor (pt), or normalised latents (latent), which
+                `latent_space().denormalize` converts for the autoencoder.
+            all_scales: decode every scale, not only the finest.
             return_dict: else a tuple (images, pyramid).
             num_images_per_prompt: images of each label.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": normalised latents}) after every
                 step; `latents` in what it returns replace them.
-            callback_on_step_end_tensor_inputs: what the callback's last argument holds; there is `latents` alone.
+            callback_on_step_end_tensor_inputs: names in the callback's last argument; only `latents` is available.
 
         Raises:
-            ValueError: labels, noise or guidance that the generator cannot take, or a scheduler that does not fit it.
+            ValueError: labels, noise or guidance that do not fit the generator, or a scheduler that does not.
         """
         config = self.transformer.dit.config
         check_scheduler(self.scheduler, config)
@@ -438,7 +437,7 @@ class HieraTokPipeline(DiffusionPipeline):
         return output if return_dict else (output.images, output.pyramid)
 
     def latent_space(self) -> LatentSpace:
-        """How latents are denormalised: as the generator was trained, or else by the autoencoder's statistics.
+        """The latents' normalisation: the generator's, else by the autoencoder's statistics.
 
         Raises:
             ValueError: neither is known.
@@ -448,9 +447,7 @@ class HieraTokPipeline(DiffusionPipeline):
             return self.transformer.dit.latents
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or std is None:
-            raise ValueError(
-                "neither the generator nor the autoencoder says how latents were normalised: no statistics"
-            )
+            raise ValueError("neither the generator nor the autoencoder has statistics of latents")
         return LatentSpace("", mean, std)
 
     def denoise(
@@ -469,7 +466,7 @@ class HieraTokPipeline(DiffusionPipeline):
         def in_float32(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return self.transformer(x.to(self.transformer.dtype), t, y, return_dict=False)[0].float()
 
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):  # equal steps to the very end, as our samplers'
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):  # equal steps to the end, as in our samplers
             scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=z.device)
         else:
             scheduler.set_timesteps(steps, device=z.device)
@@ -486,7 +483,7 @@ class HieraTokPipeline(DiffusionPipeline):
                 output = predict(scheduler.scale_model_input(z, timestep), t, y)
                 if scheduler.config.get("variance_type") != "learned_range":
                     output = output[:, : config.latent_channels]
-            else:  # diffusers counts time from the data, and so its velocity points to the noise
+            else:  # diffusers counts time from the data, so its velocity points to the noise
                 t = (1 - timestep.double() / scheduler.config.num_train_timesteps).float().expand(len(z))
                 output = -predict(z, t, y)
             z = scheduler.step(output, timestep, z, **random, return_dict=False)[0]
@@ -495,10 +492,10 @@ class HieraTokPipeline(DiffusionPipeline):
 
 
 def flat_labels(class_labels: int | Sequence[Any] | Tensor, num_classes: int) -> Tensor:
-    """A class, or several, nested or not -> (B,), row by row.
+    """A class or several, possibly nested -> (B,), row by row.
 
     Raises:
-        ValueError: none, no whole numbers, or a class that there is not.
+        ValueError: no classes, not whole numbers, or classes out of range.
     """
     try:
         y = torch.as_tensor(class_labels)
@@ -515,7 +512,7 @@ def flat_labels(class_labels: int | Sequence[Any] | Tensor, num_classes: int) ->
 
 
 def check_call(guidance_scale: float, output_type: str, num_images_per_prompt: int, config: DiTConfig) -> None:
-    """Raise a ValueError, of one line, for what the generator cannot be asked for."""
+    """Raise ValueError for arguments that do not fit the generator."""
     if guidance_scale != 1 and config.label_dropout == 0:
         raise ValueError("guidance_scale must be 1: the generator was trained without label dropout")
     if output_type not in get_args(OutputType):
@@ -525,10 +522,10 @@ def check_call(guidance_scale: float, output_type: str, num_images_per_prompt: i
 
 
 def check_scheduler(scheduler: Any, config: DiTConfig) -> None:
-    """Whether a scheduler's steps are those of the process that the generator was trained for.
+    """Check that a scheduler fits the process that the generator was trained for.
 
     Raises:
-        ValueError: says in one line why not; what would otherwise be noise, or images that are slightly wrong.
+        ValueError: it does not; images would be noise or slightly wrong.
     """
     name, settings = type(scheduler).__name__, scheduler.config
     flow = name.startswith("FlowMatch") or settings.get("prediction_type") == "flow_prediction"
@@ -562,5 +559,5 @@ def check_scheduler(scheduler: Any, config: DiTConfig) -> None:
 
 
 for model in (AutoencoderHieraTok, HieraTokDiT, HieraTokPipeline):
-    model.__module__ = "hieratok.interop"  # a saved pipeline names a class by its module, which must not move
+    model.__module__ = "hieratok.interop"  # saved pipelines contain this module's name, which must not change
     setattr(diffusers, model.__name__, model)  # DiffusionPipeline.from_pretrained and AutoModel look for classes there

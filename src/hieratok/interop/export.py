@@ -1,10 +1,10 @@
-"""`hieratok export`: a tokenizer as files that other runtimes run, without this package: ONNX or `torch.export`.
+"""`hieratok export`: a tokenizer as files for other runtimes, which do not need this package: ONNX or `torch.export`.
 
     hieratok export runs/photos --int8
     session = onnxruntime.InferenceSession("runs/photos/export-onnx/decoder-scale2.onnx")
-    (*_, preview) = session.run(None, {"z": z})  # z (B, d, h, w) float32; preview: what decode(z, scale=2) gives
+    (*_, preview) = session.run(None, {"z": z})  # z (B, d, h, w) float32; preview: the result of decode(z, scale=2)
 
-Files are of the tokenizer's training size; the batch may have any size.
+Images have the tokenizer's training size; the batch may have any size.
 """
 
 import importlib
@@ -38,19 +38,19 @@ from hieratok.tokenizer.pretrained import describe_tokenizer
 from hieratok.tokenizer.scales import Scales
 
 TOLERANCE = 1e-4
-"""Largest difference to the original that a file may have in any value."""
+"""Largest allowed difference between any values of a file and of the original."""
 MANIFEST = "export.json"
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 QUANTIZED = ["MatMul", "Gemm", "Conv"]
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
-CHECKED = 3  # photos that files are checked on, one alone and all together
-MEASURED, AT_A_TIME = 64, 8  # photos that the PSNR of int8 weights is measured on, at most
-SOURCE_LINES = ("stack_trace", "pkg.torch.onnx.stack_trace")  # of this machine's files, which nobody else has
+CHECKED = 3  # photos for checking files, one alone and all together
+MEASURED, AT_A_TIME = 64, 8  # photos for the PSNR of int8 weights, at most, and per batch
+SOURCE_LINES = ("stack_trace", "pkg.torch.onnx.stack_trace")  # these name files on this machine
 
 Shape = list[str | int]
-"""`batch`, then sizes."""
+"""The word `batch`, then sizes."""
 Program = Callable[[Tensor], tuple[Tensor, ...]]
-"""One file, run: its input, with the batch in front -> its outputs."""
+"""Runs one file: its input, with the batch first -> its outputs."""
 
 
 class Part(NamedTuple):
@@ -97,7 +97,7 @@ class Decode(nn.Module):
 
 
 def first_branches(tokenizer: HieraTok, last: int) -> nn.Module:
-    """A tokenizer's down-sampler as far as scales 0 to `last` need it; weights are shared, not copied."""
+    """The part of a tokenizer's down-sampler for scales 0 to `last`; weights are shared, not copied."""
     c, whole = tokenizer.config, tokenizer.downsample
     if not isinstance(whole, ConvDownsample) or last == len(c.scales) - 1:
         return whole
@@ -109,9 +109,9 @@ def first_branches(tokenizer: HieraTok, last: int) -> nn.Module:
 
 
 def parts(tokenizer: HieraTok) -> list[Part]:
-    """What is exported: the encoder, the whole decoder, and one decoder for each shorter prefix of the scales.
+    """The exported parts: the encoder, the whole decoder, and one decoder for each shorter prefix of the scales.
 
-    In full attention coarse scales depend on fine ones, so there is the whole decoder alone.
+    In full attention coarse scales depend on fine ones, so there is only the whole decoder.
     """
     c = tokenizer.config
     outputs = tuple(f"image_{c.patch_size * side}px" for side in c.scales)
@@ -126,21 +126,21 @@ def parts(tokenizer: HieraTok) -> list[Part]:
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """One file of an export, and what was found about it."""
+    """One file of an export, with the results of its check."""
 
     name: str
     input: dict[str, Shape]
-    """One shape, by the input's name."""
+    """The input's shape, by name."""
     outputs: dict[str, Shape]
     bytes: int
     largest_difference: float
-    """To the original, of any value."""
+    """Largest difference of any value to the original."""
     int8: str | None = None
-    """Name of the file with int8 weights beside it."""
+    """Name of the file with int8 weights."""
     int8_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """By name, without what there is not."""
+        """Values by name, without missing ones."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -155,25 +155,25 @@ class Int8Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Int8Costs:
-    """What int8 weights cost."""
+    """The cost of int8 weights."""
 
     images: int
-    """Photos that the PSNR is a mean over."""
+    """Number of photos for the mean PSNR."""
     files: dict[str, Int8Cost]
-    """By the decoder's name, without suffix."""
+    """Costs by the decoder's name, without suffix."""
 
     def to_json(self) -> dict[str, Any]:
-        """The files beside the number of photos."""
+        """Costs by file, and the number of photos."""
         return {"images": self.images, **{name: cost._asdict() for name, cost in self.files.items()}}
 
 
 def export(options: Export) -> list[ExportedFile]:
-    """The command: the files, and an `export.json` that says what they are of: `files`, the tokenizer's `config`,
-    weights' `sha256` and latent statistics, versions, and with `int8` the `psnr` that int8 weights cost.
+    """The command: write the files and an `export.json` with `files`, the tokenizer's `config`, weights' `sha256` and
+    latent statistics, versions, and with `int8` the cost in `psnr`.
 
     Raises:
-        ValueError, FileNotFoundError: no such tokenizer or images, missing packages, a folder that holds something
-            else, or a file that differs from the original by more than 1e-4 (nothing is written then).
+        ValueError, FileNotFoundError: a missing tokenizer, images or packages, a folder with other content, or a file
+            that differs from the original by more than 1e-4 (nothing is written then).
     """
     if options.format == "onnx":
         check_packages()
@@ -211,7 +211,7 @@ def export(options: Export) -> list[ExportedFile]:
 
 
 def describe(options: Export, tokenizer: HieraTok) -> dict[str, Any]:
-    """Of what files are, for `export.json`: format, versions, and the tokenizer's config, weights and statistics."""
+    """Facts for `export.json`: format, versions, and the tokenizer's config, weights and statistics."""
     sha256, config = describe_tokenizer(options.run)
     whose = {
         "sha256": sha256,
@@ -223,16 +223,16 @@ def describe(options: Export, tokenizer: HieraTok) -> dict[str, Any]:
 
 
 def output_folder(options: Export) -> Path:
-    """Where to write.
+    """The folder to write to.
 
     Raises:
-        ValueError: not said and not in a run's folder, or a folder that holds something else than an export.
+        ValueError: not given and not in a run's folder, or a folder that holds something other than an export.
     """
     if options.out is None and not Path(options.run).is_dir():
-        raise ValueError(f"where to? {shown(options.run)} is no folder here: give --out FOLDER")
+        raise ValueError(f"say where to write: {shown(options.run)} is not a folder here, give --out FOLDER")
     out = Path(options.run) / f"export-{options.format}" if options.out is None else Path(options.out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise ValueError(f"{shown(out)} holds something else than an export: give --out a new or empty folder")
+        raise ValueError(f"{shown(out)} holds something other than an export: give --out a new or empty folder")
     return out
 
 
@@ -244,7 +244,7 @@ def check_packages() -> None:
 
 
 def versions(format: str) -> dict[str, str]:
-    """Of what wrote the files."""
+    """Versions of the packages that wrote the files."""
     packages = ("torch", *(NEEDED if format == "onnx" else ()))
     return {"hieratok": __version__} | {name: importlib.metadata.version(name) for name in packages}
 
@@ -271,7 +271,7 @@ def shapes(part: Part, example: Tensor) -> dict[str, Shape]:
 
 
 def write(part: Part, example: Tensor, path: Path) -> None:
-    """Write a part as the format that the path's suffix names. ONNX beyond 2 GB puts weights in a file beside it."""
+    """Write a part in the format of the path's suffix. ONNX beyond 2 GB has its weights in a second file."""
     module = part.module.eval()
     with torch.no_grad():
         if path.suffix == SUFFIXES["torch"]:
@@ -296,7 +296,7 @@ def write(part: Part, example: Tensor, path: Path) -> None:
 
 
 def forget_source(metadata: Any) -> None:
-    """Take out where in this machine's files a node was made."""
+    """Remove file names of this machine from nodes."""
     for name in SOURCE_LINES:
         metadata.pop(name, None)
 
@@ -326,7 +326,7 @@ def open_program(path: Path, threads: int | None = None) -> Program:
 
 @torch.no_grad()
 def check(part: Part, example: Tensor, path: Path) -> float:
-    """The largest difference of any value that a file gives to the original's, for one image and for several at once.
+    """The largest difference between any values of a file and of the original, for one image and for several at once.
 
     Raises:
         ValueError: more than 1e-4.
@@ -345,7 +345,7 @@ def check(part: Part, example: Tensor, path: Path) -> float:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file and of the weights beside it, if it has them there."""
+    """Bytes of a file, including its second file of weights if it has one."""
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
@@ -358,13 +358,13 @@ def int8_path(path: Path) -> Path:
 
 
 def quantize(path: Path, target: Path) -> None:
-    """Write an ONNX file with int8 weights, a step per output channel; activations are quantised as they come.
+    """Write an ONNX file with int8 weights, with one scale per output channel; activations are quantised dynamically.
 
     Every matrix product with a weight and every convolution; norms, positions and biases keep float32.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet_root_logger():  # it advises to optimise the graph before, which the exporter did
+    with quiet_root_logger():  # it advises to optimise the graph first, which the exporter did
         quantize_dynamic(
             path,
             target,
@@ -414,7 +414,7 @@ def int8_cost(tokenizer: HieraTok, source: Source, folder: Path) -> Int8Costs:
 
 
 def table(files: Sequence[ExportedFile], costs: Int8Costs | None) -> Table:
-    """The files, their sizes and what was measured."""
+    """A table of the files, their sizes and measurements."""
     measured = ["int8 size", "PSNR", "int8 PSNR", "cost"] if costs else []
     rows = []
     for file in files:
@@ -428,5 +428,5 @@ def table(files: Sequence[ExportedFile], costs: Int8Costs | None) -> Table:
 
 
 def megabytes(count: int) -> str:
-    """Bytes for people."""
+    """Bytes as text."""
     return f"{count / 1e6:,.1f} MB"

@@ -1,11 +1,11 @@
-"""Publishing a trained model on the Hugging Face hub, with a model card that is made from its run.
+"""Publishing a trained model on the Hugging Face hub, with a model card made from its run.
 
     from hieratok import HieraTok, push_to_hub
     push_to_hub("runs/photos", "NAME/MODEL", license="mit")
     tok = HieraTok.from_pretrained("NAME/MODEL", revision="main")
 
-What is published is the model (config.json, model.safetensors), the card (README.md) and one small picture; no
-optimiser, no checkpoint, no log, and of paths on this machine their last part alone.
+Published are the model (config.json, model.safetensors), the card (README.md) and one small picture; no optimiser,
+checkpoint or log, and only the last part of paths on this machine.
 """
 
 import json
@@ -22,6 +22,7 @@ from hieratok import __version__
 from hieratok.core import checkpoint
 from hieratok.core.files import check_regular, read_json_table, shown
 from hieratok.core.glossary import describe
+from hieratok.core.lock import lock
 from hieratok.core.messages import nearest
 from hieratok.core.pictures import to_pil
 from hieratok.core.pixels import BadImageError, read_image
@@ -44,9 +45,9 @@ EXPECTED = {
     "tokenizer": {"rFID": "fid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips"},
     "generator": {"FID": "fid", "Inception Score": "is", "KID": "kid", "precision": "precision", "recall": "recall"},
 }
-"""Metrics that a reader looks for, by how their names in metrics.json begin: the card says which are missing."""
+"""Metrics that readers expect, by the start of their names in metrics.json: the card lists missing ones."""
 PIPELINES = {"tokenizer": "image-to-image", "generator": "unconditional-image-generation"}
-"""The nearest of the hub's tasks, under which it lists models."""
+"""The hub's task for the model, by which it lists models."""
 CODE = {
     "tokenizer": """
 import torch
@@ -67,7 +68,7 @@ from hieratok.generation.dit import DiT
 from hieratok.generation.sampling import sample_latents
 
 dit = DiT.from_pretrained("HUB_ID")
-tok = HieraTok.from_pretrained("TOKENIZER")  # the one whose latents it learned
+tok = HieraTok.from_pretrained("TOKENIZER")  # the tokenizer of its latents
 for batch in sample_latents(dit, SampleConfig(num=4, steps=50)):
     with torch.inference_mode():
         images = tok.decode(dit.latents.denormalize(batch.latents))
@@ -80,12 +81,12 @@ HUB_LICENSES = {
     "creativeml-openrail-m", "deepfloyd-if-license", "gemma", "gfdl", "gpl", "intel-research", "lgpl", "llama2",
     "llama3", "llama3.1", "llama3.2", "llama3.3", "openmdw", "openrail", "openrail++", "other", "unknown",
 }  # fmt: skip
-"""Identifiers that the hub has besides SPDX's."""
+"""The hub's own licence identifiers, besides SPDX's."""
 COMMON_LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc0-1.0", "other")
 
 
 def push(run: str, hub_id: str, license: str, private: bool, dry_run: bool) -> None:
-    """The command `hieratok push`; with `dry_run`, into the folder `hub` of the run and not to the hub.
+    """The command `hieratok push`; with `dry_run`, write to the folder `hub` of the run instead of the hub.
 
     Raises:
         ValueError, FileNotFoundError: no such model, no licence, no token.
@@ -104,10 +105,10 @@ def push_to_hub(run: str | Path, hub_id: str, *, license: str, private: bool = F
     """Publish a run's model with its card.
 
     Args:
-        run: a run's folder, or that of a model alone (whose card then knows little).
-        hub_id: "name/model"; the repository is made if need be.
+        run: folder of a run, or of a model alone (whose card then has few facts).
+        hub_id: "name/model"; the repository is created if needed.
         license: the hub's identifier of a licence, such as "mit"; there is no default.
-        private: of a new repository.
+        private: make a new repository private.
 
     Returns:
         Its address.
@@ -121,7 +122,7 @@ def push_to_hub(run: str | Path, hub_id: str, *, license: str, private: bool = F
 
     check(hub_id, license)
     if get_token() is None:
-        raise ValueError("the hub asks who you are: log in by `hf auth login`, or set HF_TOKEN")
+        raise ValueError("the hub needs a login: run `hf auth login`, or set HF_TOKEN")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         write_folder(run, hub_id, license, folder)
@@ -134,13 +135,13 @@ def push_to_hub(run: str | Path, hub_id: str, *, license: str, private: bool = F
                 allow_patterns=[*FILES, f"{checkpoint.ENCODER}/*"],
                 commit_message=f"hieratok {__version__}",
             )
-        except Exception as error:  # the hub's own, and those of whichever HTTP library its client uses
+        except Exception as error:  # the hub's own errors, and those of its client's HTTP library
             raise OSError(f"{hub_id}: the hub refused ({str(error).strip().splitlines()[0]})") from error
     return str(url)
 
 
 def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> None:
-    """Write what is published into `folder`, whole or not at all; another one there is replaced.
+    """Write all published files to `folder`, atomically; an existing folder is replaced.
 
     Raises:
         ValueError, FileNotFoundError: no licence, no hub id, no model, or one that learned nothing or is not finite.
@@ -149,26 +150,28 @@ def write_folder(run: str | Path, hub_id: str, license: str, folder: Path) -> No
     facts = read_run(Path(run))
     kind, model = find_model(Path(run), facts)
     check_learned(facts, model)
-    with checkpoint.atomic_folder(folder) as temporary:
-        for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
-            check_regular(model / name)
-            shutil.copyfile(model / name, temporary / name)
-        publish_encoder(model, temporary)
-        has_picture = write_picture(facts.picture, temporary / PICTURE)
-        config = load_config(kind, model)
-        card = make_card(facts, kind, config, hub_id, license, has_picture)
-        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    with lock(folder.parent, "push", ".push.lock"):  # not that of a run which still trains
+        checkpoint.remove_leftovers(folder)
+        with checkpoint.atomic_folder(folder) as temporary:
+            for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
+                check_regular(model / name)
+                shutil.copyfile(model / name, temporary / name)
+            publish_encoder(model, temporary)
+            has_picture = write_picture(facts.picture, temporary / PICTURE)
+            config = load_config(kind, model)
+            card = make_card(facts, kind, config, hub_id, license, has_picture)
+            (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def publish_encoder(model: Path, folder: Path) -> None:
-    """Copy a frozen encoder that lies beside the tokenizer, and name it without this machine's paths.
+    """Copy a frozen encoder from the tokenizer's folder, and name it without this machine's paths.
 
     Args:
         model: the tokenizer's folder.
         folder: what is published; its config.json is changed.
 
     Raises:
-        ValueError: nobody else could find the encoder.
+        ValueError: the encoder is only on this machine.
     """
     config = read_json_table(folder / checkpoint.CONFIG)
     encoder = config.get("encoder")
@@ -183,25 +186,25 @@ def publish_encoder(model: Path, folder: Path) -> None:
         config["encoder"] = f"{kind}:{Path(name).name}"
     elif kind == "diffusers" and (Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise ValueError(
-            f"the encoder {shown(encoder)} lies on this machine alone: train with --copy_encoder, which puts it beside"
-            " the tokenizer, or name an autoencoder on the hub"
+            f"the encoder {shown(encoder)} is only on this machine: train with --copy_encoder, which copies it into the"
+            " tokenizer's folder, or name an autoencoder on the hub"
         )
     config.pop("encoder_weights", None)
     checkpoint.write_json(folder / checkpoint.CONFIG, config)
 
 
 def check(hub_id: str, license: str) -> None:
-    """Refuse what the hub would refuse, before anything is written.
+    """Check the hub id and the licence as the hub does, before anything is written.
 
     Raises:
-        ValueError: says what a hub id or a licence looks like.
+        ValueError: not a hub id or licence.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
-        raise ValueError(f"{hub_id!r} is no hub id: NAME/MODEL, such as alice/photos-f16d32")
+        raise ValueError(f"{hub_id!r} is not a hub id: NAME/MODEL, such as alice/photos-f16d32")
     if not is_license(license):
         raise ValueError(
-            f"{license!r} is no licence's identifier{nearest(license.lower(), COMMON_LICENSES)}: one of SPDX's in lower"
-            f" case, such as {', '.join(COMMON_LICENSES[:4])}, or one of the hub's own, such as other"
+            f"{license!r} is not a licence's identifier{nearest(license.lower(), COMMON_LICENSES)}: give one of"
+            f" SPDX's in lower case, such as {', '.join(COMMON_LICENSES[:4])}, or one of the hub's own, such as other"
             " (https://huggingface.co/docs/hub/repositories-licenses)"
         )
 
@@ -212,7 +215,7 @@ def is_license(identifier: str) -> bool:
 
     if identifier in HUB_LICENSES:
         return True
-    if not re.fullmatch(r"(?!licenseref-)[a-z0-9][a-z0-9.+-]*", identifier):  # one, and not an expression of several
+    if not re.fullmatch(r"(?!licenseref-)[a-z0-9][a-z0-9.+-]*", identifier):  # a single one, not an expression
         return False
     try:
         return bool(canonicalize_license_expression(identifier))
@@ -221,7 +224,7 @@ def is_license(identifier: str) -> bool:
 
 
 def find_model(run: Path, facts: Run) -> tuple[str, Path]:
-    """Whether there is a tokenizer or a generator, and its folder: finished, else of the newest checkpoint.
+    """The kind of a run's model, tokenizer or generator, and its folder: finished, else the newest checkpoint.
 
     Raises:
         ValueError, FileNotFoundError: neither.
@@ -238,7 +241,7 @@ def find_model(run: Path, facts: Run) -> tuple[str, Path]:
 
 
 def load_config(kind: str, folder: Path) -> dict[str, Any]:
-    """A model's settings by name, checked.
+    """A model's checked settings by name.
 
     Raises:
         ValueError: they are not those of a model of this kind.
@@ -249,15 +252,15 @@ def load_config(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def check_learned(facts: Run, model: Path) -> None:
-    """Refuse what cannot be of use to anybody.
+    """Refuse models that are of no use.
 
     Raises:
-        ValueError: a run without a single good step, weights that are not finite, or a damaged file.
+        ValueError: a run without a good step, weights that are not finite, or a damaged file.
     """
     last = facts.log[-1] if facts.log else {}
     if last.get("skipped_steps", 0) >= last.get("step", math.inf):
         raise ValueError(
-            f"{facts.folder} learned nothing: all of its {last['step']:,} steps were left out as not finite"
+            f"{facts.folder} learned nothing: all of its {last['step']:,} steps were skipped as not finite"
         )
     path = model / checkpoint.WEIGHTS
     weights = checkpoint.read_tensors(path)
@@ -267,7 +270,7 @@ def check_learned(facts: Run, model: Path) -> None:
 
 
 def write_picture(source: Path | None, path: Path) -> bool:
-    """The run's latest picture, reduced; False if there is none that can be read."""
+    """Write the run's latest picture, reduced; False if there is none that can be read."""
     if source is None:
         return False
     try:
@@ -283,7 +286,7 @@ def write_picture(source: Path | None, path: Path) -> bool:
 
 
 def make_card(facts: Run, kind: str, config: Mapping[str, Any], hub_id: str, license: str, has_picture: bool) -> str:
-    """README.md: metadata for the hub, then what the model is, its training and evaluation, and what is unknown."""
+    """README.md: metadata for the hub, then the model, its training and evaluation, and its limits."""
     from huggingface_hub import ModelCardData
 
     title = hub_id.partition("/")[2]
@@ -316,7 +319,7 @@ def make_card(facts: Run, kind: str, config: Mapping[str, Any], hub_id: str, lic
 
 
 def introduction(kind: str, config: Mapping[str, Any]) -> str:
-    """What it is, and whose."""
+    """The introduction of the card."""
     paper = "[HieraTok: Multi-Scale Visual Tokenizer](https://arxiv.org/abs/2509.23736)"
     code = f"made with hieratok {__version__}, an open implementation of that paper: not its authors' model"
     if kind == "tokenizer":
@@ -336,30 +339,30 @@ def introduction(kind: str, config: Mapping[str, Any]) -> str:
 
 
 def use_note(kind: str, facts: Run, hub_id: str) -> str:
-    """What else one must know to use it."""
+    """A note on use."""
     if kind == "tokenizer":
         return (
             "Images may have any size: they are padded to whole patches, and positions are interpolated. `revision=`"
-            f" chooses a branch, tag or commit. Of a photo: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`. In"
-            f' diffusers: `hieratok.interop.AutoencoderHieraTok.from_pretrained("{hub_id}")`.'
+            f" chooses a branch, tag or commit. In a shell: `hieratok reconstruct {hub_id} PHOTO.jpg --out DIR`."
+            f' In diffusers: `hieratok.interop.AutoencoderHieraTok.from_pretrained("{hub_id}")`.'
         )
     tokenizer = facts.settings.get("tokenizer")
     which = f" In training it was `{local(tokenizer)}`." if tokenizer else ""
-    return f"TOKENIZER is the one whose latents it learned; any other is refused.{which}"
+    return f"TOKENIZER is the tokenizer of its latents; any other is refused.{which}"
 
 
 def picture_caption(kind: str) -> str:
-    """What the picture shows, as far as every run's is alike."""
+    """The picture's caption."""
     if kind == "tokenizer":
         return "Reconstructions at every scale, coarse to fine, and the originals, from the end of training (reduced)."
     return "Samples from the end of training: few steps, no guidance (reduced)."
 
 
 def training(facts: Run) -> str:
-    """Data, recipe, and how long."""
+    """Data, recipe, and time of training."""
     s, pace = facts.settings, facts.pace
     if not s:
-        return "Not known: the model came without its run."
+        return "Not known: the model was published without its run."
     steps, batch = s.get("train.steps"), s.get("train.batch_size")
     lines = {
         "recipe": s.get("name"),
@@ -380,18 +383,18 @@ def training(facts: Run) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the card says of one evaluation."""
+    """The card's part on one evaluation."""
 
     title: str
     table: str
     """Markdown."""
     warnings: list[str] = field(default_factory=list)
     protocol: str = ""
-    """A fact a line; empty: of an evaluation during training, whose protocol the settings tell."""
+    """One fact per line; empty for an evaluation during training, whose protocol is in the settings."""
 
 
 def measurements(facts: Run) -> list[Measured]:
-    """Each evaluation below the run, and the last one during training."""
+    """Each evaluation in the run's folder, and the last one during training."""
     found = [measurement_part(m) for m in facts.measurements if any(describe(key) for key in m.numbers)]
     if facts.evaluations:
         last = facts.evaluations[-1]
@@ -414,7 +417,7 @@ def measurement_part(measurement: Measurement) -> Measured:
 
 
 def model_index(facts: Run, kind: str) -> "list[EvalResult]":
-    """What was measured after training, for the hub's tables."""
+    """Results of evaluations after training, for the hub's tables."""
     from huggingface_hub import EvalResult
 
     results = []
@@ -445,7 +448,7 @@ def metric_table(numbers: Mapping[str, float]) -> str:
 
 
 def not_measured(facts: Run, kind: str) -> list[str]:
-    """The metrics that a reader expects and this run has not."""
+    """The expected metrics that this run does not have."""
     found = {key for m in facts.measurements for key in m.numbers}
     found |= {key for record in facts.evaluations[-1:] for key in record}
     wanted = EXPECTED[kind].items()
@@ -453,15 +456,15 @@ def not_measured(facts: Run, kind: str) -> list[str]:
 
 
 def limits(facts: Run, kind: str, config: Mapping[str, Any], has_picture: bool) -> list[str]:
-    """What the model was not made or tested for."""
+    """The card's list of limits."""
     lines = []
     if not facts.finished and facts.settings:
-        lines.append(f"Its training is not finished ({facts.state}): this is the average up to the last checkpoint.")
+        lines.append(f"Its training is not finished ({facts.state}): these are its last checkpoint's averaged weights.")
     if kind == "tokenizer":
-        lines.append(f"It was trained at {config['image_size']} px; how well other sizes go was not measured here.")
-        lines.append("Fine detail such as text and small faces is what a tokenizer loses first: look before you rely.")
+        lines.append(f"It was trained at {config['image_size']} px; quality at other sizes was not measured here.")
+        lines.append("A tokenizer loses fine detail such as text and small faces first: check this for your images.")
     else:
-        lines.append("Its samples show what its training images showed, with their biases; none of that was measured.")
+        lines.append("Its samples have the content and biases of its training images, which were not measured.")
     if facts.settings and not facts.settings.get("data.val_path"):
         lines.append("No held-out images were named in training.")
     if not has_picture:
@@ -470,8 +473,8 @@ def limits(facts: Run, kind: str, config: Mapping[str, Any], has_picture: bool) 
 
 
 def local(value: Any) -> Any:
-    """A setting without where this machine keeps its files: of a path (also in NAME=PATH) the last part, and of a
-    pattern the folder too. Two parts without a root stay: a hub id looks so, as does runs/NAME."""
+    """A setting without this machine's folders: the last part of a path (also in NAME=PATH), with the folder for a
+    pattern. Relative paths of two parts are not changed, as they may be hub ids."""
     if isinstance(value, list):
         return [local(item) for item in value]
     if not isinstance(value, str):

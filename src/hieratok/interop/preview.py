@@ -1,4 +1,4 @@
-"""Previews of what a pipeline of diffusers is generating, by the coarse scales of a multi-scale decoder.
+"""Previews of a running diffusers pipeline, from the coarse scales of a multi-scale decoder.
 
     preview = HieraTokPreview(HieraTok.from_pretrained("runs/preview-sd"), pixels=64, every=5)
     image = pipeline(prompt, callback_on_step_end=preview).images[0]
@@ -25,7 +25,7 @@ ADDS_NOISE = ("DDPM", "Ancestral", "SDE", "LCM", "TCD")
 
 
 class Preview(NamedTuple):
-    """What one step looked like."""
+    """The preview of one step."""
 
     step: int
     """Counted from 0."""
@@ -38,7 +38,7 @@ class Preview(NamedTuple):
 
 
 class HieraTokPreview:
-    """What diffusers' pipelines take as `callback_on_step_end`; it changes nothing in the pipeline.
+    """A `callback_on_step_end` for diffusers' pipelines; it does not change the pipeline's result.
 
     Args:
         tokenizer: whose latents the pipeline denoises: with the pipeline's autoencoder as its frozen encoder, or, in a

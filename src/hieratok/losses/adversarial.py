@@ -1,9 +1,9 @@
-"""The GAN loss, L_adv of eq. 3: discriminators by name, losses, and what keeps them stable.
+"""The GAN loss, L_adv of eq. 3: discriminators by name, losses and regularisers.
 
 The paper gives its weight, optimiser and warm-up (tables 8 and 9) and describes it as "like the discriminator loss in
-StyleGAN" (section 3.1): the non-saturating loss is the default here. The discriminator, sizes and schedules are [ours]
-or from the papers cited. No discriminator has batch statistics: a logit depends on its own image alone, so the number
-of processes and micro-batches does not change a run.
+StyleGAN" (section 3.1), so the non-saturating loss is the default here. The discriminator, sizes and schedules are
+[ours] or from the papers cited. No discriminator has batch statistics: a logit depends on its own image alone, so the
+number of processes and micro-batches does not change a run.
 """
 
 import itertools
@@ -62,10 +62,10 @@ def make_discriminator(config: AdversarialConfig, image_size: int) -> nn.Module:
 
 
 class PatchGAN(nn.Module):
-    """Looks at overlapping patches, with 3 layers of 70 px each (pix2pix, arXiv 1611.07004).
+    """Classifies overlapping patches, of 70 px with 3 layers (pix2pix, arXiv 1611.07004).
 
-    Norms are over the channels of one position [ours]. Batch norm, the usual choice, makes a logit depend on other
-    images; norms over positions make it depend on all of its own image, and then it is no patch's.
+    Norms are over the channels of one position [ours]. Batch norm, the usual choice, would make a logit depend on other
+    images, and norms over positions would make it depend on more than its patch.
 
     Raises:
         ValueError: images smaller than 4 x 2^num_layers px, 32 with 3 layers.
@@ -99,11 +99,11 @@ class PatchGAN(nn.Module):
 
 
 class ResidualDiscriminator(nn.Module):
-    """Looks at the image as a whole: StyleGAN2's residual discriminator (arXiv 1912.04958), down to 4 x 4.
+    """Classifies the whole image: StyleGAN2's residual discriminator (arXiv 1912.04958), down to 4 x 4.
 
-    Two parts of the original are left out [ours]. Equalised learning rates multiply the step of every layer, which fits
-    its learning rate of 2e-3 and not this one: plain He initialisation instead. The batch's standard deviation as a
-    channel is there against a generator that forgets modes; a tokenizer is given the image that it has to make.
+    Two parts of the original are left out [ours]. Equalised learning rates scale every layer's step, which fits its
+    learning rate of 2e-3 and not ours: plain He initialisation instead. The channel with the batch's standard deviation
+    prevents mode collapse, which a tokenizer does not have, as it is given the image to reconstruct.
 
     Raises:
         ValueError: images smaller than 8 px.
@@ -119,7 +119,7 @@ class ResidualDiscriminator(nn.Module):
         self.embed = nn.Conv2d(3, width, kernel_size=1)
         self.blocks = nn.Sequential(*(ResidualBlock(*pair) for pair in itertools.pairwise(widths)))
         self.mix = nn.Conv2d(widths[-1], widths[-1], kernel_size=3, padding=1)
-        self.pool = nn.AdaptiveAvgPool2d(4)  # changes nothing where the side is a power of two
+        self.pool = nn.AdaptiveAvgPool2d(4)  # changes nothing if the side is a power of two
         self.hidden = nn.Linear(16 * widths[-1], widths[-1])
         self.head = nn.Linear(widths[-1], 1)
         for module in self.modules():
@@ -138,7 +138,7 @@ class ResidualDiscriminator(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, the second at half the resolution, beside a linear path."""
+    """Two convolutions, the second at half the resolution, and a linear skip connection."""
 
     def __init__(self, width: int, width_after: int):
         super().__init__()
@@ -151,11 +151,11 @@ class ResidualBlock(nn.Module):
         """(B, C, h, w) -> (B, C', h / 2, w / 2), rounded down."""
         y = F.leaky_relu(self.keep(x), LEAK)
         y = F.leaky_relu(self.down(self.blur(y, 2)), LEAK)
-        return (y + self.skip(self.blur(x, 1))) / math.sqrt(2)  # the sum of two has the variance of one
+        return (y + self.skip(self.blur(x, 1))) / math.sqrt(2)  # keeps the variance
 
 
 class Blur(nn.Module):
-    """A low-pass (1, 3, 3, 1) in both directions, which a stride of 2 should follow (arXiv 1904.11486)."""
+    """A low-pass filter (1, 3, 3, 1) in both directions, used before a stride of 2 (arXiv 1904.11486)."""
 
     kernel: Tensor
 
@@ -171,21 +171,21 @@ class Blur(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Looks at a frozen DINO's tokens at five depths: StyleGAN-T's discriminator without its text (arXiv 2301.09515).
+    """Classifies a frozen DINO's tokens at five depths: StyleGAN-T's discriminator without text (arXiv 2301.09515).
 
-    As published: a head on what enters the first block and on what leaves the last block of each quarter, without the
-    final norm; the class token is added to every patch's token; images are resized by area, and where they are larger
-    than the backbone's, half of the batches are cut to its size at random instead, in training mode; in a head,
-    convolutions go round the sequence in a circle.
+    As published: a head on the input of the first block and on the output of the last block of each quarter, without
+    the final norm; the class token is added to every patch's token; images are resized by area, and if they are larger
+    than the backbone's, half of the batches in training mode are cropped at random instead; a head's convolutions have
+    circular padding.
 
-    [ours] Its heads have batch norms over 8 images and all tokens, under which a logit depends on other images. Here
-    each is a norm over the channels of one token, as in `PatchGAN`; over the tokens of one image it would take away the
-    class token, which is the same for all of them.
+    [ours] The original heads have batch norms over 8 images and all tokens, which make a logit depend on other images.
+    Here norms are over the channels of one token, as in `PatchGAN`; norms over an image's tokens would remove the class
+    token, which is the same for all of them.
 
-    The backbone is no part of `parameters()` or `state_dict()`.
+    The backbone is not in `parameters()` or `state_dict()`.
 
     Raises:
-        ValueError: no such backbone, one without a class token, or weights that are not its.
+        ValueError: no such backbone, one without a class token, or weights that do not fit.
         FileNotFoundError: no weights.
     """
 
@@ -193,7 +193,7 @@ class DinoDiscriminator(nn.Module):
         super().__init__()
         self.backbone = FoundationModel("gan.backbone", backbone, backbone_weights, random_backbone)
         if not self.backbone.has_class_token:
-            raise ValueError(f"gan.backbone {backbone!r} has no class token: take one that has, such as DINO's")
+            raise ValueError(f"gan.backbone {backbone!r} has no class token: choose one that has, such as DINO's")
         self.depths = [self.backbone.depth * i // 4 - 1 for i in range(5)]  # -1, 2, 5, 8, 11 of DINO-S's 12 blocks
         self.heads = nn.ModuleList(DinoHead(self.backbone.width) for _ in self.depths)
 
@@ -212,7 +212,7 @@ class DinoDiscriminator(nn.Module):
 
 
 def random_crop(images: Tensor, side: int) -> Tensor:
-    """The same square of all images, (B, C, H, W) -> (B, C, side, side), at a place drawn from torch's generator."""
+    """The same random square of all images, (B, C, H, W) -> (B, C, side, side); draws from torch's generator."""
     top, left = (int(torch.randint(length - side + 1, ())) for length in images.shape[-2:])
     return images[..., top : top + side, left : left + side]
 
@@ -238,8 +238,8 @@ class DinoHead(nn.Module):
 class SpectralNorm(nn.Module):
     """W / sigma(W): gives a weight, as a matrix (out, rest), the largest singular value 1 (arXiv 1802.05957).
 
-    sigma comes from a power iteration that makes a step whenever W has changed. That of `torch.nn.utils` makes one in
-    every forward pass, so it depends on the number of micro-batches, and under autocast it runs in bf16.
+    sigma comes from a power iteration with one step whenever W has changed. `torch.nn.utils` makes a step in every
+    forward pass, so its result depends on the number of micro-batches, and under autocast it runs in bf16.
     """
 
     u: Tensor
@@ -259,12 +259,12 @@ class SpectralNorm(nn.Module):
             matrix = weight.flatten(1)
             if self.training:
                 self.follow(matrix.detach())
-            # cloned, as the next forward pass may come before this one's backward pass
+            # cloned: the next forward pass may come before this one's backward pass
             sigma = torch.linalg.vector_norm(matrix.mT @ self.u.clone())
             return weight / sigma
 
     def follow(self, matrix: Tensor) -> None:
-        """One step of power iteration if the weight is not the one of the last call, recognised by its sum."""
+        """One step of power iteration if the weight has changed since the last call, recognised by its sum."""
         total = matrix.sum()
         self.u.copy_(torch.where(total == self.seen, self.u, self.step(matrix)))
         self.seen.copy_(total)
@@ -294,7 +294,7 @@ def check_images(images: Tensor, min_side: int) -> None:
 
 
 def discriminator_loss(kind: GanLoss, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises: a scalar, at least float32.
+    """The discriminator's loss: a scalar, at least float32.
 
     hinge: mean relu(1 - D(x)) + mean relu(1 + D(G)) (arXiv 1705.02894, without the factor 1/2 of some code);
     non-saturating: mean softplus(-D(x)) + mean softplus(D(G)) (arXiv 1406.2661).
@@ -308,7 +308,7 @@ def discriminator_loss(kind: GanLoss, real_logits: Tensor, fake_logits: Tensor) 
 
 
 def generator_loss(kind: GanLoss, fake_logits: Tensor) -> Tensor:
-    """L_adv, what the generator minimises: a scalar, at least float32.
+    """L_adv, the generator's loss: a scalar, at least float32.
 
     hinge: -mean D(G); non-saturating: mean softplus(-D(G)).
     """
@@ -323,12 +323,12 @@ def generator_loss(kind: GanLoss, fake_logits: Tensor) -> Tensor:
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """R1 = mean over images of |grad_x D(x)|^2, the gradient penalty on real images (arXiv 1801.04406).
 
-    The discriminator's loss gets gamma / 2 of it, times k where it is added at every k-th step alone ("lazy
-    regularisation", arXiv 1912.04958; gamma 10 and k 16 there). [ours] D(x) is the mean of an image's logits, where a
-    discriminator gives several, so that gamma does not depend on how many they are.
+    The discriminator's loss gets gamma / 2 of it, times k if it is added at every k-th step only ("lazy
+    regularisation", arXiv 1912.04958; gamma 10 and k 16 there). [ours] D(x) is the mean of an image's logits, so that
+    gamma does not depend on their number.
 
-    In float32 under autocast too. Call it with the discriminator itself and not with its DDP wrapper, and put it into
-    the same backward pass as the loss of the wrapper's output: DDP then averages the sum of their gradients.
+    Computed in float32 under autocast too. Call it with the discriminator itself, not its DDP wrapper, and use the same
+    backward pass as for the loss of the wrapper's output: DDP then averages the sum of their gradients.
 
     Args:
         discriminator: from images to logits (B, ...), each of its own image alone.
@@ -340,7 +340,7 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
     with (
         torch.autocast(images.device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),
-    ):  # others have no 2nd derivative
+    ):  # the other kernels have no second derivative
         x = at_least_float32(images).detach().requires_grad_()
         logits = discriminator(x).flatten(1).mean(1)  # (B,)
         (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)  # (B, 3, H, W)
@@ -348,12 +348,12 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """bf16 logits would round losses to 8 bits."""
+    """Losses of bf16 logits would be rounded to 8 bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LeCam(nn.Module):
-    """LeCam regulariser (arXiv 2104.03310): keeps logits near the running means of the other kind's.
+    """LeCam regulariser (arXiv 2104.03310): keeps logits of real and fake images near each other's running means.
 
     mean relu(D(x) - m_fake)^2 + mean relu(m_real - D(G))^2, with m the moving averages of the mean logits. They start
     at the first step's means; before that the loss is 0. Saved and resumed with `state_dict()`.
@@ -383,11 +383,11 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real_mean: Tensor, fake_mean: Tensor, skip: Tensor | None = None) -> None:
-        """Move the averages, once a step.
+        """Update the averages, once per step.
 
         Args:
             real_mean, fake_mean: mean logits over this process's micro-batches, scalars; averaged over processes here.
-            skip: a scalar, 1 where the step was left out (its logits may not be finite): nothing moves then.
+            skip: a scalar, 1 if the step was skipped (its logits may not be finite): the averages then stay.
 
         Raises:
             ValueError: no scalars.
@@ -404,7 +404,7 @@ class LeCam(nn.Module):
 
 
 def generator_weight(step: int, config: AdversarialConfig) -> float:
-    """Weight of the generator's loss at a step, counted from 0: 0 up to `generator_start`, then a linear ramp."""
+    """Weight of the generator's loss at a step, counted from 0: 0 before `generator_start`, then a linear ramp."""
     steps_in = step - config.generator_start + 1
     if steps_in <= 0:
         return 0.0
@@ -416,7 +416,7 @@ def adaptive_weight(
 ) -> Tensor:
     """VQGAN's adaptive weight (arXiv 2012.09841): |grad reconstruction| / (|grad other| + 1e-4), at most `max_weight`.
 
-    Norms and quotient are float32 under autocast too. Each process weighs with its own micro-batch's gradients.
+    Norms and quotient are float32 under autocast too. Each process uses its own micro-batch's gradients.
 
     Args:
         reconstruction_loss: a scalar; its graph is kept.
@@ -454,7 +454,7 @@ class DiffAugment(nn.Module):
     Differentiable. Draws from torch's global generator; in evaluation mode it returns the images as they are.
 
     Args:
-        cutout_share: sides of what is cut out, as a share of the image's.
+        cutout_share: side of the cut-out rectangle, as a share of the image's.
     """
 
     def __init__(self, cutout_share: float = DIFFAUGMENT_CUTOUT):
@@ -480,13 +480,13 @@ def jitter_colour(images: Tensor) -> Tensor:
 
 
 def translate(images: Tensor) -> Tensor:
-    """Moved by up to an eighth of the side in both directions; what was outside is 0, grey."""
+    """Shifted by up to an eighth of the side in both directions; new pixels are 0, grey."""
     for dim in (2, 3):
         B, side = images.shape[0], images.shape[dim]
         reach = int(side / 8 + 0.5)
         padding = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
         shift = torch.randint(2 * reach + 1, (B, 1), device=images.device)
-        index = torch.arange(side, device=images.device) + shift  # (B, side), into the padded side
+        index = torch.arange(side, device=images.device) + shift  # (B, side), indices into the padded side
         index = index.view(B, 1, side, 1) if dim == 2 else index.view(B, 1, 1, side)
         images = F.pad(images, padding).gather(dim, index.expand(images.shape))
     return images

@@ -17,7 +17,7 @@ GanLoss = Literal["hinge", "non-saturating"]
 class LossConfig:
     """Weights of stage 1's losses (paper, table 9), and how they are reduced over scales.
 
-    The text of eqs. 8 and 9 is lost, so the reduction is [ours], chosen by measurement (docs/results.md).
+    The text of eqs. 8 and 9 does not give the reduction; ours was chosen by measurement (docs/results.md). [ours]
 
     Raises:
         ValueError: a negative weight, or no such reduction.
@@ -28,15 +28,15 @@ class LossConfig:
     mse_weight: float = 0.4
     """l_2: mean squared error."""
     perceptual_weight: float = 1.0
-    """l_p: perceptual distance; 0 needs no trunk."""
+    """l_p: perceptual distance; 0: none, and no network is loaded."""
     kl_weight: float = 1e-6
     """l_kl: KL divergence, summed over latent dimensions, averaged over the batch."""
     pixel_reduction: PixelReduction = "scales"
-    """Of L1 and MSE: the mean of the scales' means (scales), or the mean over the pixels of all scales (tokens)."""
+    """Reduction of L1 and MSE: the mean of the scales' means (scales), or over the pixels of all scales (tokens)."""
     perceptual_reduction: PerceptualReduction = "finest"
-    """Of the perceptual distance: mean or sum over scales, or the finest scale's alone (finest)."""
+    """Reduction of the perceptual distance: mean or sum over scales, or the finest scale alone (finest)."""
     scale_weights: tuple[float, ...] | None = None
-    """One weight per scale, coarse to fine, of its share in the reductions above. None: all alike."""
+    """Weight of each scale in the reductions above, coarse to fine. None: equal weights."""
     trunk: TrunkName = "vgg"
     """The network of the perceptual distance: vgg, alex, squeeze (LPIPS), or squeeze-caffe (LPIPS-like)."""
     trunk_weights: str | None = None
@@ -44,7 +44,7 @@ class LossConfig:
     head_weights: str | None = None
     """File with LPIPS's linear heads. None: those of the installed lpips package."""
     random_trunk: bool = False
-    """Train on an untrained trunk: for tests only."""
+    """Use an untrained trunk; for tests only."""
     plugins: tuple[str, ...] = ()
     """Losses of plugins, each NAME=WEIGHT."""
 
@@ -67,10 +67,10 @@ class LossConfig:
             LOSSES.check(name)
 
     def plugin_weights(self) -> dict[str, float]:
-        """Weights by the plugins' losses.
+        """Weights of the plugins' losses, by name.
 
         Raises:
-            ValueError: an entry is not NAME=WEIGHT, or a name stands twice.
+            ValueError: an entry is not NAME=WEIGHT, or a name is given twice.
         """
         weights: dict[str, float] = {}
         for entry in self.plugins:
@@ -94,48 +94,46 @@ class AdversarialConfig:
     """
 
     weight: float = 0.6
-    """l_adv (paper, table 9), times the adaptive weight if that is on; 0: no GAN."""
+    """l_adv (paper, table 9), multiplied by the adaptive weight if that is on; 0: no GAN."""
     discriminator: DiscriminatorName | str = "patchgan"
     """patchgan: convolutions on patches; residual: StyleGAN2's, on the image; dino: StyleGAN-T's, heads on frozen DINO
     features; or a plugin's. [ours]: the paper names none."""
     loss: GanLoss = "non-saturating"
-    """Of discriminator and generator. non-saturating: StyleGAN's, which the paper names; hinge: StyleGAN-T's, usual
-    with dino."""
+    """GAN loss. non-saturating: StyleGAN's, which the paper names; hinge: StyleGAN-T's, usual with dino."""
     r1_weight: float = 0.0
-    """gamma of the R1 gradient penalty on real images, in the discriminator's loss; StyleGAN uses 10; 0: none. [ours]:
-    the paper does not mention it."""
+    """gamma of the R1 gradient penalty on real images; StyleGAN uses 10; 0: none. [ours]: not in the paper."""
     r1_interval: int = 16
-    """Steps from one R1 penalty to the next, each then so many times as heavy, as in StyleGAN2; 1: every step."""
+    """Steps between R1 penalties, whose weight is multiplied by this number, as in StyleGAN2; 1: every step."""
     adaptive: bool = False
-    """VQGAN's weight: the GAN's gradient at the pixel head as large as the reconstruction's. The paper's is fixed."""
+    """VQGAN's adaptive weight: scale the GAN's gradient at the pixel head to the reconstruction's. Not in the paper."""
     diffaugment: bool = False
-    """Augment what the discriminator sees, real and generated: colour, translation, cutout. [ours]; usual with dino."""
+    """Augment the discriminator's inputs: colour, translation, cutout. [ours]; usual with dino."""
     lecam_weight: float = 0.0
-    """Of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none. [ours]"""
+    """Weight of the LeCam regulariser in the discriminator's loss; 1e-3 is usual, 0: none. [ours]"""
     generator_start: int = 5_000
-    """The generator feels the discriminator from this step on; the discriminator trains from step 0. [ours]"""
+    """Step from which the GAN loss trains the tokenizer; the discriminator trains from step 0. [ours]"""
     ramp_steps: int = 5_000
-    """Steps from there in which the weight rises linearly to its full value; 0: at once. [ours]"""
+    """Steps after `generator_start` in which the weight rises linearly to its full value; 0: at once. [ours]"""
     discriminator_learning_rate: float = 1e-4
-    """After warm-up. [ours]: the paper's value is lost."""
+    """Learning rate of the discriminator after warm-up. [ours]: the paper's value is missing."""
     discriminator_min_learning_rate: float = 1e-6
-    """At the end of the cosine. [ours]: the paper's value is lost."""
+    """Learning rate at the end of the cosine. [ours]: the paper's value is missing."""
     warmup_ratio: float = 0.01
     """Share of the steps in which the discriminator's learning rate rises linearly (paper, table 8)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas (paper, table 8)."""
     weight_decay: float = 0.05
-    """AdamW's weight decay. [ours]: the paper's value is lost; this is the tokenizer's."""
+    """AdamW's weight decay. [ours]: the paper's value is missing; this is the tokenizer's."""
     width: int = 64
     """Channels of the first layer of patchgan and residual; deeper ones have up to 8 times as many. [ours]"""
     num_layers: int = 3
-    """Halvings in patchgan: a logit sees 16, 34, 70 or 142 px with 1, 2, 3 or 4."""
+    """Layers of patchgan with stride 2: a logit sees 16, 34, 70 or 142 px with 1, 2, 3 or 4 of them."""
     backbone: str = "vit_small_patch16_224.dino"
     """dino's frozen network, a ViT of timm's by name."""
     backbone_weights: str | None = None
-    """File with the backbone's weights. None: the hub's or torch's cache; nothing is downloaded."""
+    """File with the backbone's weights. None: from the hub's or torch's cache; nothing is downloaded."""
     random_backbone: bool = False
-    """Train on an untrained backbone: for tests only."""
+    """Use an untrained backbone; for tests only."""
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -168,28 +166,28 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class VFConfig:
-    """The vision-foundation loss. The paper names it and gives neither weight nor margins: those of recipes are [ours].
+    """The vision-foundation loss (vf-loss). The paper gives neither weight nor margins: those of recipes are [ours].
 
     Raises:
         ValueError: settings out of range.
     """
 
     weight: float = 0.0
-    """Of the loss, times the adaptive weight if that is on; 0: no such loss, and no foundation model is loaded."""
+    """Weight, multiplied by the adaptive weight if that is on; 0: no vf-loss, and no foundation model is loaded."""
     model: str = "vit_large_patch14_dinov2.lvd142m"
     """A ViT of timm's by name. The default, DINOv2 large, is the one VA-VAE published its results with."""
     model_weights: str | None = None
-    """File with the model's weights. None: the hub's or torch's cache; nothing is downloaded."""
+    """File with the model's weights. None: from the hub's or torch's cache; nothing is downloaded."""
     cos_margin: float = 0.0
-    """m_cos: cosine distance to the model's feature that costs nothing."""
+    """m_cos: margin of the cosine distance to the model's feature."""
     distance_margin: float = 0.0
-    """m_dist: difference between two positions' cosine and the model's that costs nothing."""
+    """m_dist: margin of the difference between two positions' cosine and the model's."""
     adaptive: bool = True
-    """Scale the loss so that its gradient at the encoder's last layer is as large as the reconstruction's."""
+    """Scale the loss's gradient at the encoder's last layer to that of the reconstruction."""
     normalize: bool = True
-    """Give the model images with the mean and deviation it was trained on. False: in [-1, 1], as VA-VAE's code."""
+    """Normalise images as in the model's training. False: images in [-1, 1], as in VA-VAE's code."""
     random_model: bool = False
-    """Train on an untrained model: for tests only."""
+    """Use an untrained model; for tests only."""
 
     def __post_init__(self):
         if not self.weight >= 0:

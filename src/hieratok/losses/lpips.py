@@ -3,7 +3,7 @@
     d(x, y) = sum_l  mean_{h,w}  w_l . (phi_l(x) - phi_l(y))^2
 
 phi_l(x): the features of layer l of a frozen ImageNet network, the trunk, scaled to unit length over channels at each
-position; w_l: the published linear head of that layer. The paper names no trunk; the field trains with VGG-16.
+position; w_l: the published linear head of that layer. The paper names no trunk; VGG-16 is usual for training.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from hieratok.losses.config import TrunkName
 
 @dataclass(frozen=True)
 class Trunk:
-    """What is compared inside a network, what the network takes, and where its weights come from."""
+    """A network whose features are compared: its layers, input and weights."""
 
     architecture: str
     """Name in `torchvision.models`."""
@@ -38,13 +38,13 @@ class Trunk:
     """torchvision's weights: file name, start of its SHA-256. None: not torchvision's, so the file must be given."""
     shift: tuple[float, float, float] = (-0.030, -0.088, -0.188)
     scale: tuple[float, float, float] = (0.458, 0.448, 0.450)
-    """RGB images in [-1, 1] enter as (images - shift) / scale; LPIPS's constants: ImageNet's statistics, rounded ..."""
+    """The input is (images - shift) / scale for RGB images in [-1, 1]; LPIPS's constants, rounded from ImageNet's."""
     bgr: bool = False
-    """... and in the order blue, green, red if True."""
+    """Whether channels are in the order blue, green, red."""
 
 
 EPSILON = 1e-10
-"""Added to a feature's length, as LPIPS does."""
+"""Added to a feature's length, as in LPIPS."""
 
 SQUEEZE_LAYERS = (1, 4, 7, 9, 10, 11, 12)
 SQUEEZE_CHANNELS = (64, 128, 256, 384, 384, 512, 512)
@@ -75,7 +75,7 @@ TRUNKS: dict[TrunkName, Trunk] = {
         heads=SQUEEZE_HEADS,
         weights=("squeezenet1_1-b8a52dc0.pth", "b8a52dc0"),
     ),
-    # The SqueezeNet 1.1 its authors trained in Caffe: its input is BGR in 0..255 minus (104, 117, 123).
+    # SqueezeNet 1.1 as its authors trained it in Caffe: the input is BGR in 0..255 minus (104, 117, 123).
     "squeeze-caffe": Trunk(
         "squeezenet1_1",
         layers=SQUEEZE_LAYERS,
@@ -91,7 +91,7 @@ TRUNKS: dict[TrunkName, Trunk] = {
 
 
 class PerceptualLoss(nn.Module):
-    """A frozen perceptual distance between images: LPIPS v0.1 where trunk and heads are the published ones.
+    """A frozen perceptual distance between images: LPIPS v0.1 if trunk and heads are the published ones.
 
     It has no dropout (LPIPS drops features only while its heads are being trained), so `train()` changes nothing.
 
@@ -104,11 +104,11 @@ class PerceptualLoss(nn.Module):
 
     Attributes:
         name: `lpips-<trunk>` for the published weights of trunk and heads, else `perceptual[<trunk>]`, and
-            `perceptual[random-<trunk>]` for random weights: a distance of another network is not LPIPS.
-        sha256: of the files read, by "trunk" and "heads", for the record beside a result; empty for random weights.
+            `perceptual[random-<trunk>]` for random weights, as only the published networks give LPIPS.
+        sha256: of the files read, by "trunk" and "heads", for a result's manifest; empty for random weights.
 
     Raises:
-        FileNotFoundError: a file of weights is not there.
+        FileNotFoundError: a file of weights is missing.
         ValueError: unknown trunk, or a file that does not hold what the trunk needs.
     """
 
@@ -199,8 +199,8 @@ class PerceptualLoss(nn.Module):
 class _LayerDistance(torch.autograd.Function):
     """One layer's term of the distance, float32 (B,).
 
-    By hand since these are the largest maps of a training step and each pass over them counts: autograd's chain of
-    single operations takes about twice as long as the trunk itself, this about half of that (two CPU cores).
+    Written by hand, as these are the largest maps of a training step: autograd's chain of single operations takes about
+    twice as long as the trunk itself, this function about half of that (two CPU cores).
     """
 
     @staticmethod
@@ -209,16 +209,16 @@ class _LayerDistance(torch.autograd.Function):
         unit, length = _unit_length(x.float())
         difference = unit.sub_(target)
         ctx.save_for_backward(x, length, difference, head)
-        # The head is linear, so the mean over positions comes first; and no product, which autocast would round.
+        # The head is linear, so the mean over positions can come first. No matrix product: autocast would round it.
         return (difference.square().mean(dim=(2, 3)) * head).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """d/dx of (x / |x| - target)^2: the part of the outer gradient that is at right angles to x, over |x|."""
+        """d/dx of (x / |x| - target)^2: the part of the outer gradient orthogonal to x, divided by |x|."""
         x, length, difference, head = ctx.saved_tensors
         positions = x.shape[2] * x.shape[3]
         outer = difference * (2 / positions * gradient[:, None] * head)[:, :, None, None]  # d/d(unit-length features)
-        along = (outer * x).sum(dim=1, keepdim=True) / length.clamp_min(1e-30)  # 0 where features are dead
+        along = (outer * x).sum(dim=1, keepdim=True) / length.clamp_min(1e-30)  # 0 for dead features
         scaled = 1 / (length + EPSILON)
         result = outer.mul_(scaled).addcmul_(x.float(), along * scaled.square(), value=-1)
         return result.to(x.dtype), None, None
@@ -231,7 +231,7 @@ def _unit_length(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _random_trunk(network: nn.Sequential) -> nn.Sequential:
-    """He-initialised from a fixed seed: the same on every call, and the caller's random state is left alone."""
+    """He-initialised from a fixed seed; the caller's random state does not change."""
     generator = torch.Generator().manual_seed(0)
     network.to_empty(device="cpu")
     for parameter in network.parameters():
@@ -252,20 +252,20 @@ def _torchvision_file(trunk: TrunkName) -> Path:
     spec = TRUNKS[trunk]
     if spec.weights is None:
         raise FileNotFoundError(
-            f"the weights of the trunk {trunk} are not torchvision's: give their file by --loss.trunk_weights FILE"
+            f"the weights of the trunk {trunk} are not torchvision's: give the file with --loss.trunk_weights FILE"
         )
     name = spec.weights[0]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise FileNotFoundError(
             f"{name}, the weights of the trunk {trunk}, is not in {path.parent}: put it there (online, "
-            f"torchvision.models.{spec.architecture}(weights='DEFAULT') does) or name it by --loss.trunk_weights FILE"
+            f"torchvision.models.{spec.architecture}(weights='DEFAULT') does) or name it with --loss.trunk_weights FILE"
         )
     return path
 
 
 def _lpips_file(spec: Trunk) -> Path:
-    """The heads inside the lpips wheel, found without importing it: that would import much and need a working one."""
+    """The heads inside the installed lpips package, which is not imported: that is slow."""
     name = spec.heads[0]
     package = importlib.util.find_spec("lpips")
     for folder in (package.submodule_search_locations or []) if package else []:
@@ -274,12 +274,12 @@ def _lpips_file(spec: Trunk) -> Path:
             return path
     raise FileNotFoundError(
         f"{name}, the linear heads of LPIPS v0.1, is missing: it comes with pip install 'hieratok[eval]', "
-        "or name it by --loss.head_weights FILE"
+        "or name it with --loss.head_weights FILE"
     )
 
 
 def _load_trunk(network: nn.Sequential, path: Path, architecture: str) -> nn.Sequential:
-    """Fill a trunk on the meta device; every tensor it needs must be there, and nothing else but a classifier."""
+    """Fill a trunk on the meta device; the file must have every tensor, and nothing else except a classifier."""
     tensors = {
         name.removeprefix("features."): tensor
         for name, tensor in read_tensors(path).items()

@@ -20,13 +20,13 @@ class ReconstructionLoss(nn.Module):
         scales: token grids at the training size.
 
     Attributes:
-        finest_share: the finest scale's share in the pixel terms, 1 for a single scale. Losses that concern the finest
-            scale or z alone (KL, GAN, vf) are multiplied by it, so that their weights mean the same for any number of
-            scales: relative to the finest scale's reconstruction. [ours]
+        finest_share: the finest scale's share in the pixel terms, 1 for a single scale. Losses on the finest scale or
+            on z (KL, GAN, vf) are multiplied by it: their weights relative to the finest scale's reconstruction then
+            do not depend on the number of scales. [ours]
 
     Raises:
         ValueError: `scale_weights` has another length than there are scales.
-        FileNotFoundError: the trunk's weights are not there.
+        FileNotFoundError: the trunk's weights are missing.
     """
 
     def __init__(self, config: LossConfig, scales: Scales):
@@ -61,8 +61,8 @@ class ReconstructionLoss(nn.Module):
             posterior: of the images.
 
         Returns:
-            The scalar loss; what the finest scale's reconstruction contributes to it, which the adaptive weights of
-            other losses are measured by; and detached, unweighted scalars by name: `l1`, `mse`, the perceptual
+            The scalar loss; the finest scale's contribution to it, the reference of adaptive weights of other losses;
+            and detached, unweighted scalars by name: `l1`, `mse`, the perceptual
             distance's name (reduced over scales), `l1/16`, `l1/32`, ... (per scale, named by its height in pixels),
             `kl` in nats per image, and the plugins' losses.
         """
@@ -100,5 +100,5 @@ class ReconstructionLoss(nn.Module):
 
 
 def shares(weights: Sequence[float]) -> list[float]:
-    """Weights scaled to the sum 1."""
+    """Weights scaled to a sum of 1."""
     return [weight / sum(weights) for weight in weights]

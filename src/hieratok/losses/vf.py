@@ -23,14 +23,14 @@ VF_MAX_WEIGHT = 1e8
 class VFLoss(nn.Module):
     """Pulls latents towards a foundation model's features.
 
-    What is trained and saved is the projection W alone; it belongs into the tokenizer's optimiser.
+    Only the projection W is trained and saved; the tokenizer's optimiser must include it.
 
     Args:
-        config: the model and the margins; `weight` and `adaptive` are the caller's to apply.
+        config: the model and the margins; the caller applies `weight` and `adaptive`.
         latent_channels: d.
 
     Raises:
-        ValueError: no such model, or weights that are not its.
+        ValueError: no such model, or weights that do not fit.
         FileNotFoundError: no weights.
     """
 
@@ -47,7 +47,7 @@ class VFLoss(nn.Module):
 
         Args:
             z: latents (B, d, h, w).
-            images: what z was made from, (B, 3, H, W) in [-1, 1]; gets no gradient.
+            images: the images that z encodes, (B, 3, H, W) in [-1, 1]; get no gradient.
 
         Returns:
             The scalar loss, unweighted, and its two parts, detached scalars: `vf_cosine` and `vf_distance`.
@@ -59,11 +59,11 @@ class VFLoss(nn.Module):
             wanted = (images.shape[0], self.project.in_channels, "h", "w")
             raise ValueError(f"z must be {wanted} for {images.shape[0]} images, not {tuple(z.shape)}")
         h, w = z.shape[-2:]
-        size = (h * self.model.patch_size, w * self.model.patch_size)  # then the model's grid is z's
+        size = (h * self.model.patch_size, w * self.model.patch_size)  # so that the model's grid is that of z
         with torch.no_grad():
             (features,) = self.model(images, size, [self.model.depth - 1])  # (B, C, h, w)
 
-        with torch.autocast(z.device.type, enabled=False):  # bf16 cosines would be off by 0.004
+        with torch.autocast(z.device.type, enabled=False):  # bf16 cosines would have errors of 0.004
             dtype = self.project.weight.dtype
             f = F.normalize(features.to(dtype).flatten(2), dim=1)  # (B, C, N), of unit length
             z = F.normalize(self.project(z.to(dtype)).flatten(2), dim=1)  # z', the same

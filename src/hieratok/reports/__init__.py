@@ -1,1 +1,1 @@
-"""What people read: pages and model cards, made of templates, styles and scripts that are files of this package."""
+"""Pages and model cards, from templates, styles and scripts of this package."""

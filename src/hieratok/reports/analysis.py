@@ -1,4 +1,4 @@
-"""The page of an analysis: tables with what each number means, the embedding, curves, pictures."""
+"""The page of an analysis: tables with explanations, the embedding, curves, pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,47 +20,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPECTRA: dict[str, Maps] = {"latents": "latent", "images": "rgb"}
-MANY_CLASSES = 20  # above it classes get no colours of their own
+MANY_CLASSES = 20  # more classes share colours
 
 DENSITY_TEXT = (
-    "Each image gives one latent vector; t-SNE lays the vectors out in the plane, and a kernel estimates how dense the"
-    " plane is at each of them. The three numbers say how unequal those densities are. The paper's table 5 (f16d16):"
+    "Each image gives one latent vector; t-SNE embeds the vectors in the plane, and a kernel estimates the density at"
+    " each of them. The three numbers say how unequal these densities are. The paper's table 5 (f16d16):"
     " CV 0.522, Gini 0.299, entropy 0.984 for a single scale and 0.381, 0.216, 0.991 for several."
 )
 FLOOR_TEXT = (
-    "The Gaussian floor is what as many vectors of pure N(0, I) noise in as many dimensions give: t-SNE and kernel find"
-    " something uneven in any set of points. Latents can lie below it (VA-VAE's published ones have a CV of 0.26 where"
+    "The Gaussian floor is the value for as many vectors of N(0, I) noise in as many dimensions: t-SNE and kernel find"
+    " some unevenness in any set of points. Latents can be below it (VA-VAE's published ones have a CV of 0.26 where"
     " the floor is 0.42): they are then spread more evenly than a Gaussian. Lower than the floor is not closer to the"
     " prior."
 )
 COMMUTATION_TEXT = (
-    "Appendix B of the paper: if a tokenizer reconstructs well at every scale, shrinking the latent map and decoding it"
-    " (D(T z)) gives the same picture as decoding it and shrinking the picture (T D(z)). The error is small for a"
-    " blurred reconstruction too, so its distance to the shrunk original stands beside it."
+    "Appendix B of the paper: if a tokenizer reconstructs well at every scale, reducing the latent map and decoding it"
+    " (D(T z)) gives the same picture as decoding it and reducing the picture (T D(z)). The error is small for a"
+    " blurred reconstruction too, so compare it with the error against the reduced original."
 )
 SPECTRUM_TEXT = (
-    "Natural images hold much low and little high frequency. Skorokhodov et al. (arXiv 2502.14831) find latents with"
-    " more of the high harder to learn for a diffusion model. Latents and images are standardised per channel first."
+    "Natural images have much low and little high frequency. Skorokhodov et al. (arXiv 2502.14831) find that latents"
+    " with more high frequency are harder to learn for a diffusion model. Latents and images are standardised first."
 )
 CHANNEL_TEXT = (
-    "Channels that never vary, or that all say the same, cost a generator capacity and give nothing. Rank and"
-    " participation are of the channels' correlations, over all images and positions."
+    "Constant or redundant channels cost a generator capacity for nothing. Effective rank and participation ratio are"
+    " those of the channels' correlations, over all images and positions."
 )
 NOISE_TEXT = (
-    "A generator's latents are never quite the encoder's. The slower this curve falls, the more a decoder forgives."
+    "A generator's latents differ from the encoder's. The slower this curve falls, the more error a decoder tolerates."
 )
 
-TOKENIZER_SUMMARY = "How evenly, regularly and robustly a tokenizer's latents stand for images."
-DENSITY_SUMMARY = "How evenly a set of latent vectors fills its space."
+TOKENIZER_SUMMARY = "Density, symmetries, spectra, channels and robustness of a tokenizer's latents."
+DENSITY_SUMMARY = "How evenly a set of latent vectors is distributed."
 
 
 def write(folder: Path, found: Analysis) -> None:
-    """Write `index.html` into an analysis' folder, which is there already."""
+    """Write `index.html` into an analysis's folder, which must exist."""
     report.write_page(folder / "index.html", make_page(found))
 
 
 def make_page(found: Analysis) -> report.Html:
-    """`index.html` of an analysis; whatever it lacks is left out."""
+    """`index.html` of an analysis, without missing parts."""
     numbers, sections = found.report, []
     if numbers.density is not None and found.embedding is not None:
         sections.append(density_section(numbers, numbers.density, found.embedding))
@@ -73,7 +73,7 @@ def make_page(found: Analysis) -> report.Html:
     if numbers.decoded:
         means = number_table(numbers, ["noise_psnr"], over_images(numbers))
         sections.append(report.section("Noise", report.text(NOISE_TEXT), noise_plot(numbers), means))
-    caption = "What the numbers depend on; metrics.json beside this page has every number."
+    caption = "What the numbers depend on. metrics.json in the same folder has every number."
     sections.append(
         report.section("How this was measured", report.table(Table(["what", "value"], flat(numbers.manifest), caption)))
     )
@@ -82,12 +82,12 @@ def make_page(found: Analysis) -> report.Html:
 
 
 def over_images(numbers: LatentReport) -> str:
-    """What a mean is of."""
+    """Caption of means."""
     return f"Mean over {numbers.decoded_images} images and the 95% interval of that mean."
 
 
 def number_table(numbers: LatentReport, stems: Sequence[str], caption: str) -> report.Html:
-    """A table of the numbers called by `stems`, with what each means."""
+    """A table of the numbers with these stems, with explanations."""
     found = lines(numbers, stems)
     plain = table(found, caption)
     repeated = [i > 0 and line.metric is found[i - 1].metric for i, line in enumerate(found)]
@@ -97,13 +97,13 @@ def number_table(numbers: LatentReport, stems: Sequence[str], caption: str) -> r
 
 
 def density_section(numbers: LatentReport, density: Density, embedding: Embedding) -> report.Html:
-    """CV, Gini, entropy, and the plane."""
+    """CV, Gini, entropy, and the embedding."""
     n, draws = len(embedding.points), density.draws
     caption = f"{n:,} points, {draws} draw{'s' * (draws > 1)}; ± is the standard deviation over draws."
     parts = [report.text(DENSITY_TEXT), number_table(numbers, DensityMetrics._fields, caption)]
     if density.floor is not None:
         parts.append(report.text(FLOOR_TEXT))
-    return report.section("How evenly latents fill their space", *parts, report.columns(*embedding_plots(embedding)))
+    return report.section("Density of the latents", *parts, report.columns(*embedding_plots(embedding)))
 
 
 def embedding_plots(embedding: Embedding) -> list[report.Html]:
@@ -123,7 +123,7 @@ def embedding_plots(embedding: Embedding) -> list[report.Html]:
 
 
 def shaded_points(points: np.ndarray, values: np.ndarray, colormap: str, caption: str) -> report.Html:
-    """Points (N, 2) shaded by a number each."""
+    """Points (N, 2), coloured by values."""
     drawing, axes = point_axes()
     drawn = axes.scatter(*points.T, c=values, cmap=colormap, **point_style(len(points)))
     bar = drawing.colorbar(drawn, ax=axes, shrink=0.7)
@@ -147,7 +147,7 @@ def named_points(points: np.ndarray, labels: np.ndarray, names: dict[int, str], 
 
 
 def point_axes() -> tuple["Figure", "Axes"]:
-    """A square without axes: distances in a t-SNE plane have no unit."""
+    """A square plot without axes: distances in a t-SNE plane have no unit."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(5, 4.2), dpi=200, layout="constrained")
@@ -158,7 +158,7 @@ def point_axes() -> tuple["Figure", "Axes"]:
 
 
 def point_style(num: int) -> dict[str, Any]:
-    """Small points where there are many. They become one bitmap in the page: 10,000 circles would slow it down."""
+    """Small points if there are many, as one bitmap: 10,000 circles would slow the page down."""
     return {"s": float(np.clip(20_000 / num, 1.5, 20)), "linewidths": 0, "rasterized": True}
 
 
@@ -174,7 +174,7 @@ def symmetry_section(numbers: LatentReport, images: CommutationImages | None) ->
 
 
 def commutation_pictures(images: CommutationImages) -> report.Html:
-    """Decoded shrunk latents above the shrunk decoded ones."""
+    """Decoded reduced latents above reduced decoded images."""
     coarse, full = images.coarse, images.full
     pooled = [area_resize(full, x.shape[-2:]) for x in coarse]
     rows = []
@@ -183,8 +183,8 @@ def commutation_pictures(images: CommutationImages) -> report.Html:
             rows.append(report.Row(name, [to_pil(stack[i]) for stack in (*stacks, last)], title))
     titles = [*(f"{x.shape[-2]} px" for x in coarse), "D(z); original"]
     caption = (
-        "Above: the latent map shrunk, then decoded. Below: decoded, then shrunk. They are equal where decoding"
-        " commutes with shrinking. Last column: the reconstruction above the original."
+        "Above: the latent map reduced, then decoded. Below: decoded, then reduced. They are equal if decoding"
+        " commutes with reducing. Last column: the reconstruction above the original."
     )
     return report.picture_grid(titles, rows, caption)
 
@@ -202,7 +202,7 @@ def spectrum_section(numbers: LatentReport) -> report.Html:
         plots.append(
             report.line_plot(
                 curves,
-                "place in zigzag order",
+                "position in zigzag order",
                 "log10 of mean |coefficient| / DC",
                 "Cosine transform of 8 x 8 blocks, low frequencies to the left.",
             )
@@ -214,7 +214,7 @@ def spectrum_section(numbers: LatentReport) -> report.Html:
 
 
 def decades(values: Sequence[Estimate]) -> list[float]:
-    """Decimal logarithms of means, of at least a millionth."""
+    """Decimal logarithms of means, clamped at a millionth."""
     return np.log10(np.maximum([value.mean for value in values], 1e-6)).tolist()
 
 
@@ -232,7 +232,7 @@ def channel_section(numbers: LatentReport, channels: Channels) -> report.Html:
 
 
 def channel_plot(values: Sequence[float], label: str, caption: str) -> report.Html:
-    """One number per channel, from the largest to the smallest."""
+    """One number per channel, in descending order."""
     ordered = sorted(values, reverse=True)
     line = report.Line(label, list(range(1, len(ordered) + 1)), ordered)
     return report.line_plot([line], "channels, sorted", label, caption)

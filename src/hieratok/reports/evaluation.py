@@ -1,5 +1,4 @@
-"""The page of an evaluation: what was measured and which way is better, its spread over images, the worst and best
-pictures, the protocol."""
+"""The page of an evaluation: numbers with directions, their spread over images, worst and best pictures, protocol."""
 
 import math
 from pathlib import Path
@@ -16,9 +15,9 @@ TITLES = {
     "samples": "Evaluation of samples",
 }
 SUMMARIES = {
-    "reconstruction": "How close {run} comes to {n:,} images of {data} that it encodes and decodes.",
-    "images": "How close {n:,} images of {b} are to those of {a}.",
-    "samples": "How {n:,} generated images of {path} compare with the real ones of {reference}.",
+    "reconstruction": "Reconstructions by {run} of {n:,} images of {data}, compared with the originals.",
+    "images": "{n:,} images of {b}, compared with those of {a}.",
+    "samples": "{n:,} generated images of {path}, compared with the real ones of {reference}.",
 }
 
 
@@ -26,9 +25,9 @@ def write(folder: Path, result: Result, metrics: ReconstructionMetrics | None) -
     """Write `index.html` into the folder of a result's metrics.json.
 
     Args:
-        folder: there already.
-        result: as `hieratok.evaluation.protocols` returns it.
-        metrics: what was collected of each image, if it was of pairs.
+        folder: must exist.
+        result: from `hieratok.evaluation.protocols`.
+        metrics: the images' values, for pairs.
     """
     protocol = result.manifest["protocol"]
     names = {key: value for key, value in result.inputs.items() if isinstance(value, str)}
@@ -41,7 +40,7 @@ def write(folder: Path, result: Result, metrics: ReconstructionMetrics | None) -
     if metrics is not None and metrics.shown.pairs:
         sections.append(report.section("Worst and best", *pictures(metrics.shown)))
     facts = {**result.manifest, **{f"input: {key}": value for key, value in result.inputs.items()}}
-    caption = "What the numbers depend on. `hieratok evaluate compare` sets two results side by side if this agrees."
+    caption = "What the numbers depend on. `hieratok evaluate compare` compares two results if this agrees."
     table = report.table(Table(["what", "value"], flat(facts), caption))
     sections.append(report.section("How this was measured", table))
     summary = SUMMARIES[protocol].format(n=result.n, **names)
@@ -60,28 +59,28 @@ def key_figures(found: list[Measured]) -> list[tuple[str, str]]:
 
 
 def metric_table(found: list[Measured]) -> Table:
-    """A row a metric, a column a scale, and what each one means; counts that are 0 are left out."""
+    """One row per metric, one column per scale, and explanations; counts of 0 are left out."""
     titles = list(dict.fromkeys(title for one in found for title in one.values))
     rows = []
     for one in found:
         if one.metric.is_count and not any(value.mean for value in one.values.values()):
-            continue  # no image is special
+            continue  # no such images
         better = "" if one.metric.better == "neither" else one.metric.better
         values = [estimated(one.values.get(title)) for title in titles]
         rows.append([one.metric.label, *values, one.metric.unit, better, one.metric.meaning])
-    caption = "In brackets the 95% interval of a mean over images. " if any(map(has_interval, found)) else ""
-    caption += "Columns are scales, each compared with the original resized to it by area. " * (len(titles) > 1)
+    caption = "In brackets: 95% intervals of means over images. " if any(map(has_interval, found)) else ""
+    caption += "Each scale is compared with the original resized to it by area. " * (len(titles) > 1)
     header = ["metric", *(title or "value" for title in titles), "unit", "better", "meaning"]
-    return Table(header, rows, caption + "metrics.json beside this page has every digit.")
+    return Table(header, rows, caption + "metrics.json in the same folder has every digit.")
 
 
 def has_interval(one: Measured) -> bool:
-    """Whether there is a number that images spread around."""
+    """Whether a metric has an interval over images."""
     return any(value.low is not None for value in one.values.values())
 
 
 def distribution(psnr: list[float]) -> list[report.Html]:
-    """A histogram of the images' PSNR, of at least two that differ from their originals."""
+    """A histogram of the images' PSNR, if at least two differ from their originals."""
     finite = [value for value in psnr if not math.isinf(value)]
     if len(finite) < 2:
         return []
@@ -94,7 +93,7 @@ def distribution(psnr: list[float]) -> list[report.Html]:
 
 
 def pictures(shown: Shown) -> list[report.Html]:
-    """Coarse scales, reconstruction, original and error of each pair."""
+    """A grid of coarse scales, reconstruction, original and error of each pair."""
     first = shown.pairs[0]
     scales = [f"{image.shape[-1]} px" for image in (*first.coarse, first.reconstruction)]
     titles = scales if first.coarse else ["reconstruction"]
@@ -111,7 +110,7 @@ def pictures(shown: Shown) -> list[report.Html]:
 
 
 def images_of(pair: Pair) -> list[report.Image.Image]:
-    """In the order of the columns."""
+    """The pictures of a pair, in the order of the columns."""
     return [
         to_pil(x)
         for x in (*pair.coarse, pair.reconstruction, pair.original, error_map(pair.reconstruction, pair.original))

@@ -1,12 +1,12 @@
-"""The pages that commands write: one HTML file each that needs nothing from outside, and one look for all of them.
+"""Building blocks of the pages that commands write: self-contained HTML files with one common style.
 
-A page is put together from the functions below:
+A page is made with the functions below:
 
     page("Title", "What this is.", [section("Results", table(...), line_plot(...)), section("Next", code(...))])
 
-Every function takes plain text and pictures and returns `Html`; whatever text it is given is escaped. Pictures are
-inlined losslessly, so that what is seen is what a model made. The page follows the reader's light or dark setting, fits
-a phone, and works without its script (which enlarges pictures and copies tables).
+Functions take plain text, which they escape, and pictures, and return `Html`. Pictures are inlined losslessly, to show
+exactly what a model made. Pages follow the reader's light or dark setting, fit a phone, and work without their
+script (which enlarges pictures and copies tables).
 """
 
 import base64
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCKS = "blocks.html"
-"""The template whose macros the functions below call."""
+"""The template with the macros of the functions below."""
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
-# Colours that a plot is drawn with; in the page's SVG each becomes a CSS variable, which the reader's theme sets.
+# Colours for drawing plots; in the page's SVG they become CSS variables, which the reader's theme sets.
 INK, GRID = "#000001", "#000002"
 SERIES = ("#000011", "#000012", "#000013", "#000014", "#000015", "#000016")
 VARIABLES = {INK: "var(--muted)", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES)}}
@@ -45,13 +45,13 @@ class Row:
     """Pictures of one thing, side by side."""
 
     title: str
-    """What is seen, such as a photo's name."""
+    """Title, such as a photo's name."""
     pictures: Sequence[Image.Image]
-    """One for each column."""
+    """One picture for each column."""
     detail: str = ""
     """A line below the title."""
     captions: Sequence[str] = ()
-    """A line below each picture; or none at all."""
+    """A line below each picture, or none."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,24 @@ def page(title: str, summary: str, sections: Sequence[Html]) -> Html:
 
 
 def write_page(path: Path, document: Html) -> None:
-    """Write a page whole or not at all."""
+    """Write a page atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(document, encoding="utf-8")
 
 
 def section(title: str, *parts: Html) -> Html:
-    """A heading and what stands below it."""
+    """A heading and its content."""
     return block(BLOCKS, "section", title=title, parts=parts)
 
 
 def folded(title: str, *parts: Html) -> Html:
-    """Parts that are shown when their title is selected."""
+    """Content that is shown when its title is selected."""
     return block(BLOCKS, "folded", title=title, parts=parts)
+
+
+def heading(title: str) -> Html:
+    """A heading within a section."""
+    return block(BLOCKS, "heading", title=title)
 
 
 def text(paragraph: str) -> Html:
@@ -89,18 +94,18 @@ def text(paragraph: str) -> Html:
     return block(BLOCKS, "paragraph", text=paragraph)
 
 
-def columns(*parts: Html, width: int = 400) -> Html:
-    """Parts side by side, each of at least `width` px, where the window is wide enough."""
+def columns(*parts: Html, width: str = "400px") -> Html:
+    """Content side by side, in columns of at least `width`, a length in CSS, if the window is wide enough."""
     return block(BLOCKS, "columns", parts=parts, width=width)
 
 
 def key_figures(figures: Sequence[tuple[str, str]]) -> Html:
-    """The few numbers that matter, large: (value with its unit, what it is)."""
+    """The most important numbers, in large type: (value with unit, label)."""
     return block(BLOCKS, "key_figures", figures=figures)
 
 
 def table(content: Table) -> Html:
-    """A table that can be copied as tab-separated text and scrolls where it is wider than the window."""
+    """A table that can be copied as tab-separated text and scrolls if wider than the window."""
     return block(BLOCKS, "table", table=content)
 
 
@@ -114,8 +119,8 @@ def picture_grid(titles: Sequence[str], rows: Sequence[Row], caption: str) -> Ht
 
     Args:
         titles: of the columns.
-        rows: shown at one width whatever their size in pixels: a small picture is as coarse as it is.
-        caption: what is seen.
+        rows: all pictures have the same width on the page, so a small picture shows large pixels.
+        caption: of the grid.
     """
     assert all(len(row.pictures) == len(titles) and len(row.captions) in (0, len(titles)) for row in rows)
     cells = [
@@ -126,33 +131,33 @@ def picture_grid(titles: Sequence[str], rows: Sequence[Row], caption: str) -> Ht
 
 
 def legend(labels: Sequence[str]) -> Html:
-    """Names beside the colours of plots' first, second, ... lines; it stays in view while its section is read."""
+    """A legend for the lines of several plots; it stays in view while its section is read."""
     assert len(labels) <= len(SERIES)
     return block(BLOCKS, "legend", labels=labels)
 
 
 def error_scale() -> Html:
-    """What the colours of every error map stand for."""
+    """The colour scale of error maps."""
     return block(BLOCKS, "error_scale", stops=error_colours(), ceiling=ERROR_CEILING)
 
 
 def picture(image: Image.Image, description: str, caption: str) -> Html:
-    """One picture, no larger than it is, that opens enlarged; `description` is what stands below it then."""
+    """One picture, not larger than its size, that opens enlarged, with `description` below it."""
     return block(BLOCKS, "picture", picture=inline(image), description=description, caption=caption)
 
 
 class Inline(NamedTuple):
-    """A picture that lies in the page itself."""
+    """A picture inside the page."""
 
     source: str
-    """Its address, data: and all of it."""
+    """Its data URL."""
     width: int
     """In pixels."""
     height: int
 
 
 def inline(image: Image.Image, effort: int = 6) -> Inline:
-    """A picture as lossless WebP; `effort` from 0, quick, to 6, small."""
+    """A picture as lossless WebP; `effort` from 0, fast, to 6, small."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="WEBP", lossless=True, method=effort)
     return Inline("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size)
@@ -161,14 +166,14 @@ def inline(image: Image.Image, effort: int = 6) -> Inline:
 def line_plot(
     lines: Sequence[Line], x_label: str, y_label: str, caption: str, log_y: bool = False, own_legend: bool = True
 ) -> Html:
-    """Curves over one axis.
+    """A plot of curves.
 
     Args:
-        lines: at most as many as there are `SERIES` colours; one without points keeps its colour from the others.
+        lines: at most as many as `SERIES` has colours; a line without points keeps its colour.
         x_label, y_label: with units.
-        caption: what the plot shows.
+        caption: of the plot.
         log_y: logarithmic y axis.
-        own_legend: names of the lines inside the plot, if there are several; False where a `legend` serves many plots.
+        own_legend: show a legend inside the plot if there are several lines; False if plots share a `legend`.
     """
     assert len(lines) <= len(SERIES)
     drawing, axes = plain_axes(x_label, y_label, log_y)
@@ -182,12 +187,12 @@ def line_plot(
 
 
 def histogram(values: Sequence[float], x_label: str, caption: str) -> Html:
-    """How often finite values occur, with a line at their mean.
+    """A histogram of finite values, with a line at their mean.
 
     Args:
         values: at least one.
         x_label: with its unit.
-        caption: what the plot shows.
+        caption: of the plot.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -220,14 +225,14 @@ def plain_axes(x_label: str, y_label: str, log_y: bool = False) -> tuple["Figure
 
 
 def few_log_ticks(axes: "Axes") -> None:
-    """Plain numbers along a logarithmic axis that has its lines, no more than fit."""
+    """Plain numbers along a logarithmic axis with drawn lines, no more than fit."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(plain)
     low, high = axes.get_ylim()
-    if high > 8 * low:  # all of 1 to 9 would overlap
+    if high > 8 * low:  # labels at 1 to 9 would overlap
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 
@@ -248,8 +253,8 @@ def plot(matplotlib_figure: "Figure", caption: str) -> Html:
 
 
 def themed(svg: str) -> str:
-    """matplotlib's SVG as an element of a page: it fits its place, inherits the page's font and takes the theme's
-    colours, and of its names only those that it refers to are left, as pages hold several plots."""
+    """matplotlib's SVG as an element of a page, with the page's font and the theme's colours. Unused ids are removed,
+    as pages hold several plots."""
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)
     root = ElementTree.fromstring(svg)

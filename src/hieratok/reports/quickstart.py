@@ -16,16 +16,17 @@ from hieratok.reports.evaluation import metric_table
 from hieratok.tasks.quickstart import SAMPLING, WHOLE, FirstLook, QuickstartResult, Reconstructed, Trained
 from hieratok.training.tokenizer import TokenizerRun
 
-NO_SAMPLES = "They come when the generator is trained. If that was interrupted, the same command resumes it."
+PHOTO_WIDTH = "max(150px, min(300px, 30%))"  # three in a row, two on a phone
+NO_SAMPLES = "They follow when the generator is trained. If training was interrupted, the same command resumes it."
 
 
 def write(out: Path, found: FirstLook) -> None:
-    """Write `index.html` into a quickstart's folder, which is there already."""
+    """Write `index.html` into a quickstart's folder, which must exist."""
     report.write_page(out / "index.html", make_page(out, found))
 
 
 def make_page(out: Path, found: FirstLook) -> report.Html:
-    """`index.html`; without samples, a line in their place."""
+    """`index.html`; a line instead of samples before there are any."""
     run, result, crops = found.run, found.result, found.crops
     original, sizes = crops[0].original, [x.shape[-1] for x in crops[0].pyramid]
     grid = original.shape[-1] // run.model.patch_size
@@ -35,7 +36,7 @@ def make_page(out: Path, found: FirstLook) -> report.Html:
     summary = (
         f"A multi-scale tokenizer turns each {original.shape[-1]} px image into {grid} x {grid} latent vectors of"
         f" {run.model.latent_channels} numbers, and decodes them at {len(sizes)} scales. This one was trained for"
-        f" {minutes:.1f} minutes on {result.hardware}; the numbers are of crops that it never saw."
+        f" {minutes:.1f} minutes on {result.hardware}; the numbers are of held-out crops."
     )
     key = [
         (f"{psnr:.2f} dB", "PSNR of held-out crops"),
@@ -59,21 +60,21 @@ def make_page(out: Path, found: FirstLook) -> report.Html:
 
 
 def sample_section(found: FirstLook) -> report.Html:
-    """The samples, or where they are."""
+    """The samples, or a line before there are any."""
     generator = found.result.generator
     return sample_pictures(found.samples, generator) if generator else report.text(NO_SAMPLES)
 
 
 def photo_pictures(run: TokenizerRun, photos: list[Reconstructed]) -> list[report.Html]:
-    """Each photo at every scale, all of one size, with the original and one colour per token beside them."""
+    """Each photo at every scale, all of the same size, next to the original and one colour per token."""
     f = run.model.patch_size
     origin = ""
     if run.data.val_path in WHOLE:
         origin = f" These are whole photos of {run.data.path}: the left three quarters of each were trained on."
     note = (
-        f"Every scale is enlarged to one size by repeating its pixels, so that it is as coarse as it looks. Photos"
-        f" larger than {run.model.image_size} px are decoded in tiles that overlap by a quarter. Below each scale stand"
-        f" its PSNR against the photo at that size, and what it has to beat: the PSNR of one colour per token, the"
+        f"Every scale is enlarged to the same size by repeating pixels. Photos"
+        f" larger than {run.model.image_size} px are decoded in tiles that overlap by a quarter. Below each scale: its"
+        f" PSNR against the photo at that size, and the baseline to beat, the PSNR of one colour per token: the"
         f" photo at that size with each {f} x {f} patch in its mean colour.{origin}"
     )
     parts = [report.text(note)]
@@ -93,17 +94,17 @@ def photo_pictures(run: TokenizerRun, photos: list[Reconstructed]) -> list[repor
             )
             for title, text, image in shown
         ]
-        parts += [report.text(photo.name), report.columns(*pictures, width=300)]
+        parts += [report.heading(photo.name), report.columns(*pictures, width=PHOTO_WIDTH)]
     return parts
 
 
 def decibels(numbers: dict[str, float]) -> str:
-    """A scale's PSNR and that of its baseline, in words."""
+    """A scale's PSNR and its baseline as text."""
     return f"PSNR {numbers['psnr']:.2f} dB, one colour per token {numbers['baseline_psnr']:.2f} dB"
 
 
 def crop_pictures(run: TokenizerRun, crops: list[Reconstructed]) -> report.Html:
-    """Every held-out crop: its reconstructions coarse to fine, itself, one colour per token."""
+    """Every held-out crop: reconstructions coarse to fine, original, one colour per token."""
     f = run.model.patch_size
     rows = []
     for crop in crops:
@@ -119,8 +120,8 @@ def crop_pictures(run: TokenizerRun, crops: list[Reconstructed]) -> report.Html:
         titles,
         rows,
         f"Held-out crops of {run.data.val_path}{origin}, decoded at every scale from the posterior mean, beside the"
-        f" original and the original with each {f} x {f} patch in its mean colour. Below each scale its PSNR in dB, and"
-        " in brackets that of one colour per token at its size. Select a picture to enlarge it; arrow keys show the"
+        f" original and the original with each {f} x {f} patch in its mean colour. Below each scale: its PSNR in dB,"
+        " in brackets that of one colour per token. Select a picture to enlarge it; arrow keys show the"
         " next.",
     )
 
@@ -133,8 +134,8 @@ def sample_pictures(samples: list[Tensor], generator: Trained) -> report.Html:
         rows,
         f"One latent map each, drawn by a DiT of {generator.parameters / 1e6:.2f}M parameters"
         f" ({SAMPLING.sampler}, {SAMPLING.steps} steps, no guidance) and decoded at every scale. It was trained for"
-        f" {generator.pace.seconds / 60:.1f} minutes on {generator.pace.images_seen:,} crops: enough to see the way,"
-        f" not for good pictures.",
+        f" {generator.pace.seconds / 60:.1f} minutes on {generator.pace.images_seen:,} crops: too short for good"
+        f" pictures.",
     )
 
 
@@ -156,7 +157,7 @@ def loss_curves(log: Sequence[Mapping[str, float]], sizes: list[int]) -> list[re
 
 
 def settings_table(run: TokenizerRun, result: QuickstartResult) -> report.Html:
-    """What the run was."""
+    """The run's settings."""
     m, t, pace = run.model, run.train, result.tokenizer.pace
     rows = [
         ["model", f"{result.tokenizer.parameters / 1e6:.2f}M parameters, f{m.patch_size} d{m.latent_channels}"],
@@ -172,11 +173,11 @@ def settings_table(run: TokenizerRun, result: QuickstartResult) -> report.Html:
         ["hardware", result.hardware],
         ["time", f"{pace.seconds:.0f} s, {pace.images_per_second:.1f} images/s"],
     ]  # fmt: skip
-    return report.table(Table(["setting", "value"], rows, "The run; config.yaml beside this page has every setting."))
+    return report.table(Table(["setting", "value"], rows, "The run. config.yaml in the same folder has every setting."))
 
 
 def next_steps(out: Path) -> list[report.Html]:
-    """Commands and Python lines that work as they stand, but for the names in capitals."""
+    """Commands and Python code that work as printed, except for the names in capitals."""
     folder = shlex.quote(str(out))
     commands = f"""
 # every scale of your own photo

@@ -1,11 +1,12 @@
-"""`hieratok report DIR`: all runs below a folder on one page: how far each got, what differs, curves, numbers."""
+"""`hieratok report DIR`: all runs in a folder on one page: state, differing settings, curves, numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hieratok.core.checkpoint import json_text
+from hieratok.core.checkpoint import json_text, remove_leftovers
 from hieratok.core.glossary import ANALYSIS, ARROWS_MEAN, TRAINING, describe
+from hieratok.core.lock import lock
 from hieratok.core.pictures import to_pil
 from hieratok.core.pixels import BadImageError, read_image
 from hieratok.core.tables import Table, digits, setting
@@ -14,9 +15,9 @@ from hieratok.reports.config import Report
 from hieratok.training.runs import Measurement, Run, find_runs, is_run, problem_of
 
 MAX_POINTS = 200
-"""Of a curve: longer logs are averaged over intervals."""
+"""Largest number of a curve's points: longer logs are averaged over intervals."""
 MAX_PICTURE = 1_200
-"""Longer side of a picture on the page, in pixels."""
+"""Largest side of a picture on the page, in pixels."""
 NO_LOSSES = {
     "step",
     "images",
@@ -27,30 +28,31 @@ NO_LOSSES = {
     "skipped_steps",
     "rollbacks",
 }
-"""What a log holds beside the terms of the loss."""
+"""Terms of a log that are not terms of the loss."""
 PROGRESS = (
-    "A run whose log has not grown for ten minutes, and ten times its interval, counts as stopped. Time is that of"
-    " training, without interruptions; the same command resumes a run."
+    "A run counts as stopped if its log has not grown for ten minutes and for ten of its intervals; the same command"
+    " resumes it. Time is that of training, without interruptions."
 )
 PLOTS = 6
-"""On the page as it opens; the others are folded up."""
+"""Number of plots that are visible at first; the others are folded."""
 
 
 def write_report(options: Report) -> list[Run]:
     """The command: write the page, print a table or JSON.
 
     Returns:
-        The runs, as they stand now.
+        The runs.
 
     Raises:
         FileNotFoundError: no such folder, or no runs below it. A damaged run raises nothing, the page names it.
     """
     folder = Path(options.folder)
     runs = find_runs(folder)
-    # a run's own folder may hold another page: quickstart's
+    # a run's own folder may hold the quickstart's page
     out = Path(options.out) if options.out else folder / ("report.html" if is_run(folder) else "index.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report.write_page(out, make_page(folder, runs))
+    with lock(out.parent, "report", ".report.lock"):  # not that of a run which trains in the folder
+        remove_leftovers(out)
+        report.write_page(out, make_page(folder, runs))
     if options.json:
         print(json_text([run.facts() for run in runs]))
         return runs
@@ -72,7 +74,7 @@ def make_page(folder: Path, runs: Sequence[Run]) -> report.Html:
                 *((f"{len(group)}", title.lower()) for title, group in groups(runs).items()),
                 (f"{finished}", "finished"),
                 (f"{len(runs) - finished - stopped}", "in training"),
-                (f"{stopped}", "stopped before their end"),
+                (f"{stopped}", "stopped early"),
             ]
         )
     ]
@@ -82,24 +84,24 @@ def make_page(folder: Path, runs: Sequence[Run]) -> report.Html:
     found = groups(runs)
     for title, group in found.items():
         parts += run_sections(title, group, PLOTS // len(found))
-    summary = f"All runs in {folder.resolve().name} and below it, as they stood when this page was written."
+    summary = f"All runs in {folder.resolve().name} and its sub-folders, at the time this page was written."
     return report.page("Runs", summary, parts)
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Tokenizers and generators; what is not there is left out."""
+    """Runs by kind, tokenizers and generators, without empty groups."""
     named = {"Tokenizers": "tokenizer", "Generators": "generator"}
     found = {title: [run for run in runs if run.kind == kind] for title, kind in named.items()}
     return {title: group for title, group in found.items() if group}
 
 
 def problem_lines(runs: Sequence[Run]) -> list[str]:
-    """What could not be read, a line each."""
+    """What could not be read, one line each."""
     return [f"{run.name}: {problem}." for run in runs for problem in run.problems]
 
 
 def run_sections(title: str, runs: Sequence[Run], num_plots: int) -> list[report.Html]:
-    """All that is known of the runs of one kind: first what tells them apart, last what is folded up."""
+    """The sections of the runs of one kind: first the differences, last the folded parts."""
     sections = []
     if len(runs) > 1:
         sections.append(report.section(f"{title}: what differs", differences_part(runs)))
@@ -118,7 +120,7 @@ def run_sections(title: str, runs: Sequence[Run], num_plots: int) -> list[report
 
 
 def overview(runs: Sequence[Run]) -> Table:
-    """How far each run got, and how fast."""
+    """State and speed of each run."""
     rows = []
     for run in runs:
         pace = run.pace
@@ -137,10 +139,10 @@ def overview(runs: Sequence[Run]) -> Table:
 
 
 def last_losses(runs: Sequence[Run]) -> Table:
-    """Every term of the loss, but for single scales, at the end of each log."""
+    """The last value of every term of the loss, without those of single scales."""
     terms = [term for term in terms_of([run.log[-1:] for run in runs]) if "/" not in term and term not in NO_LOSSES]
     rows = [[run.name, *(digits((run.log or [{}])[-1].get(term)) for term in terms)] for run in runs]
-    return Table(["run", *terms], rows, "The last interval that was logged, scales of a multi-scale loss apart.")
+    return Table(["run", *terms], rows, "The last logged interval, without the losses of single scales.")
 
 
 def differences_part(runs: Sequence[Run]) -> report.Html:
@@ -151,14 +153,14 @@ def differences_part(runs: Sequence[Run]) -> report.Html:
     if not rows:
         return report.text("None: the runs have the same settings.")
     caption = (
-        "A row a setting, by its name on the command line; every other setting is the same in all of them. –: the run"
-        " is of a version that did not have it."
+        "Settings by their names on the command line; all others are the same in all runs. –: the run's version did not"
+        " have this setting."
     )
     return report.table(Table(["setting", *(run.name for run in known)], rows, caption))
 
 
 def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names to which two tables give different values; that one lacks a name is no difference."""
+    """The names with different values in two tables. A missing name is not a difference."""
     names = dict.fromkeys(name for table in tables for name in table)
     values = {name: [table[name] for table in tables if name in table] for name in names}
     return [name for name, found in values.items() if any(value != found[0] for value in found)]
@@ -168,12 +170,12 @@ def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def metric_parts(runs: Sequence[Run]) -> list[report.Html]:
-    """Evaluations and analyses below the runs, and the last evaluation of each run's training."""
+    """Evaluations and analyses in the runs' folders, and the last evaluation of each run's training."""
     parts = []
     measured = [(run, measurement) for run in runs for measurement in run.measurements]
     for label, caption in (
-        (evaluation_label, "Of evaluations below the runs."),
-        (analysis_label, "Of analyses below the runs; the page of an analysis says what its numbers mean."),
+        (evaluation_label, "Evaluations in the runs' folders."),
+        (analysis_label, "Analyses in the runs' folders; the page of an analysis explains its numbers."),
     ):
         chosen = [(run, m) for run, m in measured if any(label(key) for key in m.numbers if key != "n")]
         if chosen:
@@ -191,7 +193,7 @@ def metric_parts(runs: Sequence[Run]) -> list[report.Html]:
 def measurement_parts(
     chosen: Sequence[tuple[Run, Measurement]], label: Callable[[str], str | None], caption: str
 ) -> list[report.Html]:
-    """A table of measurements, and one of the protocols that they follow."""
+    """A table of measurements, and one of their protocols."""
     keys = dict.fromkeys(key for _, m in chosen for key in m.numbers if label(key))
     protocols: list[Mapping[str, Any]] = []
     rows = []
@@ -201,7 +203,7 @@ def measurement_parts(
         letter = protocol_name(protocols.index(measurement.manifest))
         rows.append([run.name, measurement.where, letter, *(digits(measurement.numbers.get(key)) for key in keys)])
     names = [protocol_name(i) for i in range(len(protocols))]
-    note = "All follow one protocol: their numbers can be compared."
+    note = "All have the same protocol, so their numbers can be compared."
     if len(protocols) > 1:
         note = "Only numbers of the same protocol can be compared."
     header = ["run", "folder", "protocol", *(str(label(key)) for key in keys)]
@@ -218,13 +220,13 @@ def protocol_name(index: int) -> str:
 
 
 def is_shown(term: str) -> bool:
-    """Whether a term of an evaluation during training is worth a column: not its place, and of counts only `n`."""
+    """Whether a term of an evaluation during training gets a column: not `step`, `images` or counts but `n`."""
     metric = describe(term)
     return term not in ("step", "images") and (metric is None or not metric.is_count or term == "n")
 
 
 def evaluation_label(key: str) -> str | None:
-    """A metric's head of a column; None: not a metric of an evaluation."""
+    """A metric's column header; None: not a metric of an evaluation."""
     metric = describe(key)
     if metric is None or (metric.is_count and key != "n"):
         return None
@@ -232,13 +234,13 @@ def evaluation_label(key: str) -> str | None:
 
 
 def analysis_label(key: str) -> str | None:
-    """The same for a number of an analysis that has no scale, transform or sigma."""
+    """The same for an analysis, for numbers without scale, transform or sigma."""
     metric = ANALYSIS.get(key)
     return metric.head if metric else None
 
 
 def short(value: Any) -> str:
-    """A fact of a manifest in a cell: hashes by their first digits."""
+    """A manifest's fact in a cell; hashes are shortened."""
     if value is None:
         return "–"
     if isinstance(value, Mapping):
@@ -251,13 +253,13 @@ def short(value: Any) -> str:
 
 
 def curve_parts(runs: Sequence[Run], num_plots: int) -> list[report.Html]:
-    """A plot for each term of the logs and the evaluations, a line for each run, of at most as many as have colours.
+    """A plot for each term of the logs and the evaluations, with a line for each run, as far as there are colours.
 
-    The loss comes first, then what has been evaluated, then the terms of the loss; beyond `num_plots` they are folded
-    up, together with the last losses.
+    The loss comes first, then evaluations, then the terms of the loss; beyond `num_plots` they are folded, together
+    with the last losses.
     """
     drawn = sorted((run for run in runs if run.log), key=lambda run: run.written)[-len(report.SERIES) :]
-    drawn = [run for run in runs if run in drawn]  # in the order of their names
+    drawn = [run for run in runs if run in drawn]  # sorted by name
     if not drawn:
         return []
     logs, evaluations = [run.log for run in drawn], [run.evaluations for run in drawn]
@@ -278,11 +280,11 @@ def curve_parts(runs: Sequence[Run], num_plots: int) -> list[report.Html]:
     plots = [*terms[:1], *evaluated, *terms[1:]]
     parts = []
     if len(drawn) < sum(bool(run.log) for run in runs):
-        parts.append(report.text(f"The {len(drawn)} runs whose logs grew last: a plot has no more colours."))
+        parts.append(report.text(f"Only the {len(drawn)} runs with the newest logs: a plot has no more colours."))
     parts += [report.legend([run.name for run in drawn]), report.columns(*plots[:num_plots])]
     rest = [report.table(last_losses(runs))]
     if constant:
-        rest.append(report.text(f"Without a plot, as nothing changed: {', '.join(constant)}."))
+        rest.append(report.text(f"Without a plot, as they are constant: {', '.join(constant)}."))
     if more := plots[num_plots:]:
         rest.insert(0, report.columns(*more))
     title = f"{len(more)} more plot{'s' * (len(more) > 1)} and the last losses" if more else "The last losses"
@@ -290,7 +292,7 @@ def curve_parts(runs: Sequence[Run], num_plots: int) -> list[report.Html]:
 
 
 def varies(logs: Sequence[Sequence[Mapping[str, float]]], term: str) -> bool:
-    """Whether a term has different values: counts and baselines stay."""
+    """Whether a term has different values; counts and baselines are constant."""
     return len({record[term] for log in logs for record in log if term in record}) > 1
 
 
@@ -301,7 +303,7 @@ def curves(
     caption: str,
     label: str | None = None,
 ) -> report.Html:
-    """One term over images seen; logarithmic where all values are positive and far apart."""
+    """One term over images seen; logarithmic if all values are positive and span a wide range."""
     lines = []
     for run, log in zip(runs, records):
         points = [(record["images"], record[term]) for record in log if term in record]
@@ -312,7 +314,7 @@ def curves(
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """x and y of points, averaged over neighbours so that there are at most `MAX_POINTS`."""
+    """x and y of points, averaged over neighbours to at most `MAX_POINTS`."""
     size = max(1, -(-len(points) // MAX_POINTS))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     xs, ys = ([sum(point[axis] for point in part) / len(part) for part in parts] for axis in (0, 1))
@@ -320,13 +322,13 @@ def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 
 
 def terms_of(logs: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
-    """The names in records: `loss` first, then other losses, those of single scales or parts, and what is no loss."""
+    """The names in records: `loss` first, then other losses, those of single scales or parts, then other terms."""
     names = dict.fromkeys(name for log in logs for record in log for name in record)
     return sorted(names, key=lambda name: (name in NO_LOSSES, "/" in name, name != "loss"))
 
 
 def meaning(term: str) -> str:
-    """What a term of a log is."""
+    """The explanation of a log's term."""
     metric = describe(term.partition("/")[0], TRAINING)
     if metric is None:
         return ""
@@ -353,5 +355,5 @@ def picture_parts(runs: Sequence[Run]) -> list[report.Html]:
         pictures.append(report.picture(picture, what, f"{what} ({size})"))
     if not pictures:
         return broken
-    text = "What the averaged model makes of images, or draws. Select one to enlarge it; arrow keys show the next."
+    text = "Outputs of the averaged model. Select a picture to enlarge it; arrow keys show the next."
     return [report.text(text), report.columns(*pictures), *broken]

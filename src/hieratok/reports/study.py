@@ -1,4 +1,4 @@
-"""The page of a study: for every metric the paper's numbers beside ours, as HTML and Markdown."""
+"""The page of a study, as HTML and Markdown: for every metric the paper's numbers and ours."""
 
 import math
 import shlex
@@ -35,13 +35,12 @@ SHOWN = 8  # samples in appendix D's pictures
 
 VERDICTS = ("agrees", "opposite", "not resolved")
 READING = (
-    "Effects are differences to the row that a row is held against. An effect agrees with the paper if it has the same"
-    " sign."
+    "An effect is the difference between a row and its reference row. It agrees with the paper if it has the same sign."
 )
-ONE_SEED = " One seed has no interval: whether such a difference is more than chance, it cannot say."
+ONE_SEED = " One seed gives no interval, so a difference may be chance."
 SEVERAL_SEEDS = (
     " With {} seeds an effect is the mean over pairs of the same seed, in brackets its 95% interval (Student's t);"
-    " where that holds 0, the sign is not resolved."
+    " if that contains 0, the sign is not resolved."
 )
 NOT_MEASURED = {
     "rFID": "not measured: needs --features inception and the network's weights",
@@ -55,7 +54,7 @@ NOT_MEASURED = {
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs and tables; pictures and plots only a page can show."""
+    """A heading, paragraphs and tables, and pictures and plots for the page."""
 
     title: str
     paragraphs: Sequence[str] = ()
@@ -64,10 +63,10 @@ class Section:
 
 
 def write(stem: Path, result: StudyResult) -> None:
-    """Write STEM.md and STEM.html, each whole or not at all.
+    """Write STEM.md and STEM.html, each atomically.
 
     Args:
-        stem: OUT/STUDY, in a folder that is there.
+        stem: OUT/STUDY, in an existing folder.
         result: of the study.
     """
     everything = [*metric_sections(result), *shown_sections(result), runs_section(result)]
@@ -82,7 +81,7 @@ def write(stem: Path, result: StudyResult) -> None:
 
 
 def markdown(title: str, summary: str, sections: Sequence[Section]) -> str:
-    """The same without pictures."""
+    """The study as Markdown, without pictures."""
     parts = [f"# {title}", summary]
     for section in sections:
         parts += [f"## {section.title}", *section.paragraphs, *(table.markdown() for table in section.tables)]
@@ -93,7 +92,7 @@ def markdown(title: str, summary: str, sections: Sequence[Section]) -> str:
 
 
 def metric_sections(result: StudyResult) -> list[Section]:
-    """The overview, and a section for each metric; one table where all there is are counts."""
+    """The overview, and a section for each metric; a single table if there are only counts."""
     if not result.comparisons:
         return []
     if all(METRICS[c.metric].need == "cost" for c in result.comparisons):
@@ -113,7 +112,7 @@ def metric_sections(result: StudyResult) -> list[Section]:
 
 
 def cost_table(result: StudyResult) -> Table:
-    """A row for each tokenizer, and one for what the second adds to the first; ours beside the paper's in per cent."""
+    """A row for each tokenizer, and one for their difference; ours, with the deviation from the paper in per cent."""
     labels = [row.name for row in result.rows]
     cells: list[list[str]] = [[label] for label in [*labels, f"{labels[1]} minus {labels[0]}"]]
     for c in result.comparisons:
@@ -128,7 +127,7 @@ def cost_table(result: StudyResult) -> Table:
 
 
 def counted(line: ComparedRow) -> tuple[float, float]:
-    """The paper's count and ours, of a row that has both."""
+    """The paper's count and ours, for a row with both."""
     assert line.paper is not None
     assert line.ours is not None
     return line.paper, line.ours.mean
@@ -141,7 +140,7 @@ def title_of(name: str) -> str:
 
 
 def overview_table(result: StudyResult) -> Table:
-    """How many effects agree, a row a measured number."""
+    """The number of effects that agree, one row per measured number."""
     rows = []
     for c in result.comparisons:
         verdicts = [line.effect.verdict for line in c.rows if line.effect and line.effect.counts]
@@ -153,7 +152,7 @@ def overview_table(result: StudyResult) -> Table:
     return Table(
         ["the paper's metric", "measured here", *(f"effects: {v}" for v in VERDICTS)],
         rows,
-        "A distance of another network than the paper's says something about directions and nothing about values.",
+        "For distances of other networks than the paper's, only directions can be compared, not values.",
     )
 
 
@@ -179,8 +178,7 @@ def metric_table(result: StudyResult, comparison: Comparison) -> Table:
 
 
 def effect_cells(result: StudyResult, against: int | None, line: ComparedRow, metric: Metric) -> list[str]:
-    """Against what, the paper's effect, ours, and whether they agree; empty ones of a row that is not held against
-    another."""
+    """Reference row, the paper's effect, ours, and whether they agree; empty cells for a row without a reference."""
     if line.effect is None or against is None:
         return ["", "", "", ""]
     ours = estimated(line.effect.ours.estimate if line.effect.ours else None, is_difference=True)
@@ -189,17 +187,17 @@ def effect_cells(result: StudyResult, against: int | None, line: ComparedRow, me
 
 
 def effect(value: float | None, metric: Metric) -> str:
-    """A difference, and whether it is for the better."""
+    """A difference, and whether it is better or worse."""
     if value is None or round(value, 9) == 0 or metric.better == "neither":
         return signed(value)
     return f"{value:+.3g} ({'better' if (value < 0) == (metric.better == 'lower') else 'worse'})"
 
 
-# --- What a study shows beside the paper's metrics --------------------------------------------------------------------
+# --- Figures and appendices -------------------------------------------------------------------------------------------
 
 
 def shown_sections(result: StudyResult) -> list[Section]:
-    """Figures 4 and 5, appendices B and D, so far as their numbers are there; of each row's first seed."""
+    """Figures 4 and 5, appendices B and D, if measured; of each row's first seed."""
     first = {row.name: row.seeds[0].measured if row.seeds else Measured() for row in result.rows}
     density = {name: found.density for name, found in first.items() if found.density}
     commutation = {name: found.commutation for name, found in first.items() if found.commutation}
@@ -292,7 +290,7 @@ def speed_section(found: ComparedCurves, num_seeds: int) -> Section:
     table = Table(
         [found.measured, f"{base}: step", f"{other}: step", "speed-up", "95% interval"],
         rows,
-        f"First step at which each curve, made monotone, reaches what {base} reaches after half, three quarters and all"
+        f"First step at which each curve, made monotone, reaches the level of {base} after half, three quarters and all"
         f" of its steps; the paper's speed-up is {PAPER_SPEED_UP}. The interval is a bootstrap over"
         + (
             " seeds."
@@ -322,7 +320,7 @@ def curves_section(rows: Mapping[str, Curve]) -> Section:
 
 
 def reached(value: float | None) -> str:
-    """A number, or that there is none."""
+    """A number, or a text for none."""
     return "not reached" if value is None else f"{value:.3g}"
 
 
@@ -332,13 +330,13 @@ def density_section(rows: Mapping[str, LatentReport]) -> Section:
         ["row", "density CV", "Gini", "entropy", "images"],
         [[row, *density_cells(found), f"{found.n:,}"] for row, found in rows.items()],
         "The first seed's latents, by VA-VAE's procedure, and the Gaussian floor: as many vectors of N(0, I). All three"
-        " depend on how many images there are; the paper has 10,000.",
+        " depend on the number of images; the paper has 10,000.",
     )
     pictures = []
     for row, found in rows.items():
         assert found.folder is not None
         plots = embedding_plots(Embedding.load(Path(found.folder) / EMBEDDING))
-        pictures += [report.text(row), report.columns(*plots)]
+        pictures += [report.heading(row), report.columns(*plots)]
     return Section("Latents in the plane", tables=[table], pictures=pictures)
 
 
@@ -365,15 +363,15 @@ def commutation_section(rows: Mapping[str, LatentReport]) -> Section:
     table = Table(
         ["number", "scale", *rows],
         cells,
-        "Means over held-out images with their 95% intervals, first seed. Commutation decodes the shrunk latent map by"
-        " itself; a pyramid's scales are those of one decoding, as the multi-scale tokenizer trains them.",
+        "Means over held-out images with their 95% intervals, first seed. Commutation decodes the reduced latent map on"
+        " its own; a pyramid's scales are those of one decoding, as in training.",
     )
     pages = [f"{row}, with pictures: {found.folder}/index.html" for row, found in rows.items()]
     return Section("Errors of every scale", pages, [table])
 
 
 def samples_section(row: str, found: Agreement) -> Section:
-    """Appendix D: how well the scales of one sample agree."""
+    """Appendix D: agreement between the scales of samples."""
     table = Table(
         ["scale", "PSNR (dB)"],
         [[side, estimated(value)] for side, value in found.psnr.items()],
@@ -416,7 +414,7 @@ def runs_section(result: StudyResult) -> Section:
 
 
 def base_table(base: TokenizerRun) -> Table:
-    """The settings that rows are variants of."""
+    """The settings of the base run."""
     m, t, loss, data = base.model, base.train, base.loss, base.data
     rows = [
         ["images", f"{m.image_size} px, f{m.patch_size} d{m.latent_channels}, scales {list(m.scales)}"],
@@ -432,7 +430,7 @@ def base_table(base: TokenizerRun) -> Table:
 
 
 def command(options: RunStudy) -> str:
-    """What to type for the same study."""
+    """The study's command."""
     words = ["hieratok", "study", options.study]
     for name, value in asdict(options).items():
         if name in ("study", "plan", "row") or value in (None, []):

@@ -1,4 +1,4 @@
-"""Text -> pages: the templates and assets of this package, with everything that comes from outside escaped."""
+"""Templates and assets of this package; all values are escaped."""
 
 import functools
 import re
@@ -14,17 +14,17 @@ __all__ = ["Html", "asset", "block", "render"]
 
 
 def render(name: str, **values: Any) -> Html:
-    """The template called `name` with these values; only `Html` among them is not escaped (in .md, nothing is)."""
+    """Render the template `name`; values are escaped unless they are `Html` (in .md, none are)."""
     return Html(_environment().get_template(name).render(values))
 
 
 def block(file: str, name: str, **values: Any) -> Html:
-    """The macro called `name` of a template file, likewise."""
+    """Render the macro `name` of a template file, likewise."""
     return getattr(_environment().get_template(file).module, name)(**values)
 
 
 def asset(name: str) -> Html:
-    """A style or script of this package, to be put into a page as it is."""
+    """A style or script of this package, to insert into a page."""
     return Html((files("hieratok.reports") / "assets" / name).read_text(encoding="utf-8"))
 
 
@@ -45,18 +45,21 @@ def _environment() -> Environment:
 
 
 def printable(value: Any) -> Any:
-    """Text in which what no page can show, or what would change its direction, is written as an escape."""
+    """Text with characters that no page can show, or that change its direction, as escapes."""
     if isinstance(value, Html) or not isinstance(value, str):
         return value
     return "".join(c if c.isprintable() or c in "\n\t" else shown(c) for c in value)
 
 
 BREAKS = re.compile(
-    r"(?<=\w[._/=,:])(?=\w)(?!(?<=\d[.,])\d)"  # after each mark that joins the parts of a name, not within a number
+    r"(?<=\w[._/=,:])(?=\w\w)(?!(?<=\d[.,])\d)"  # after marks that join the parts of a name, not within a number
     r"|(?:(?<=\b[0-9a-f]{16})|(?<=\b[0-9a-f]{32})|(?<=\b[0-9a-f]{48}))(?=[0-9a-f]{16})"  # in a SHA-256
 )
 
 
-def pieces(text: str) -> list[str]:
-    """A text cut where a line may end without breaking a word."""
-    return BREAKS.split(text)
+UNBROKEN = re.compile(r"(--[a-z][\w-]*|\d+e-\d+)")  # flags, numbers such as 1e-05: browsers would break after their "-"
+
+
+def pieces(text: str) -> list[list[str]]:
+    """A text split where a line may break; each piece is split again, and every second part of it must not break."""
+    return [UNBROKEN.split(piece) for piece in BREAKS.split(text)]

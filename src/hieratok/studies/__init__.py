@@ -1,1 +1,1 @@
-"""The paper's experiments: recipes, tables and figures as rows with the paper's numbers, and what runs them."""
+"""The paper's experiments: recipes, and tables and figures as rows with the paper's numbers."""

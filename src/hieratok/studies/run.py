@@ -1,7 +1,7 @@
-"""`hieratok study`: one of the paper's tables or figures at a size that fits the machine, beside the paper's numbers.
+"""`hieratok study`: one of the paper's tables or figures at a chosen size, compared with the paper's numbers.
 
-Every run lies in OUT/runs under a hash of its settings and data, and every measurement under a hash of its options, so
-what is there is used again, by other studies too, and the same command resumes where it was stopped.
+Every run is in OUT/runs under a hash of its settings and data, and every measurement under a hash of its options. So
+finished ones are used again, by other studies too, and the same command resumes.
 """
 
 import math
@@ -71,13 +71,13 @@ from hieratok.training.run_folder import EVALUATIONS, read_log
 from hieratok.training.tokenizer import TokenizerRun
 
 CONSISTENCY_SAMPLES = 256
-"""At most, for appendix D."""
+"""Largest number of samples for appendix D."""
 
 
-# Writes pages beside STUDY.json, whose path without its ending it gets; what they look like is its callers' business.
+# Writes pages next to STUDY.json, whose path without suffix it gets. Studies do not depend on reports.
 WritePage = Callable[[Path, StudyResult], None]
 Cells = Mapping[tuple[int, int], Cell]
-"""By index of the row and seed."""
+"""Cells by index of the row and seed."""
 SampleScales = Literal["finest", "all"]
 
 
@@ -87,16 +87,16 @@ def run_study(
     """The command.
 
     Args:
-        options: of it.
-        write_page: adds pages to OUT/STUDY.json.
-        write_analysis: adds a page to each analysis of latents.
+        options: of the command.
+        write_page: writes pages next to OUT/STUDY.json.
+        write_analysis: writes the page of each analysis of latents.
 
     Returns:
-        What is in `OUT/STUDY.json`; None with `--plan` or `--row`.
+        The content of `OUT/STUDY.json`; None with `--plan` or `--row`.
 
     Raises:
-        ValueError, FileNotFoundError: no such study or row, settings, images or weights that do not fit or are missing,
-            or another process that runs it in the same folder.
+        ValueError, FileNotFoundError: an unknown study or row; settings, images or weights that do not fit or are
+            missing; or another process that runs the study in the same folder.
         TrainingError, Stopped: as in training.
     """
     setup = prepare(options)
@@ -105,7 +105,7 @@ def run_study(
         return None
     check(setup)
     row = "" if options.row is None else f"-row-{options.row}"
-    name = f".{options.study}{row}.lock"  # other studies may run
+    name = f".{options.study}{row}.lock"  # other studies may run in the folder
     with lock(setup.out, f"study {options.study}", name), process_group():
         return _run_study(setup, write_page, write_analysis)
 
@@ -122,7 +122,7 @@ def _run_study(
     if not is_first():
         return None
     if options.row is not None:
-        print(f"done. When all rows are: hieratok study {options.study} ... without --row")
+        print(f"done. When all rows are done: hieratok study {options.study} ... without --row")
         return None
     result = assemble(setup, cells)
     stem = setup.out / options.study
@@ -139,7 +139,7 @@ def _run_study(
 
 
 def run_row(setup: Setup, row: Row, seed: int, write_analysis: analyze.WritePage | None = None) -> Cell:
-    """Train a row's runs and measure what the study needs."""
+    """Train a row's runs and make the study's measurements."""
     planned = planned_runs(setup, row, seed)
     needs = setup.study.needs
     tokenizer = tokenizer_of(planned)
@@ -168,7 +168,7 @@ def run_row(setup: Setup, row: Row, seed: int, write_analysis: analyze.WritePage
 
 
 def measure_generator(setup: Setup, tokenizer: Planned, generator: Planned, found: Measured) -> Measured:
-    """What the study needs of a row's generator, added to what was found."""
+    """Add the measurements of a row's generator."""
     needs = setup.study.needs
     if "generation" in needs:
         found = replace(found, generation=generation(setup, tokenizer, generator))
@@ -187,7 +187,7 @@ def tokenizer_of(planned: Sequence[Planned]) -> Planned:
 
 
 def finished(planned: Planned) -> FinishedRun:
-    """What a run was that has been trained.
+    """The facts of a finished run.
 
     Raises:
         ValueError: its `trained.json` is damaged.
@@ -197,7 +197,7 @@ def finished(planned: Planned) -> FinishedRun:
 
 
 def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[[Path], object]) -> Path:
-    """The `metrics.json` that `measure` wrote into a folder of its own, by a hash of its settings; measured once."""
+    """The `metrics.json` that `measure` writes, once, into a folder named by a hash of its settings."""
     out = folder / "measured" / f"{kind}-{digest(settings)}"
     with unless_done(out, "metrics.json", "*") as wanted:
         if wanted:
@@ -206,7 +206,7 @@ def cached(folder: Path, kind: str, settings: dict[str, Any], measure: Callable[
 
 
 def reconstruction(setup: Setup, tokenizer: Planned) -> Result:
-    """Of the held-out images."""
+    """Evaluate reconstructions of the held-out images."""
     options = setup.options
     chosen: dict[str, Any] = {"features": options.features, "weights": options.weights, "lpips": options.lpips}
     chosen |= {"scales": True} if setup.study.every_scale else {}
@@ -221,7 +221,7 @@ def reconstruction(setup: Setup, tokenizer: Planned) -> Result:
 def draw_samples(
     setup: Setup, tokenizer: Planned, generator: Planned, num: int, cfg: float, scales: SampleScales
 ) -> Path:
-    """Samples' folder in the generator's; what is missing or damaged is drawn."""
+    """The folder of samples within the generator's; missing or damaged ones are drawn."""
     name = f"samples-{scales}" + f"-cfg{cfg:g}" * (cfg != 1)
     sampler = {"sampler": setup.size.sampler, "steps": setup.size.sampler_steps}
     out = generator.folder / "measured" / f"{name}-{digest(sampler | {'num': num})}"
@@ -231,7 +231,7 @@ def draw_samples(
 
 
 def generation(setup: Setup, tokenizer: Planned, generator: Planned, cfg: float = 1.0) -> Result:
-    """Samples against real images."""
+    """Evaluate samples against real images."""
     assert isinstance(tokenizer.run, TokenizerRun)
     real = reference(setup)
     assert real is not None
@@ -250,7 +250,7 @@ def generation(setup: Setup, tokenizer: Planned, generator: Planned, cfg: float 
 
 
 def consistency(setup: Setup, tokenizer: Planned, generator: Planned) -> Agreement:
-    """Samples at every scale: PSNR of each scale's picture against the finest one, area-resized to it (appendix D)."""
+    """PSNR of each scale of samples against the finest one, area-resized to it (appendix D)."""
     model = HieraTok.from_pretrained(tokenizer.folder)
     num = min(setup.size.samples, CONSISTENCY_SAMPLES)
     out = draw_samples(setup, tokenizer, generator, num, 1.0, "all")
@@ -272,8 +272,7 @@ def latent_analysis(
     draws: int,
     write_page: analyze.WritePage | None,
 ) -> LatentReport | None:
-    """`hieratok analyze` of the held-out images, and beside its page the embedding; by one process alone, None in the
-    others."""
+    """`hieratok analyze` of the held-out images, with the embedding as a file; in one process, None in the others."""
     if not is_first():
         return None
     options = Analyze(run=str(tokenizer.folder), data=setup.val, protocol=protocol, draws=draws)
@@ -294,17 +293,17 @@ def latent_analysis(
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Student's t on numbers, one a seed."""
+    """Mean and interval (Student's t) of one number per seed."""
     found = Estimate.of(values)
     return Interval(found.mean, found.low, found.high, len(values))
 
 
 def verdict(paper: float | None, ours: Interval | None) -> Verdict:
-    """Whether an effect (a row minus the row it is held against) has the paper's sign.
+    """Whether an effect (a row minus its reference row) has the paper's sign.
 
     Args:
         paper: the paper's effect; None: it gives no numbers.
-        ours: the effect's mean over seeds, each seed's row against the same seed's.
+        ours: the mean over seeds of the differences at the same seed.
 
     Returns:
         `agrees`, `opposite`, `not resolved` (the interval holds 0, or the effect is 0), or `-` (the paper has none).
@@ -317,14 +316,14 @@ def verdict(paper: float | None, ours: Interval | None) -> Verdict:
 
 
 def names_of(metric: Metric, cells: Cells) -> tuple[list[str], list[str]]:
-    """The measured numbers that stand in a metric's column, and those of other networks that stand in for it."""
+    """Names of the measured numbers for a metric's column, and of other networks' stand-ins for it."""
     found = list(dict.fromkeys(name for cell in cells.values() for name in cell.measured.numbers(metric.need)))
     exact = [n for n in found if n == metric.key or (metric.key.endswith("-") and n.startswith(metric.key))]
     return exact, [n for n in found if metric.stand_in and n.startswith(metric.stand_in)]
 
 
 def assemble(setup: Setup, cells: Cells) -> StudyResult:
-    """The study's result from what its rows gave."""
+    """The study's result from its cells."""
     rows = setup.study.rows
     comparisons = []
     for name in setup.study.metrics:
@@ -356,7 +355,7 @@ def assemble(setup: Setup, cells: Cells) -> StudyResult:
 
 
 def compared_curves(setup: Setup, cells: Cells) -> ComparedCurves | None:
-    """Figure 4: the distances during training of the first row's generators and of the second's, and the speed-up."""
+    """Figure 4: the distances during training of the first and second row's generators, and the speed-up."""
     if setup.study.needs != ("curves",):
         return None
     points = [[curve_of(cells[i, seed]).points for seed in range(setup.options.seeds)] for i in (0, 1)]
@@ -379,7 +378,7 @@ def compared_row(setup: Setup, cells: Cells, name: str, key: str | None, i: int,
     row, metric = setup.study.rows[i], METRICS[name]
 
     def values(index: int) -> dict[int, float]:
-        """By seed, so far as it was measured and is finite."""
+        """Values by seed, if measured and finite."""
         found = {}
         for seed in range(setup.options.seeds):
             cell = cells.get((index, seed))

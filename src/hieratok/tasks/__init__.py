@@ -1,1 +1,1 @@
-"""What people do with trained models: reconstruct, write latents, sample, analyze. Commands and studies call these."""
+"""Tasks with trained models, for commands and studies: reconstruct, write latents, sample, analyze."""

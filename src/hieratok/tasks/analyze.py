@@ -1,4 +1,4 @@
-"""`hieratok analyze`: the latent space of a trained tokenizer, or of a file of latents, as numbers."""
+"""`hieratok analyze`: metrics of the latent space of a trained tokenizer, or of a file of latents."""
 
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,10 +39,11 @@ from hieratok.analysis.meanings import lines, table
 from hieratok.analysis.report import Analysis, Channels, CommutationImages, Density, LatentReport, Maps, Spectrum
 from hieratok.analysis.robustness import noise_psnr, seeded_noise
 from hieratok.analysis.spectrum import BLOCK, MIN_SIDE, dct_profile, high_frequency_share, power_slope
-from hieratok.core.checkpoint import write_json
+from hieratok.core.checkpoint import remove_leftovers, write_json
 from hieratok.core.devices import best_device
 from hieratok.core.estimates import Estimate
 from hieratok.core.files import read_npy, shown
+from hieratok.core.lock import lock
 from hieratok.core.progress import progress
 from hieratok.core.seeding import numpy_generator
 from hieratok.data.images import Source, open_source, to_float, to_uint8
@@ -55,7 +56,7 @@ SHOWN = 4  # images in the page's pictures
 KDE = "Gaussian kernel, Scott's bandwidth, at the points themselves"
 TSNE = f"2-D, perplexity {PERPLEXITY}, {ITERATIONS} iterations, PCA start"
 
-# Writes a page into the folder of an analysis; what pages look like is its callers' business.
+# Writes a page into the folder of an analysis. Passed by the caller, so that tasks do not depend on reports.
 WritePage = Callable[[Path, Analysis], None]
 
 
@@ -63,7 +64,7 @@ def analyze(options: Analyze, write_page: WritePage | None = None) -> LatentRepo
     """The command: print the numbers, write `metrics.json`; `write_page` adds a page to its folder.
 
     Raises:
-        ValueError, FileNotFoundError: no such run, images or file, or some that do not fit; in one line.
+        ValueError, FileNotFoundError: a missing run, images or file, or ones that do not fit.
     """
     if options.embedding is not None:
         found = analyze_embedding(options.embedding)
@@ -83,15 +84,17 @@ def analyze(options: Analyze, write_page: WritePage | None = None) -> LatentRepo
 
 
 def write(out: Path, found: Analysis, write_page: WritePage | None) -> None:
-    """The page and then `metrics.json`, each whole or not at all: where the second is, the first is too."""
-    out.mkdir(parents=True, exist_ok=True)
-    if write_page is not None:
-        write_page(out, found)
-    write_json(out / "metrics.json", found.report.to_json())
+    """Write the page, and last `metrics.json`: if it exists, the page does too."""
+    with lock(out, "analyze"):
+        for name in ("index.html", "metrics.json"):
+            remove_leftovers(out / name)
+        if write_page is not None:
+            write_page(out, found)
+        write_json(out / "metrics.json", found.report.to_json())
 
 
 def manifest(**facts: Any) -> dict[str, Any]:
-    """What numbers depend on: the given facts, and the versions of what computed them."""
+    """The manifest: the given facts, and versions."""
     packages = ("hieratok", "torch", "numpy", "scipy", "scikit-learn")
     return facts | {f"{package} version": importlib.metadata.version(package) for package in packages}
 
@@ -104,7 +107,7 @@ def load_array(path: str, dimensions: tuple[int, ...]) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no .npy, of another type or number of dimensions, or with values that are not finite.
+        ValueError: not a .npy, of another type or number of dimensions, or with values that are not finite.
     """
     array = read_npy(path)
     if array.dtype.kind != "f":
@@ -118,7 +121,7 @@ def load_array(path: str, dimensions: tuple[int, ...]) -> np.ndarray:
 
 
 def analyze_embedding(path: str) -> Analysis:
-    """The density of points (N, 2) of a file as they lie.
+    """The density of a file's points (N, 2), without t-SNE.
 
     Raises:
         ValueError, FileNotFoundError: as `load_array`, another shape, or too few points.
@@ -131,15 +134,14 @@ def analyze_embedding(path: str) -> Analysis:
 
 
 def analyze_latents(path: str, options: Analyze) -> Analysis:
-    """The density of a file's latents (N, d), or (N, d, h, w), of which each image gives one vector; standardised per
-    channel.
+    """The density of a file's latents (N, d), or (N, d, h, w), one vector per image; standardised per channel.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_array`; too few, constant or of fewer than two channels; or no draws.
+        ValueError, FileNotFoundError: as `load_array`; too few or constant latents, one channel, or no draws.
     """
     latents = load_array(path, (2, 4))
     if options.draws < 1:
-        raise ValueError("a file of latents is analysed for its density alone: --draws must be at least 1")
+        raise ValueError("of a file of latents only the density is measured: --draws must be at least 1")
     maps = torch.from_numpy(latents.reshape(*latents.shape[:2], *(latents.shape[2:] or (1, 1))))
     mean, covariance = channel_moments(maps)
     maps = standardize(maps, mean, covariance.diagonal().sqrt())
@@ -160,7 +162,7 @@ def density_beside_floor(latents: Tensor, mirrored: Tensor | None, options: Anal
 
     Args:
         latents: (N, d, h, w).
-        mirrored: of the mirrored images, or None.
+        mirrored: latents of the mirrored images, or None.
         options: `num`, `draws`, `seed`.
 
     Returns:
@@ -174,7 +176,7 @@ def density_beside_floor(latents: Tensor, mirrored: Tensor | None, options: Anal
     require_points(num)
     draws = (
         1 if h * w == 1 and n == num and mirrored is None else options.draws
-    )  # nothing to draw: all points are taken
+    )  # no random choice: all points are taken
     maps, mirror_maps = latents.numpy(), mirrored.numpy() if mirrored is not None else None
     points = measure_density((draw_points(maps, num, seed, i, mirror_maps) for i in range(draws)), draws, "t-SNE")
     floor = measure_density((gaussian_points(num, d, seed, i) for i in range(draws)), draws, "t-SNE of the floor")
@@ -182,7 +184,7 @@ def density_beside_floor(latents: Tensor, mirrored: Tensor | None, options: Anal
 
 
 def require_points(num: int) -> None:
-    """Raise ValueError where t-SNE has too few points."""
+    """Raise ValueError for too few points for t-SNE."""
     if num < MIN_POINTS:
         raise ValueError(
             f"{num} points, one per image, are too few for t-SNE at perplexity {PERPLEXITY}: at least {MIN_POINTS}, and"
@@ -191,7 +193,7 @@ def require_points(num: int) -> None:
 
 
 def density_facts(measured: DensityReport, options: Analyze) -> dict[str, str | int]:
-    """What the density depends on, for the manifest."""
+    """The manifest's facts about the density."""
     return {"draws": measured.draws, "t-sne": TSNE, "density": KDE, "seed": options.seed}
 
 
@@ -199,11 +201,11 @@ def density_facts(measured: DensityReport, options: Analyze) -> dict[str, str | 
 
 
 def load_tokenizer(source: str, device: str | None) -> tuple[Codec, int | None, tuple[Tensor, Tensor] | None]:
-    """A tokenizer, the side of the images it was trained on, and its latents' statistics over the training images, mean
-    and standard deviation (d,); None for what is not known.
+    """A tokenizer, the side of its training images, and the mean and standard deviation (d,) of their latents; None for
+    unknown values.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or files that do not fit.
+        FileNotFoundError, ValueError: missing files, or files that do not fit.
     """
     there = device or best_device()
     kind = autoencoders.class_of(source)
@@ -217,7 +219,7 @@ def load_tokenizer(source: str, device: str | None) -> tuple[Codec, int | None, 
 
 
 def analyze_run(options: Analyze) -> Analysis:
-    """A tokenizer by its name, on the images that the options give. Raises as `load_tokenizer`, `analyze_tokenizer`."""
+    """Analyse the tokenizer and images of the options. Raises as `load_tokenizer` and `analyze_tokenizer`."""
     assert options.run is not None
     assert options.data is not None
     codec, side, statistics = load_tokenizer(options.run, options.device)
@@ -231,12 +233,12 @@ def analyze_tokenizer(
     options: Analyze,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Analysis:
-    """Everything that a tokenizer and images give.
+    """All metrics of a tokenizer on images.
 
     Args:
         codec: the tokenizer.
-        source: images; `options.num` of them are drawn at random.
-        size: side that they are cut to.
+        source: images; `options.num` of them are chosen at random.
+        size: side to crop them to.
         options: `run` for the title, `protocol`, `num`, `decoded`, `draws`, `batch_size`, `seed`.
         statistics: mean and standard deviation (d,) of the training images' latents; the images' own if None, and in
             the vavae protocol.
@@ -269,9 +271,6 @@ def analyze_tokenizer(
     names, originals = load_images(source, [chosen[i] for i in subset], size)
     means = latents.mean[torch.from_numpy(subset)]
     grids = coarser_grids(codec, means)
-    rgb = to_float(originals)
-    spectra = measure_spectra({"latent": standardize(means, shift, std), "rgb": standardize(rgb, *moments(rgb))})
-
     report = LatentReport(
         n=n,
         latent_channels=d,
@@ -280,17 +279,22 @@ def analyze_tokenizer(
         channels=measure_channels(latents),
         decoded_images=len(subset),
         decoded=measure_decoded(codec, originals, means, std, grids, options),
-        spectra=spectra,
+        spectra=latent_spectra(means, shift, std, to_float(originals)),
         manifest=tokenizer_manifest(options, n, size, own_statistics, facts),
     )
     images = commutation_images(codec, names[:SHOWN], originals[:SHOWN], means[:SHOWN], grids) if grids else None
     return Analysis(f"Latent space of {options.run}", report, embedding, images)
 
 
+def latent_spectra(means: Tensor, shift: Tensor, std: Tensor, images: Tensor) -> dict[Maps, Spectrum]:
+    """Spectra of latents (N, d, h, w), standardised with the moments (d,), and of their images (N, 3, H, W)."""
+    return measure_spectra({"latent": standardize(means, shift, std), "rgb": standardize(images, *moments(images))})
+
+
 def tokenizer_manifest(
     options: Analyze, n: int, size: int, own_statistics: bool, facts: Mapping[str, str | int]
 ) -> dict[str, Any]:
-    """What the numbers of a tokenizer depend on; `facts` are of the density."""
+    """The manifest of a tokenizer's analysis; `facts` are those of the density."""
     strict = options.protocol == "vavae"
     return manifest(
         protocol=options.protocol,
@@ -314,14 +318,14 @@ def choose_images(source: Source, options: Analyze) -> list[int]:
     """Indices of `options.num` images at random, ascending.
 
     Raises:
-        ValueError: too few, for anything or for the density.
+        ValueError: fewer than 2 images, or too few for the density.
     """
     if len(source) < 2:
-        raise ValueError("an analysis needs at least 2 images, and takes thousands for a density to trust")
+        raise ValueError("an analysis needs at least 2 images, and a reliable density thousands")
     rng = numpy_generator("images", options.seed)
     chosen = sorted(int(i) for i in rng.permutation(len(source))[: options.num])
     if options.draws:
-        require_points(len(chosen))  # before the long part
+        require_points(len(chosen))  # before the long computation
     return chosen
 
 
@@ -334,7 +338,7 @@ def moments(maps: Tensor) -> tuple[Tensor, Tensor]:
 def encode_source(
     codec: Codec, source: Source, indices: list[int], size: int, options: Analyze, mirror: bool
 ) -> Latents:
-    """Latents of the images at `indices`, or of their mirror images; shows progress."""
+    """Latents of the images at `indices`, or of their mirror images, with a progress bar."""
     with progress(total=len(indices), unit="images", title="encode mirrored" if mirror else "encode") as bar:
 
         def images() -> Iterator[tuple[list[str], Tensor]]:
@@ -346,7 +350,7 @@ def encode_source(
 
 
 def measure_channels(latents: Latents) -> Channels:
-    """Rank and active channels of the posterior means, and nats."""
+    """Rank and active channels of the posterior means, and KL in nats."""
     _, covariance = channel_moments(latents.mean)
     standard = correlation(covariance)
     active = int((covariance.diagonal() > ACTIVE_VARIANCE).sum())
@@ -372,7 +376,7 @@ def load_images(source: Source, indices: list[int], size: int) -> tuple[list[str
 def measure_decoded(
     codec: Codec, originals: Tensor, z: Tensor, std: Tensor, grids: list[tuple[int, int]], options: Analyze
 ) -> dict[Quantity, Estimate]:
-    """Means over images, with intervals, of what needs decoding; shows progress.
+    """Means over images, with intervals, of the metrics that need decoding; with a progress bar.
 
     Args:
         codec: the tokenizer.
@@ -399,7 +403,7 @@ def measure_decoded(
 
 
 def coarser_grids(codec: Codec, z: Tensor) -> list[tuple[int, int]]:
-    """The coarser scales of a multi-scale tokenizer as grids of latents, else halvings down to 1; coarse to fine.
+    """The grids of a multi-scale tokenizer's coarser scales, else halvings down to 1; coarse to fine.
 
     Args:
         codec: the tokenizer.
@@ -418,8 +422,8 @@ def coarser_grids(codec: Codec, z: Tensor) -> list[tuple[int, int]]:
 
 
 def measure_spectra(maps: Mapping[Maps, Tensor]) -> dict[Maps, Spectrum]:
-    """Cosine profile, high-frequency share and slope of each (N, C, H, W), under its name; what a small map has not is
-    left out. Maps that are flat have no spectrum and do not count."""
+    """Cosine profile, high-frequency share and slope of each (N, C, H, W), by name; small maps lack some of them.
+    Constant maps have no spectrum and do not count."""
     return {name: measure_spectrum(x) for name, x in maps.items() if min(x.shape[-2:]) >= MIN_SIDE}
 
 
@@ -439,6 +443,6 @@ def measure_spectrum(x: Tensor) -> Spectrum:
 def commutation_images(
     codec: Codec, names: Sequence[str], originals: Tensor, z: Tensor, grids: list[tuple[int, int]]
 ) -> CommutationImages:
-    """What commutation looks like, for the images given: uint8 (B, 3, H, W) and their latents."""
+    """Pictures of commutation, of images uint8 (B, 3, H, W) and their latents."""
     coarse = [to_uint8(codec.decode(area_pool(z, grid))) for grid in grids]
     return CommutationImages(names, originals, coarse, to_uint8(codec.decode(z)))

@@ -1,4 +1,4 @@
-"""`hieratok latents`: the latents of a set of images, written once, so that training generators need not encode."""
+"""`hieratok latents`: write the latents of a set of images once, so that training generators need not encode."""
 
 import shlex
 from pathlib import Path
@@ -43,7 +43,7 @@ def write_latents(options: WriteLatents) -> None:
 
 
 def next_command(source: Source, run: str, out: Path, shape: tuple[int, int, int]) -> str:
-    """How a generator of these latents is trained; or why none can be."""
+    """The command that trains a generator on these latents, or why none can be trained."""
     recipe = recipes.get("dit-tiny")
     assert isinstance(recipe, GeneratorRun)
     try:
@@ -55,7 +55,7 @@ def next_command(source: Source, run: str, out: Path, shape: tuple[int, int, int
 
 
 def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Manifest:
-    """The manifest of latents that are still to be written."""
+    """The manifest of latents to write."""
     sha256, config = describe_tokenizer(options.run)
     facts = {
         "source": options.run,
@@ -68,21 +68,21 @@ def describe(tokenizer: Tokenizer, source: Source, options: WriteLatents) -> Man
 
 
 def store_statistics(tokenizer: Tokenizer, source: Source, run: str) -> None:
-    """Measure the latents' mean and deviation over all images and put them into the tokenizer's files.
+    """Measure the latents' mean and deviation over all images and store them in the tokenizer's files.
 
     Raises:
-        ValueError: the tokenizer's folder is not one to write to: on the hub, a checkpoint, or of diffusers.
+        ValueError: the tokenizer cannot be written to: on the hub, a checkpoint, or of diffusers.
     """
     if not isinstance(tokenizer, HieraTok):
         raise ValueError(
-            f"--stats-only is for tokenizers of ours: latents of {run} keep statistics of their own, --out DIR"
+            f"--stats-only is for our tokenizers: latents of {run} have their own statistics, use --out DIR"
         )
     if not Path(run).is_dir():
-        raise ValueError(f"--stats-only writes into the tokenizer's folder, and {run} is none")
+        raise ValueError(f"--stats-only writes into the tokenizer's folder, and {run} is not one")
     folder = checkpoint.find(run)
     if folder.parent.parent.name == "checkpoints":
         raise ValueError(f"{run} holds no finished tokenizer yet: its training measures the statistics when it ends")
-    with lock(folder.parent if folder.name == "tokenizer" else folder, "latents"):  # the run's
+    with lock(folder.parent if folder.name == "tokenizer" else folder, "latents"):  # the run's lock
         measure_latents(tokenizer, source, tokenizer.config.image_size)
         if process()[0] == 0:
             for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):

@@ -1,5 +1,5 @@
-"""The first look: train a small tokenizer on the bundled photos, reconstruct crops it never saw, train a small
-generator on its latents, sample it at every scale."""
+"""The quickstart: train a small tokenizer on the bundled photos, reconstruct held-out crops, train a small generator
+on its latents, and sample it at every scale."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,15 +27,15 @@ from hieratok.training.run_folder import LOG, read_log
 from hieratok.training.runs import Pace, speed
 from hieratok.training.tokenizer import TokenizerRun, reconstruct_pyramid, train_tokenizer
 
-PHOTOS = 3  # that are shown whole
-PHOTO_SIDE = 512  # pixels of the longer side that they are reduced to
-WHOLE = {"bundled:val": "bundled:whole"}  # held-out images that are parts of photos: where the photos are
+PHOTOS = 3  # number of photos shown whole
+PHOTO_SIDE = 512  # their longer side in pixels, after reduction
+WHOLE = {"bundled:val": "bundled:whole"}  # held-out crops: the source of the whole photos
 SAMPLING = SampleConfig("euler", steps=50, num=6, batch_size=6, labels="balanced")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run to its end."""
+    """A finished run."""
 
     run: TokenizerRun | GeneratorRun
     pace: Pace
@@ -45,23 +45,23 @@ class Trained:
     def of(
         cls, run: TokenizerRun | GeneratorRun, model: torch.nn.Module, log: Sequence[Mapping[str, float]]
     ) -> "Trained":
-        """Of what training left: the model, and the run's log."""
+        """From the model and the run's log."""
         return cls(run, speed(log), sum(p.numel() for p in model.parameters()))
 
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What the quickstart measures."""
+    """The numbers of a quickstart."""
 
     numbers: Numbers
-    """Of the held-out crops."""
+    """Numbers of the held-out crops."""
     tokenizer: Trained
     generator: Trained | None
-    """None until it is trained."""
+    """None until the generator is trained."""
     hardware: str
 
     def to_json(self) -> dict[str, Any]:
-        """What `metrics.json` holds."""
+        """The content of `metrics.json`."""
         table: dict[str, Any] = {
             **self.numbers.to_json(),
             **self.tokenizer.pace._asdict(),
@@ -95,20 +95,20 @@ class Reconstructed:
 
 @dataclass(frozen=True)
 class FirstLook:
-    """All that the quickstart gives: its numbers, and what its page shows beside them."""
+    """The quickstart's numbers and pictures."""
 
     result: QuickstartResult
     run: TokenizerRun
     """The tokenizer's."""
     log: list[dict[str, float]]
-    """Of its training."""
+    """Records of its training."""
     crops: list[Reconstructed]
     photos: list[Reconstructed]
     samples: list[Tensor]
-    """At every scale, coarse to fine: uint8 (B, 3, H_k, W_k); none before the generator is trained."""
+    """Samples at every scale, coarse to fine: uint8 (B, 3, H_k, W_k); empty until the generator is trained."""
 
 
-# Writes a page into the folder of a quickstart; what pages look like is its callers' business.
+# Writes a page into the folder of a quickstart. Passed by the caller, so that tasks do not depend on reports.
 WritePage = Callable[[Path, FirstLook], None]
 
 
@@ -118,16 +118,15 @@ def quickstart(
     generator_steps: int = 600,
     write_page: WritePage | None = None,
 ) -> QuickstartResult:
-    """Train both models, reconstruct photos and sample at every scale, write `out/metrics.json`: once the
-    tokenizer is trained, and again with the generator's samples.
+    """Train both models, reconstruct photos, sample at every scale, and write `out/metrics.json`: when the tokenizer is
+    trained, and again with the generator's samples.
 
     Finished runs in `out` are not trained again, unfinished ones are resumed.
 
     Args:
         out: the tokenizer's run; the generator's is `out/dit`.
-        run: the tokenizer to train; the recipe `tiny-multi` unless given. Its `data.val_path` says which images are
-            held out.
-        generator_steps: how long to train the generator.
+        run: the tokenizer to train, by default the recipe `tiny-multi`. Its `data.val_path` gives the held-out images.
+        generator_steps: training steps of the generator.
         write_page: adds `index.html` to `out` each time.
 
     Raises:
@@ -168,7 +167,7 @@ def quickstart(
 
 
 def reconstruct_crops(tokenizer: HieraTok, source: Source) -> tuple[list[Reconstructed], Numbers]:
-    """All images of a source as `hieratok evaluate reconstruction` crops them, and the numbers that it finds."""
+    """All images of a source, cropped as by `hieratok evaluate reconstruction`, and its numbers."""
     config = tokenizer.config
     ((names, _, originals),) = evaluation_batches(source, config.image_size, batch_size=len(source))
     pyramid = reconstruct_pyramid(tokenizer, originals)
@@ -220,7 +219,7 @@ def generator_of(run: TokenizerRun, out: Path, steps: int) -> GeneratorRun:
 
 @torch.inference_mode()
 def sample_pyramid(generator: DiT, tokenizer: HieraTok) -> list[Tensor]:
-    """A few samples at every scale, coarse to fine: uint8 (B, 3, H_k, W_k). Always the same ones."""
+    """A few samples at every scale, coarse to fine: uint8 (B, 3, H_k, W_k). Always the same."""
     assert generator.latents is not None
     (batch,) = sample_latents(generator, SAMPLING)
     return [to_uint8(x).cpu() for x in tokenizer.decode_pyramid(generator.latents.denormalize(batch.latents))]

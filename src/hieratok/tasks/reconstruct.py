@@ -1,4 +1,4 @@
-"""`hieratok reconstruct`: photos through a trained tokenizer, every scale as a picture."""
+"""`hieratok reconstruct`: reconstruct photos with a trained tokenizer, at every scale."""
 
 import shlex
 from collections.abc import Iterator
@@ -22,31 +22,31 @@ from hieratok.tokenizer.model import HieraTok
 from hieratok.tokenizer.tiling import fits_tiles, reconstruct_tiled
 from hieratok.training.tokenizer import reconstruct_pyramid
 
-SHEET_ROWS = 50  # a contact sheet of more would be too tall to look at
+SHEET_ROWS = 50  # largest number on a contact sheet
 
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """What `reconstruct` wrote, and how."""
+    """The result of `reconstruct`."""
 
     files: list[Path]
-    """A PNG for each scale of each photo."""
+    """One PNG for each scale of each photo."""
     sheet: Path
     """The contact sheet."""
     photos: int
     whole: int
-    """Photos, of these, that were not reconstructed in tiles."""
+    """Number of photos that were not reconstructed in tiles."""
     sizes: list[tuple[int, int]]
-    """(H, W) of the photos, each once."""
+    """The different sizes (H, W) of the photos."""
     tile: int
     """Side of a tile in pixels."""
     images: list[str]
-    """As they were given."""
+    """Paths as given."""
     cropped: bool
-    """Whether photos were cut first."""
+    """Whether photos were cropped first."""
 
     def summary(self) -> str:
-        """What became of the photos, a line each fact."""
+        """A summary, one line for each fact."""
         lines = [f"{len(self.files)} pictures and {self.sheet}"]
         if self.photos > SHEET_ROWS:
             lines.append(f"the sheet stops after {SHEET_ROWS} of {self.photos:,} photos")
@@ -57,7 +57,7 @@ class Reconstructions:
             )
         if self.whole:
             lines.append(f"whole: {self.whole:,} of {self.photos:,} photos, as these scales cannot be tiled")
-        if len(self.images) == 1 and len(self.sizes) == 1:  # so that one suffix is the finest scale's of all
+        if len(self.images) == 1 and len(self.sizes) == 1:  # only then one suffix fits all photos
             words = ["hieratok", "evaluate", "images", self.images[0], str(self.sheet.parent)]
             words += [f"--suffix=-{size_name(self.sizes[0])}", *(["--size", str(self.tile)] if self.cropped else [])]
             lines.append(f"next: {shlex.join(words)} --features none --lpips '[]'")
@@ -74,18 +74,18 @@ def reconstruct(
 ) -> Reconstructions:
     """Write a PNG for every scale of each photo, from the posterior mean, and `contact-sheet.png` of the first 50.
 
-    A file is called by its picture's size, NAME-16px.png or NAME-64x48px.png. Of scales that come to the same size,
-    which those of a tiny photo may, the finest is kept.
+    File names have the picture's size: NAME-16px.png or NAME-64x48px.png. If scales of a tiny photo have the same size,
+    the finest is kept.
 
     Args:
         tokenizer: on any device.
         images: files, folders, globs or shards, of any size.
-        out: made if need be.
+        out: created if needed.
         device: where to compute.
-        crop: cut each image to the tokenizer's size first, as evaluation does (ADM's crop).
+        crop: crop each image to the tokenizer's size first, as evaluation does (ADM's crop).
 
     Raises:
-        FileNotFoundError, ValueError: no images, an unreadable one, or two whose files would have one name.
+        FileNotFoundError, ValueError: no images, an unreadable image, or two whose files would have the same name.
     """
     source = open_source(images)
     stems = file_stems(source)
@@ -93,7 +93,7 @@ def reconstruct(
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer.to(device).eval()
     config, side = tokenizer.config, tokenizer.config.image_size
-    rows: list[list[Tensor]] = []  # of the sheet: a photo's pictures and itself, as large as its cells
+    rows: list[list[Tensor]] = []  # of the sheet: a photo's pictures and the photo, as large as its cells
     names: list[list[str]] = []  # their sizes
     files: dict[Path, None] = {}
     sizes: dict[tuple[int, int], None] = {}
@@ -121,17 +121,17 @@ def size_of(image: Tensor) -> tuple[int, int]:
 
 
 def size_name(size: tuple[int, int]) -> str:
-    """(H, W) in a file's name or a title: 16px, or width by height where they differ, 64x48px."""
+    """(H, W) in file names and titles: 16px, or 64x48px, width by height, if they differ."""
     height, width = size
     return f"{width}px" if width == height else f"{width}x{height}px"
 
 
 def column_titles(names: list[list[str]], scales: tuple[int, ...]) -> list[str]:
-    """Of a contact sheet's scales: their pictures' size if it is the same in all rows, else its share of the photo's.
+    """Column titles of a contact sheet: the pictures' size if equal in all rows, else their share of the photo's size.
 
     Args:
-        names: of each row, the sizes coarse to fine.
-        scales: the tokenizer's, of which no two become one title.
+        names: the sizes in each row, coarse to fine.
+        scales: the tokenizer's; their titles differ.
     """
     columns = [set(column) for column in zip(*names)]
     if all(len(column) == 1 for column in columns) and len(set.union(*columns)) == len(columns):
@@ -142,8 +142,8 @@ def column_titles(names: list[list[str]], scales: tuple[int, ...]) -> list[str]:
 def reconstruct_any(tokenizer: HieraTok, image: Tensor) -> list[Tensor]:
     """Every scale's reconstruction of an image of any size, in tiles of the training size.
 
-    A smaller image is padded to one tile. Where several are needed and the scales cannot be tiled, the image is
-    reconstructed whole, with interpolated positions; attention's cost then grows with the square of its tokens.
+    A smaller image is padded to one tile. If several are needed and the scales cannot be tiled, the image is
+    reconstructed whole, with interpolated positions; the cost of attention is then quadratic in the number of tokens.
 
     Args:
         tokenizer: on any device.
@@ -165,7 +165,7 @@ def reconstruct_any(tokenizer: HieraTok, image: Tensor) -> list[Tensor]:
 def reconstruction_pairs(
     tokenizer: HieraTok, source: Source, options: EvaluateReconstruction
 ) -> Iterator[tuple[list[str], Tensor, list[Tensor]]]:
-    """What `evaluate reconstruction` compares: (names, uint8 originals, uint8 reconstructions), this process's share.
+    """This process's share of (names, uint8 originals, uint8 reconstructions) for `evaluate reconstruction`.
 
     Originals are ADM-cropped to the tokenizer's size; reconstructions are of the finest scale, or of all if
     `options.scales`, from the posterior's mean, or a sample if `options.sample` (seeded by the image's name).
@@ -188,7 +188,7 @@ def evaluate_tokenizer(options: EvaluateReconstruction, write_page: WritePage | 
     """The command `hieratok evaluate reconstruction`; `write_page` adds a page to `options.out`.
 
     Raises:
-        FileNotFoundError, ValueError: no such run, images or weights, or options that the protocol fixes.
+        FileNotFoundError, ValueError: a missing run, images or weights, or options that the protocol fixes.
     """
     tokenizer = HieraTok.from_pretrained(options.run)
     side = tokenizer.config.image_size

@@ -1,7 +1,7 @@
-"""`hieratok sample`: images from a generator, decoded at one scale or at every one (paper, appendix D).
+"""`hieratok sample`: images from a generator, decoded at one scale or at all (paper, appendix D).
 
-Image i depends on the seed, i and the settings alone, and its PNG says which: so processes share the images, and the
-same command draws those that are missing or damaged. Several processes: `torchrun --nproc-per-node 8 -m -- hieratok
+Image i depends on the seed, i and the settings alone, which its PNG records: so processes can share the images, and the
+same command makes missing or damaged ones. Several processes: `torchrun --nproc-per-node 8 -m -- hieratok
 sample ...` (without the `--` torchrun may take `--num` for an option of its own).
 """
 
@@ -45,17 +45,17 @@ logger = logging.getLogger(__name__)
 
 METADATA, ARCHIVE, SHEET = "metadata.json", "samples.npz", "contact-sheet.png"
 MARK = "hieratok"
-"""The text in each PNG that says what it is a picture of: `mark`."""
+"""Name of the text in each PNG that identifies it: `mark`."""
 SHEET_IMAGES, SHEET_COLUMNS = 64, 8
-SHEET_ROWS = 16  # of a sheet with every scale
+SHEET_ROWS = 16  # of a contact sheet with every scale
 
 
 def sample(options: Sample) -> None:
     """The command `hieratok sample`.
 
     Raises:
-        FileNotFoundError, ValueError: no such models, ones that do not fit each other or the settings, or images of
-            other settings in `out`, or another process that draws there.
+        FileNotFoundError, ValueError: missing models, models that do not fit each other or the settings, images of
+            other settings in `out`, or another process that writes there.
     """
     with process_group():
         device = options.device or best_device()
@@ -81,52 +81,52 @@ def sample(options: Sample) -> None:
 
 
 def check_models(generator: DiT, tokenizer: Tokenizer, run: str, source: str) -> None:
-    """Whether a generator's latents are a tokenizer's.
+    """Check that a generator's latents are those of a tokenizer.
 
     Args:
         generator: loaded from `run`.
         tokenizer: loaded from `source`.
-        run: for messages, and to see which tokenizer it was trained with.
+        run: for messages, and to find its tokenizer.
         source: for messages.
 
     Raises:
-        ValueError: says in one line why not.
+        ValueError: they are not.
     """
     shape = (tokenizer.config.latent_channels, *tokenizer.config.grid)
     if generator.config.latent_shape != shape:
         made, taken = (" x ".join(map(str, s)) for s in (generator.config.latent_shape, shape))
         raise ValueError(f"{run} makes latents {made}, but {source} takes {taken}")
     if generator.latents is None:
-        raise ValueError(f"{run} does not say whose latents it makes: its config.json has no `latents`")
+        raise ValueError(f"{run} does not name the tokenizer of its latents (no `latents` in config.json)")
     if generator.latents.encoder_sha256 != tokenizer.encoder_sha256:
         settings = read_run(Path(run)).settings if Path(run).is_dir() else {}
         raise ValueError(f"{run} was trained on latents of {whose(settings.get('tokenizer'), source)}")
 
 
 def written_sides(tokenizer: Tokenizer, options: Sample) -> list[int]:
-    """The sides in pixels of the scales that are written, coarse to fine."""
+    """The sides in pixels of the written scales, coarse to fine."""
     sides = [tokenizer.config.patch_size * s for s in tokenizer.config.scales]
     return sides if options.preview or options.scales == "all" else sides[-1:]
 
 
 def folder_name(side: int) -> str:
-    """Of a scale's images."""
+    """Folder of a scale's images."""
     return f"{side}px"
 
 
 def image_path(out: Path, side: int, index: int) -> Path:
-    """Of one image at one scale."""
+    """Path of one image at one scale."""
     return out / folder_name(side) / f"{index:06d}.png"
 
 
 def start(out: Path, metadata: dict[str, Any], settings: str) -> list[int]:
-    """Begin a folder, or resume it; every process must call.
+    """Begin a folder, or resume it; every process must call it.
 
     Returns:
-        Which of this process's share of the images are missing or damaged, at any scale.
+        The images of this process's share that are missing or damaged at any scale.
 
     Raises:
-        ValueError: it holds images of other settings, which are named. More images than before are welcome.
+        ValueError: it holds images of other settings. The number of images may differ.
     """
     if (out / METADATA).is_file():
         before = read_settings(out)
@@ -153,14 +153,14 @@ def start(out: Path, metadata: dict[str, Any], settings: str) -> list[int]:
 
 
 def is_whole(out: Path, side: int, index: int, settings: str) -> bool:
-    """Whether an image is there and can be read, of these settings, this scale and this index."""
+    """Whether an image of these settings, scale and index exists and is intact."""
     path = image_path(out, side, index)
     if not path.is_file():
         return False
     try:
         with open_image(read_bytes(path, MAX_IMAGE_BYTES), with_texts=True) as image:
             found = image.info.get(MARK) == mark(settings, side, index) and image.size == (side, side)
-            image.verify()  # every chunk's checksum, which decoding alone would not look at
+            image.verify()  # every chunk's checksum, which decoding does not check
     except (OSError, ValueError, SyntaxError):
         found = False
     if not found:
@@ -169,18 +169,18 @@ def is_whole(out: Path, side: int, index: int, settings: str) -> bool:
 
 
 def mark(settings: str, side: int, index: int) -> str:
-    """What the PNG of an image says of itself."""
+    """The text that identifies an image's PNG."""
     return f"{settings} {side}px {index}"
 
 
 def settings_sha256(metadata: dict[str, Any]) -> str:
-    """Of all that an image depends on besides its index: the settings but for the number of images."""
+    """SHA-256 of all that an image depends on besides its index: the settings without the number of images."""
     settings = {name: value for name, value in metadata["settings"].items() if name not in ("num", "sides")}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
-    """`metadata.json`: under `settings` all that the images depend on, and beside it how they came about."""
+    """`metadata.json`: under `settings` all that the images depend on, and other facts."""
     values = dataclasses.asdict(options)
     sampling = {f.name: values[f.name] for f in dataclasses.fields(SampleConfig) if f.name != "batch_size"}
     generator = checkpoint.file_sha256(checkpoint.find(options.run, inside="generator") / checkpoint.WEIGHTS)
@@ -192,7 +192,7 @@ def describe(options: Sample, sides: list[int]) -> dict[str, Any]:
 
 
 def read_settings(out: Path) -> dict[str, Any]:
-    """What `out` was drawn with."""
+    """The settings of the images in `out`."""
     settings = read_json_table(out / METADATA).get("settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{shown(out / METADATA)} is damaged: choose another --out")
@@ -219,7 +219,7 @@ def draw(
             if stream:
                 stream.wait_stream(torch.cuda.current_stream(device))
             written = pool.submit(write_images, generator, tokenizer, options, sides, settings, batch, stream)
-            if stream is None:  # a CPU's cores all sample already
+            if stream is None:  # on a CPU all cores sample already
                 written.result()
             bar.update(len(set(batch.indices)))
         if written:
@@ -227,7 +227,7 @@ def draw(
 
 
 def whole_batches(indices: list[int], options: Sample) -> list[int]:
-    """The last index repeated until every batch has the size of the first: a compiled generator knows one size."""
+    """Repeats the last index until every batch has the same size, for a compiled generator."""
     size = min(options.batch_size, len(indices))
     return indices + indices[-1:] * (-len(indices) % max(1, size))
 
@@ -244,7 +244,7 @@ def write_images(
 ) -> None:
     """Decode a batch of latents, on a stream of its own if there is one, and write its pictures."""
     assert generator.latents is not None
-    with torch.cuda.stream(stream):  # nothing where there is none
+    with torch.cuda.stream(stream):  # does nothing for None
         z = generator.latents.denormalize(batch.latents.float())
         for side, images in zip(sides, decoded(tokenizer, z, options)):
             for index, image in zip(batch.indices, to_uint8(images).cpu()):
@@ -253,7 +253,7 @@ def write_images(
 
 
 def decoded(tokenizer: Tokenizer, z: Tensor, options: Sample) -> Iterator[Tensor]:
-    """z (B, d, h, w) -> images (B, 3, H_k, W_k) of the scales that are written, coarse to fine."""
+    """z (B, d, h, w) -> images (B, 3, H_k, W_k) of the written scales, coarse to fine."""
     if options.preview:
         yield from tokenizer.decode_progressive(z)
     elif options.scales == "all":
@@ -270,7 +270,7 @@ def read_image(out: Path, side: int, index: int) -> Tensor:
 def write_npz(path: Path, out: Path, side: int, labels: Tensor) -> None:
     """The layout of ADM's evaluation suite: `arr_0` uint8 (N, H, W, 3), `arr_1` int64 (N,) classes.
 
-    Written image by image: 50,000 of 256 px are 10 GB.
+    Written image by image, as 50,000 images of 256 px take 10 GB.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
     with checkpoint.atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -283,7 +283,7 @@ def write_npz(path: Path, out: Path, side: int, labels: Tensor) -> None:
 
 
 def contact_sheet(out: Path, sides: list[int], num: int) -> Image.Image:
-    """The first images side by side; with several scales a row an image, coarse to fine, enlarged to one size."""
+    """The first images side by side; with several scales one row per image, coarse to fine, enlarged to one size."""
     if len(sides) == 1:
         images = [read_image(out, sides[0], i) for i in range(min(num, SHEET_IMAGES))]
         return to_pil(make_grid(images, nrow=SHEET_COLUMNS, pad_value=255))

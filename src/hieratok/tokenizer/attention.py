@@ -1,4 +1,4 @@
-"""Scale attention: full, independent (eq. 6) and causal (eq. 7), and the key/value cache of progressive decoding."""
+"""Attention between scales: full, independent (eq. 6), causal (eq. 7), and progressive decoding's key/value cache."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from hieratok.tokenizer.scales import Scales
 def scale_attention(scales: Scales, mode: AttentionMode, device: torch.device) -> Attend:
     """The `attend` function for a whole pyramid of tokens, the same for every block of a decoder.
 
-    The finest scale's queries see either every key (causal) or just their own scale's (independent): no mask is
-    needed, and it holds three quarters of the tokens. Only the coarse prefix (85 of 341 tokens) is masked.
+    The finest scale has three quarters of the tokens and needs no mask: its queries see every key (causal) or their own
+    scale's (independent). Only the coarse prefix (85 of 341 tokens) is masked.
     """
     coarse = scales.num_coarse
     if mode == "full" or coarse == 0:
@@ -35,7 +35,7 @@ class KeyValueCache:
     """One block's keys and values of the scales decoded so far; `attend` serves the next pass's queries.
 
     Progressive decoding calls it pass by pass, coarse to fine: eq. 7 in causal mode, eq. 6 in independent mode,
-    where nothing has to be kept. In full mode coarse tokens look at finer ones, so there is nothing to cache.
+    which keeps nothing. In full mode coarse tokens attend to finer ones, so nothing can be cached.
     """
 
     def __init__(self, mode: AttentionMode):

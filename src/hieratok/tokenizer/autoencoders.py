@@ -15,16 +15,16 @@ from hieratok.core.files import check_regular, read_json_table, shown
 CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 """SD-VAE and VA-VAE; DC-AE; TAESD."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MOST_LAYERS, MOST_NUMBER = 100, 1_000_000  # in a config: more would be wrong, and building it would never end
+MOST_LAYERS, MOST_NUMBER = 100, 1_000_000  # limits in a config: larger values are wrong
 LEAST_LOGVAR = -30.0
-"""Of a latent without a variance: the posterior's clamp, a deviation of 3e-7, which is as good as none."""
+"""For a latent without a variance: the posterior's clamp, a deviation of 3e-7, practically zero."""
 
 
 def class_of(source: str | Path) -> str | None:
-    """The class that a folder's `config.json` names, if diffusers wrote it.
+    """The class in a folder's `config.json`, if diffusers wrote it.
 
     Raises:
-        ValueError: not JSON, or a class that is no image autoencoder which is known here.
+        ValueError: not JSON, or a class other than the supported autoencoders.
     """
     path = Path(source) / checkpoint.CONFIG
     if not path.is_file():
@@ -54,7 +54,7 @@ def load(source: str | Path, kind: str) -> Any:
     check_regular(Path(source) / WEIGHTS)
     try:
         return getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, local_files_only=True).eval()
-    except Exception as error:  # diffusers hands on whatever a wrong config or file leads to
+    except Exception as error:  # diffusers raises errors of any type for a wrong config or file
         raise ValueError(f"{where}: {shown(' '.join(str(error).split()))[:300]}") from error
 
 
@@ -70,14 +70,14 @@ def latent_channels(config: Mapping[str, Any]) -> int:
 
 
 def encoding_parts(model: Any) -> nn.ModuleDict:
-    """All that decides what the latents are."""
+    """The part that the latents depend on."""
     parts = {name: getattr(model, name, None) for name in ("encoder", "quant_conv")}
     return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
 
 def moments(model: Any, images: Tensor, shift: float = 0.0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) in [-1, 1], of sides divisible by f -> mean and log-variance of the latents, each
-    (B, d, h, w): raw, or (latent - shift) * scale. A deterministic autoencoder's log-variance is the least there is."""
+    (B, d, h, w): raw, or (latent - shift) * scale. A deterministic autoencoder's log-variance is the lowest."""
     output = model.encode(images)
     if hasattr(output, "latent_dist"):
         mean, logvar = output.latent_dist.mean, output.latent_dist.logvar

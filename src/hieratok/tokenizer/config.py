@@ -1,4 +1,4 @@
-"""The tokenizer's shape. Imports no torch, so that a command's help need not wait for it."""
+"""The tokenizer's shape. Imports no torch, so that a command's help is fast."""
 
 import re
 from dataclasses import dataclass, fields
@@ -8,7 +8,7 @@ from hieratok.core.plugins import DOWNSAMPLERS
 
 AttentionMode = Literal["full", "independent", "causal"]
 DownsampleMode = Literal["interpolate", "conv"]
-# Far beyond any model there is: a file that asks for more is wrong, and building it would never end.
+# Far beyond any real model: a file with more is wrong, and building the model would never end.
 MOST = {
     "image_size": 65_536,
     "patch_size": 4_096,
@@ -49,7 +49,7 @@ class TokenizerConfig:
     scales: tuple[int, ...] = (1, 2, 4, 8, 16)
     """S: tokens per side of every scale, ascending; the last is image_size / patch_size. One entry: a plain ViT."""
     attention: AttentionMode = "causal"
-    """Who sees whom in the decoder: every scale up to one's own (causal), one's own (independent), all (full)."""
+    """Which scales a decoder token attends to: its own and coarser ones (causal), its own (independent), all (full)."""
     downsample: DownsampleMode | str = "conv"
     """How coarse tokens are made from z: learnable convolutions (conv), area pooling (interpolate), or a plugin's."""
     encoder_width: int = 768

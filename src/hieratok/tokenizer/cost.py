@@ -18,12 +18,12 @@ class Cost:
     parameters: float
     gflops: float
     gflops_without_attention: float
-    """Matrix products and convolutions with weights alone, without queries times keys and weights times values."""
+    """Without attention's products of queries with keys and of attention weights with values."""
     encoder_tokens: int
     decoder_tokens: int
 
 
-# Table 7. The paper does not say how it counts FLOPs: its pair lies between our two ways of counting.
+# Table 7. The paper does not say how it counts FLOPs: its numbers lie between our two counts.
 PAPER = {
     "f16d16-single": {"parameters": 346.25e6, "gflops": 182.36, "encoder_tokens": 256, "decoder_tokens": 256},
     "f16d16-multi": {"parameters": 401.18e6, "gflops": 230.45, "encoder_tokens": 256, "decoder_tokens": 341},
@@ -52,7 +52,7 @@ def measure(config: TokenizerConfig) -> Cost:
 
 
 def table(name: str, cost: Cost) -> Table:
-    """The cost beside the paper's, where the paper has it."""
+    """The cost, compared with the paper's if the paper has it."""
     paper = PAPER.get(name, {})
     rows = []
     for field, value in asdict(cost).items():

@@ -1,7 +1,7 @@
 """Multi-scale tokens (eq. 5): from the latent map z to the decoder's token maps, coarse to fine.
 
-Both modules come after z, so a generator sees only z. They give one map after the other, so that coarse scales can be
-decoded before finer maps are computed.
+Both modules come after z, so a generator sees only z. They yield maps one by one, so that coarse scales can be decoded
+before finer maps are computed.
 """
 
 import math
@@ -34,8 +34,8 @@ class AreaDownsample(nn.Module):
 class ConvDownsample(nn.Module):
     """`conv`: three learnable convolutions per coarse scale, from the finest grid to the target (appendix E).
 
-    Their strides do the whole reduction, so that a coarse token knows where in its area things lie: an image cannot be
-    drawn from an average. The finest scale is projected linearly, as in `interpolate`. Sizes and norms are [ours],
+    Their strides do the whole reduction, so that a coarse token keeps the layout of its area, which an average loses.
+    The finest scale is projected linearly, as in `interpolate`. Sizes and norms are [ours],
     like ViTDet's pyramid; table 7's parameters are met to 0.03%.
     """
 
@@ -56,8 +56,8 @@ class ConvDownsample(nn.Module):
 def strides(side: int, finest: int) -> tuple[int, int, int]:
     """Strides of a branch's convolutions from `finest` to `side` tokens: the last two halve, the first does the rest.
 
-    Their product is finest / side, or for ratios that cannot be split so the next larger number that can: 16 to 8, 4,
-    2, 1 tokens are (1, 2, 1), (1, 2, 2), (2, 2, 2), (4, 2, 2), and 16 to 12 is (1, 2, 1).
+    Their product is finest / side, or the next larger number that can be split so: 16 to 8, 4, 2, 1 tokens are
+    (1, 2, 1), (1, 2, 2), (2, 2, 2), (4, 2, 2), and 16 to 12 is (1, 2, 1).
     """
     return (1, 2, 1) if 2 * side >= finest else (-(-finest // (4 * side)), 2, 2)
 
@@ -65,7 +65,7 @@ def strides(side: int, finest: int) -> tuple[int, int, int]:
 class ConvBranch(nn.Module):
     """One coarse scale of ConvDownsample: patches of z, then 2 x 2 and 3 x 3 at the decoder's width.
 
-    The first convolution takes few channels in, so it can afford large patches: what is dear is at small maps.
+    The first convolution has few input channels, so its patches can be large; the expensive ones work on small maps.
     """
 
     def __init__(self, latent_channels: int, width: int, strides: tuple[int, int, int]):

@@ -1,4 +1,4 @@
-"""Frozen vision foundation models of timm, which losses look through and whose features can be the latents."""
+"""Frozen vision foundation models of timm, for losses, and as encoders whose features are the latents."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ from hieratok.core.messages import nearest
 class FoundationModel(nn.Module):
     """A frozen ViT of timm's, from images to features on its patch grid; gradients flow through to the images.
 
-    The network is not registered as a submodule: it is neither in `parameters()` nor in `state_dict()`, so no
-    optimiser, checkpoint or data-parallel wrapper meets it. It follows `to()` and stays in evaluation mode.
+    The network is not registered as a submodule: it is not in `parameters()` or `state_dict()`, and so in no optimiser,
+    checkpoint or data-parallel wrapper. It follows `to()` and stays in evaluation mode.
 
     Args:
-        setting: where the name comes from, for messages; the weights' setting is called `<setting>_weights`.
+        setting: the setting with the name, for messages; that of the weights is `<setting>_weights`.
         name: in timm, such as "vit_small_patch16_224.dino".
         weights: .safetensors or .pth in timm's or the authors' layout. Default: the published ones in the hub's or
             torch's cache; never downloaded.
@@ -34,7 +34,7 @@ class FoundationModel(nn.Module):
         image_size: side in pixels of the images the model was trained on.
 
     Raises:
-        ValueError: no such ViT, or weights that are not its.
+        ValueError: no such ViT, or weights that do not fit.
         FileNotFoundError: no weights.
     """
 
@@ -72,7 +72,7 @@ class FoundationModel(nn.Module):
         return self._unregistered[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FoundationModel":
-        """What `to()`, `cuda()` and `double()` come down to."""
+        """Called by `to()`, `cuda()` and `double()`."""
         self._unregistered[0]._apply(fn)
         return super()._apply(fn, recurse)
 
@@ -100,7 +100,7 @@ class FoundationModel(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [-1, 1], resized to `image_size` (bicubic, antialiased) if they have another size.
-            blocks: which, counted from 0; -1: what enters the first block, embedded patches with their positions.
+            blocks: which, counted from 0; -1: the input of the first block, embedded patches with their positions.
 
         Returns:
             (B, num_prefix_tokens + N, C) per block; the patches' tokens row by row.
@@ -121,7 +121,7 @@ class FoundationModel(nn.Module):
         return [found[i] for i in blocks]
 
     def _prepare(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Images in [-1, 1] -> what the network was trained on, at `size`."""
+        """Images in [-1, 1] -> the network's input, at `size`."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, H, W) float in [-1, 1], not {tuple(images.shape)} {images.dtype}")
         images = images.to(self.mean.dtype)
@@ -143,13 +143,13 @@ def _load_vit(setting: str, name: str, weights: str | Path | None, random_weight
         path = _cached_weights(setting, name) if weights is None else Path(weights)
         if not path.is_file():
             raise FileNotFoundError(f"{path}, given as {setting}_weights, does not exist or is not a file")
-        # as tensors and not as timm's `file`, which some versions of timm would unpickle
+        # as tensors, not as timm's `file`, which some versions of timm would unpickle
         options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_tensors(path)}}
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+    with torch.random.fork_rng(devices=[]):  # the caller's random state does not change
         torch.default_generator.manual_seed(0)
         try:
             network: Any = timm.create_model(name, dynamic_img_size=True, **options)
-        except TypeError as error:  # it takes no `dynamic_img_size`
+        except TypeError as error:  # it does not take `dynamic_img_size`
             raise ValueError(f"{setting} {name!r} is not a plain vision transformer") from error
         except (RuntimeError, KeyError, AssertionError) as error:
             words = " ".join(str(error).split())[:200]
@@ -180,5 +180,5 @@ def _cached_weights(setting: str, name: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"the weights of {name} are not on this machine: give their file by --{setting}_weights FILE{advice}"
+        f"the weights of {name} are not on this machine: give the file with --{setting}_weights FILE{advice}"
     )

@@ -36,7 +36,7 @@ class Network(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """All that decides what the latents are."""
+        """The part that the latents depend on."""
         ...
 
     @property
@@ -122,7 +122,7 @@ class Autoencoder:
 
 
 def follow(model: nn.Module, module: nn.Module, images: Tensor) -> None:
-    """Move a model to where the images are, if its weights (those of `module`) lie elsewhere."""
+    """Move a model to the images' device, if its weights (those of `module`) are on another."""
     if next(module.parameters()).device != images.device:
         model.to(images.device)
 
@@ -143,7 +143,7 @@ class FrozenEncoder(nn.Module):
         config: of the tokenizer.
 
     Attributes:
-        folder: where a copy of its files lies beside the tokenizer's, if there is one.
+        folder: the folder with a copy of its files, if there is one.
     """
 
     def __init__(self, config: TokenizerConfig):
@@ -162,7 +162,7 @@ class FrozenEncoder(nn.Module):
         f = self.config.patch_size
         with torch.no_grad():
             mean, logvar = self.load().moments(images, (images.shape[-2] // f, images.shape[-1] // f))
-        return mean.contiguous(), logvar.contiguous()  # noise is drawn in the order of memory: as for cached latents
+        return mean.contiguous(), logvar.contiguous()  # noise is drawn in memory order, as for cached latents
 
     def load(self) -> Network:
         """The network, read from its files at the first call.
@@ -218,7 +218,7 @@ def parse(encoder: str) -> tuple[str, str]:
 
 
 def autoencoder_folder(name: str) -> Path:
-    """A folder, or what the hub's cache has of a hub id; nothing is downloaded.
+    """A folder, or a hub id's files in the hub's cache; nothing is downloaded.
 
     Raises:
         FileNotFoundError: neither.
@@ -246,7 +246,7 @@ def check_geometry(config: TokenizerConfig, latent_channels: int, patch_size: in
         raise ValueError(
             f"{shown(config.encoder)} has latents of {latent_channels} channels"
             + (f" and {patch_size} pixels a side" if patch_size else "")
-            + f": set {f}model.latent_channels {latent_channels}, or give it by --encoder, which sets them"
+            + f": set {f}model.latent_channels {latent_channels}, or give it with --encoder, which sets them"
         )
 
 

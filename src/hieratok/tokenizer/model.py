@@ -65,7 +65,7 @@ class HieraTok(Pretrained):
         positions = [self.encoder.positions] if isinstance(self.encoder, Encoder) else []
         for parameter in (*positions, self.decoder.positions, self.decoder.scale_embeddings):
             nn.init.normal_(parameter, std=0.02)
-        # Of the training images' latents, per channel; not known until measured (training does it when it ends).
+        # Statistics of the training images' latents, measured at the end of training.
         self.register_buffer("latent_mean", torch.full((c.latent_channels,), math.nan))
         self.register_buffer("latent_std", torch.full((c.latent_channels,), math.nan))
 
@@ -104,10 +104,10 @@ class HieraTok(Pretrained):
         """Photos -> what `encode` takes, on the tokenizer's device and in its dtype.
 
         Args:
-            photos: one, or a list: file names, Pillow images, uint8 arrays (H, W, 3) or (B, H, W, 3), uint8 tensors
+            photos: one or a list: file names, Pillow images, uint8 arrays (H, W, 3) or (B, H, W, 3), uint8 tensors
                 (3, H, W) or (B, 3, H, W). Files and Pillow images are turned upright and become RGB.
             crop: cut the middle square and resize it to the training size, as evaluation does. Otherwise photos keep
-                their size, which has to be the same for all of a batch.
+                their size, which must be the same for a batch.
 
         Returns:
             (B, 3, H, W) in [-1, 1].
@@ -120,7 +120,7 @@ class HieraTok(Pretrained):
         return images.to(self.device, self.dtype)
 
     def postprocess(self, images: Tensor) -> list[Image.Image]:
-        """What `decode` gives, (B, 3, H, W) about [-1, 1] -> Pillow images, B of them; values outside are clamped.
+        """Outputs of `decode`, (B, 3, H, W) about [-1, 1] -> B Pillow images; values outside are clamped.
 
         Raises:
             ValueError: another type or shape, NaN or infinite values.
@@ -131,7 +131,7 @@ class HieraTok(Pretrained):
         """The latent's distribution.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1], of any size, as `preprocess` makes them. Sides that are no multiples of the
+            images: (B, 3, H, W) in [-1, 1], of any size, as from `preprocess`. Sides that are not multiples of the
                 patch size are padded on the right and at the bottom by repeating the last column and row; positions
                 are interpolated. [ours]
 
@@ -140,7 +140,7 @@ class HieraTok(Pretrained):
             (H, W).
 
         Raises:
-            ValueError: anything else; `preprocess` makes such images of photos. A frozen encoder's files that do not
+            ValueError: another type or shape. A frozen encoder's files that do not
                 fit.
             FileNotFoundError: a frozen encoder's weights are not on this machine.
         """
@@ -152,14 +152,13 @@ class HieraTok(Pretrained):
         return DiagonalGaussian(*self.encoder(images), image_size=(H, W))
 
     def decode(self, z: Tensor, scale: int = -1, image_size: tuple[int, int] | None = None) -> Tensor:
-        """z (B, d, h, w) -> one scale's image, the finest (B, 3, f h, f w) unless said otherwise, about [-1, 1] (not
-        clamped).
+        """z (B, d, h, w) -> one scale's image, by default the finest (B, 3, f h, f w), about [-1, 1] (not clamped).
 
         Args:
             z: latents.
             scale: k, counted from 0, coarse to fine; -1 is the finest. In causal and independent mode finer scales are
                 not computed.
-            image_size: (H, W) of what was encoded: the padding is cut off.
+            image_size: (H, W) of the encoded image: the padding is cut off.
 
         Raises:
             ValueError: z has another shape, or there is no such scale.
@@ -175,7 +174,7 @@ class HieraTok(Pretrained):
     def decode_pyramid(self, z: Tensor, image_size: tuple[int, int] | None = None) -> list[Tensor]:
         """z (B, d, h, w) -> an image per scale, (B, 3, f h_k, f w_k), coarse to fine, about [-1, 1] (not clamped).
 
-        With `image_size`, (H, W) of what was encoded, the padding is cut off, in proportion at coarse scales.
+        With `image_size`, (H, W) of the encoded image, the padding is cut off, in proportion at coarse scales.
 
         Raises:
             ValueError: z has another number of dimensions or channels.
@@ -185,11 +184,11 @@ class HieraTok(Pretrained):
         return [self._crop(image, scales.grids[-1], image_size) for image in pyramid]
 
     def decode_progressive(self, z: Tensor, image_size: tuple[int, int] | None = None) -> Iterator[Tensor]:
-        """The images of `decode_pyramid`, each yielded as soon as it is known.
+        """The images of `decode_pyramid`, each yielded as soon as it is decoded.
 
-        In causal mode scale k's pixels depend on scales <= k alone, so a preview costs only its own prefix; keys and
-        values are kept for the next scale. Coarse scales of a few images, which cost little beside reading the weights,
-        are computed together. In full mode nothing is known before everything is.
+        In causal mode scale k's pixels depend on scales <= k alone, so a preview costs only its prefix; keys and values
+        are kept for the next scale. Coarse scales of a few images, which cost little besides reading the weights, are
+        computed together. In full mode all scales come at the end.
         """
         scales = self.scales_of(z)
         if self.config.attention == "full":
@@ -199,7 +198,7 @@ class HieraTok(Pretrained):
                 yield self._crop(image, scales.grids[-1], image_size)
 
     def _crop(self, image: Tensor, grid: tuple[int, int], image_size: tuple[int, int] | None) -> Tensor:
-        """Cut a scale's image to the part that stands for an original of `image_size`, padded to `grid` patches."""
+        """Cut a scale's image to the part of an original of `image_size`, which was padded to `grid` patches."""
         if image_size is None:
             return image
         f = self.config.patch_size
@@ -208,7 +207,7 @@ class HieraTok(Pretrained):
             raise ValueError(f"image_size {image_size} does not fit latents of {h} x {w} patches of {f} px")
         return image[..., : math.ceil(image.shape[-2] * H / (f * h)), : math.ceil(image.shape[-1] * W / (f * w))]
 
-    if TYPE_CHECKING:  # what calling a module returns is not declared in torch
+    if TYPE_CHECKING:  # torch does not declare what calling a module returns
 
         def __call__(
             self, images: Tensor, posterior: DiagonalGaussian | None = None, noise: float = 0.0
@@ -235,17 +234,16 @@ class HieraTok(Pretrained):
         return self.decode_pyramid(z + deviation * torch.randn_like(z) if noise else z), posterior, z
 
     def normalize(self, z: Tensor) -> Tensor:
-        """z (B, d, h, w) with mean 0 and deviation 1 in every channel over the training images: what a generator
-        learns.
+        """z (B, d, h, w), with mean 0 and deviation 1 in each channel over the training images, as generators learn it.
 
         Raises:
-            ValueError: the statistics were never measured.
+            ValueError: the statistics were not measured.
         """
         mean, std = self._statistics()
         return (z - mean) / std
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """The inverse of `normalize`: from what a generator made to what `decode` takes, (B, d, h, w)."""
+        """The inverse of `normalize`: a generator's latents -> the input of `decode`, (B, d, h, w)."""
         mean, std = self._statistics()
         return z * std + mean
 
@@ -260,7 +258,7 @@ class HieraTok(Pretrained):
         return self.latent_mean.view(-1, 1, 1), self.latent_std.view(-1, 1, 1)
 
     def scales_of(self, z: Tensor) -> Scales:
-        """The token grids that belong to a latent map (B, d, h, w)."""
+        """The token grids of a latent map (B, d, h, w)."""
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"decode takes latents of shape (B, {self.config.latent_channels}, h, w), not {tuple(z.shape)}"
@@ -282,7 +280,7 @@ def papers_encoder(config: TokenizerConfig) -> Encoder:
 
 
 def check_images(images: object) -> None:
-    """Raise ValueError for what `encode` does not take. Values are not looked at: that would make a GPU wait."""
+    """Raise ValueError for inputs that `encode` does not take. Values are not checked: a GPU would have to wait."""
     if not isinstance(images, Tensor):
         found = type(images).__name__
     elif not images.is_floating_point():
@@ -292,12 +290,12 @@ def check_images(images: object) -> None:
     else:
         return
     raise ValueError(
-        f"encode takes floating-point images (B, 3, H, W) in [-1, 1], not {found}: make them by preprocess(photos)"
+        f"encode takes floating-point images (B, 3, H, W) in [-1, 1], not {found}: preprocess(photos) makes them"
     )
 
 
 def refuse_former_downsampling(folder: Path) -> None:
-    """Nothing converts the weights of a down-sampler that computed something else.
+    """Refuse weights of the first version's down-sampler, which computed something else: they cannot be converted.
 
     Raises:
         ValueError: the folder holds them.

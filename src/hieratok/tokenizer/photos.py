@@ -1,4 +1,4 @@
-"""Photos as people have them to the tensors that models take, and back."""
+"""From photos to the tensors that models take, and back."""
 
 import os
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ Photo = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
 def preprocess(photos: Photo | Sequence[Photo], size: int | None) -> Tensor:
-    """What `HieraTok.preprocess` does, on the CPU.
+    """`HieraTok.preprocess`, on the CPU.
 
     Args:
-        photos: one or several; an array (B, H, W, 3) or a tensor (B, 3, H, W) is several too.
-        size: side that each is cut to by `center_crop`; None: as they are.
+        photos: one or several; an array (B, H, W, 3) or a tensor (B, 3, H, W) counts as several.
+        size: side for `center_crop`; None: no crop.
 
     Returns:
         float32 (B, 3, H, W) in [-1, 1].
@@ -45,7 +45,7 @@ def preprocess(photos: Photo | Sequence[Photo], size: int | None) -> Tensor:
 
 
 def pixels_of(photo: object) -> list[Tensor]:
-    """The image or images of one thing that somebody calls a photo: uint8 (3, H, W) each, on the CPU."""
+    """The image or images of one argument: uint8 (3, H, W) each, on the CPU."""
     if isinstance(photo, str | os.PathLike):
         return [read_image(photo)]
     if isinstance(photo, Image.Image):
@@ -69,12 +69,12 @@ def pixels_of(photo: object) -> list[Tensor]:
     if isinstance(photo, Tensor):
         images = photo.detach().cpu()
     else:
-        images = torch.from_numpy(np.array(photo)).movedim(-1, -3)  # a copy: torch refuses some arrays' strides
+        images = torch.from_numpy(np.array(photo)).movedim(-1, -3)  # copied: torch refuses some arrays' strides
     return [images] if images.ndim == 3 else list(images)
 
 
 def postprocess(images: Tensor) -> list[Image.Image]:
-    """What `HieraTok.postprocess` does.
+    """`HieraTok.postprocess`.
 
     Raises:
         NotFinite: NaN or infinite values.

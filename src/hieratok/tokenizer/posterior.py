@@ -20,12 +20,12 @@ class DiagonalGaussian:
         self.logvar = logvar.to(at_least_float32).clamp(-30.0, 20.0)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw (B, d, h, w), differentiable in mean and log-variance."""
+        """One sample (B, d, h, w), differentiable in mean and log-variance."""
         noise = torch.empty_like(self.mean).normal_(generator=generator)
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> Tensor:
-        """The mean (B, d, h, w): what evaluation decodes."""
+        """The mean (B, d, h, w), which evaluation decodes."""
         return self.mean
 
     def kl(self) -> Tensor:

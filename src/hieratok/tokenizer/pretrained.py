@@ -1,4 +1,4 @@
-"""Tokenizers from files: ours, or an autoencoder of diffusers with the same face, for generators to learn either."""
+"""Tokenizers from files: ours, or an autoencoder of diffusers with the same interface."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from hieratok.tokenizer.posterior import DiagonalGaussian
 
 @dataclass(frozen=True)
 class OneScaleConfig:
-    """Of `TokenizerConfig`, what generators and commands ask for.
+    """The part of `TokenizerConfig` that generators and commands use.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -40,7 +40,7 @@ class OneScaleConfig:
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """The one there is."""
+        """The single scale."""
         return self.grid[:1]
 
 
@@ -52,14 +52,14 @@ class DiffusersTokenizer(nn.Module):
 
     Args:
         model: the autoencoder.
-        image_size: side of the images; None: what the autoencoder says it was trained on.
+        image_size: side of the images; None: the autoencoder's training size.
 
     Raises:
         ValueError: no size, or one that does not fit.
     """
 
     latent_mean: Tensor
-    """(d,): NaN; folders of latents know their own."""
+    """(d,): NaN; folders of latents have their own statistics."""
     latent_std: Tensor
 
     def __init__(self, model: Any, image_size: int | None = None):
@@ -106,11 +106,11 @@ def load_tokenizer(
     Args:
         source: a run, a tokenizer's folder, a hub id of ours, or a folder written by diffusers.
         device: where to put it.
-        image_size: side of the images, for a convolutional autoencoder, which takes any; None: its own.
-        latent_size: the side of the latents instead, where a generator's are known. Ours have a size of their own.
+        image_size: side of the images, for a convolutional autoencoder, which takes any; None: its own size.
+        latent_size: side of the latents instead, if a generator's is known. Not used for ours.
 
     Returns:
-        It in evaluation mode, float32.
+        The tokenizer in evaluation mode, float32.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, files that do not fit, or an image size that is not its own.

@@ -1,4 +1,4 @@
-"""The pyramid's bookkeeping: which grids there are and where their tokens lie in the sequence. No parameters."""
+"""The pyramid's layout: the scales' grids and the places of their tokens in the sequence. No parameters."""
 
 from dataclasses import dataclass
 
@@ -42,7 +42,7 @@ class Scales:
 
     @property
     def num_coarse(self) -> int:
-        """Tokens of every scale but the finest: where the finest scale's tokens begin."""
+        """Tokens of all scales but the finest, which is where the finest scale's tokens begin."""
         return self.num_tokens - self.lengths[-1]
 
     def prefix(self, k: int) -> "Scales":
@@ -67,12 +67,12 @@ class Scales:
     def pyramid(self, x: Tensor, unit: int = 1) -> list[Tensor]:
         """T_1(x), ..., T_K(x), coarse to fine: x (B, C, H, W) area-pooled to (unit h_k, unit w_k).
 
-        With unit = 1 the pyramid of a latent map, with unit = f that of the image it stands for (eqs. 8, 9).
+        With unit = 1 the pyramid of a latent map, with unit = f that of its image (eqs. 8, 9).
         """
         return [area_pool(x, (unit * h, unit * w)) for h, w in self.grids]
 
     def mask(self, mode: str, device: torch.device | None = None) -> Tensor:
-        """Who may look at whom: bool (N, N), True where the query (row) sees the key (column).
+        """The attention mask: bool (N, N), True where the query (row) attends to the key (column).
 
         `independent` is eq. 6, `causal` eq. 7, `full` everything.
         """
@@ -87,5 +87,5 @@ class Scales:
 
 
 def area_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """T_k: (B, C, H, W) -> (B, C, *size), each output the mean of the area it covers (any ratio, 16 -> 12 included)."""
+    """T_k: (B, C, H, W) -> (B, C, *size), the mean of each area, at any ratio (16 -> 12, say)."""
     return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)

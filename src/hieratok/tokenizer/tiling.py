@@ -1,7 +1,7 @@
-"""Images of other sizes than the training size, in tiles of that size: no seam shows. [ours]
+"""Images of other sizes than the training size, in overlapping tiles of that size, without seams. [ours]
 
-Tiles are what the tokenizer was trained on. Whole images with interpolated positions are as good at the finest scale
-and worse at coarse ones, whose few tokens then stand for areas that they never stood for (measured: docs/results.md).
+Tiles have the size that the tokenizer was trained on. Whole images with interpolated positions are as good at the
+finest scale and worse at coarse ones, whose tokens then cover areas of another size (measured: docs/results.md).
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ Reconstruct = Callable[[Tensor], list[Tensor]]
 
 
 def overlap_of(config: TokenizerConfig) -> int:
-    """Pixels that neighbouring tiles share: about a quarter, so that tiles begin at whole pixels at every scale.
+    """Overlap of neighbouring tiles in pixels: about a quarter, so that tiles begin at whole pixels at every scale.
 
     Raises:
-        ValueError: no overlap does that for these scales.
+        ValueError: these scales have no such overlap.
     """
     finest, f = config.scales[-1], config.patch_size
     for overlap in range(-(-finest // 4), finest):  # in tokens
@@ -31,7 +31,7 @@ def overlap_of(config: TokenizerConfig) -> int:
 
 
 def fits_tiles(config: TokenizerConfig, image_size: tuple[int, int]) -> bool:
-    """Whether an image (H, W) can be reconstructed in tiles: it fits into one, or the scales have an overlap."""
+    """Whether an image (H, W) can be reconstructed in tiles: it fits into one, or the scales allow an overlap."""
     try:
         return max(image_size) <= config.image_size or overlap_of(config) > 0
     except ValueError:
@@ -47,11 +47,11 @@ def reconstruct_tiled(
 ) -> list[Tensor]:
     """Every scale's reconstruction of an image, in one tile or several.
 
-    Tiles of the training size overlap by a quarter; where they do, each counts in proportion to the distance from its
-    own edge. At scale s of S, an H x W image becomes ceil(H s/S) x ceil(W s/S).
+    Tiles of the training size overlap by a quarter. In an overlap, a tile's weight is proportional to the distance from
+    its edge. At scale s of S, an H x W image becomes ceil(H s/S) x ceil(W s/S).
 
     Args:
-        reconstruct: the tokenizer's way with tiles.
+        reconstruct: reconstructs a batch of tiles.
         image: uint8 (3, H, W), any size; padded to whole tiles, at least one, by repeating its last column and row.
         config: of the tokenizer.
         batch_size: tiles at a time.
@@ -86,10 +86,10 @@ def in_tiles(
     """A function of square maps, applied to tiles of larger ones; where tiles overlap, its outputs are blended.
 
     Args:
-        function: maps (B, C, tile, tile) -> maps (B, C_k, side_k, side_k), as many as it likes.
+        function: maps (B, C, tile, tile) -> any number of maps (B, C_k, side_k, side_k).
         x: (B, C, H, W), any size; padded to whole tiles, at least one, by repeating its last column and row.
         tile: side of a tile.
-        overlap: of neighbouring tiles, less than `tile`; (tile - overlap) side_k / tile has to be whole.
+        overlap: of neighbouring tiles, less than `tile`; (tile - overlap) side_k / tile must be whole.
         batch_size: tiles at a time, each of the whole batch.
         progress: called with the number of tiles done.
 

@@ -95,7 +95,7 @@ class Decoder(nn.Module):
     def forward(self, token_maps: Iterable[Tensor], scales: Scales, last: int = -1) -> list[Tensor]:
         """Token maps (B, C, h_k, w_k), coarse to fine -> images (B, 3, f h_k, f w_k), coarse to fine.
 
-        Scales finer than `last` are left out, which changes the others in full attention alone.
+        Scales finer than `last` are left out, which changes the others only in full attention.
         """
         last %= len(scales)
         x = torch.cat(list(islice(self.embed(token_maps, scales), last + 1)), dim=1)  # (B, N, C), eq. 5

@@ -1,6 +1,6 @@
-"""Everything that a training run is made of, as dataclasses: what recipes return, YAML files hold and run folders keep.
+"""The settings of a training run as dataclasses: recipes return them, YAML files and run folders hold them.
 
-Imports no torch, so that help and recipes need not wait for it.
+Imports no torch, so that help and recipes are fast.
 """
 
 import math
@@ -17,19 +17,19 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 
 def check_name(name: str) -> None:
-    """Whether a run can be called so: it is written to runs/NAME.
+    """Refuse a name that cannot be a run's, which is written to runs/NAME.
 
     Raises:
-        ValueError: it would lie elsewhere.
+        ValueError: it leads elsewhere.
     """
     parts = name.replace("\\", "/").split("/")
     if not all(part.strip() and part not in (".", "..") and "\0" not in part for part in parts) or ":" in parts[0]:
-        raise ValueError(f"name {name!r} does not lead to a folder in runs/: choose another, or say where by --out")
+        raise ValueError(f"name {name!r} does not lead to a folder in runs/: choose another, or set --out")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how they are cut.
+    """Training images and their crops.
 
     Raises:
         ValueError: settings out of range.
@@ -39,22 +39,22 @@ class DataConfig:
     """Folder of images (class = sub-folder), WebDataset shards (folder, file or 'glob-*.tar'), a zip, a folder of
     Hugging Face's datasets, Parquet; s3://, gs://, hf:// or https:// of such files; or `bundled`."""
     val_path: str | None = None
-    """Images never trained on, for the pictures during training. None: of `path`, centre-cropped."""
+    """Held-out images, for pictures and evaluation during training. None: pictures of `path`, centre-cropped."""
     crop: Literal["random-resized", "center"] = "random-resized"
     """Training crop; evaluation always takes the ADM centre crop. [ours]: the paper names no crop; DiT's is center."""
     min_area: float = 0.5
-    """Smallest share of an image's area that a random-resized crop may keep. [ours]"""
+    """Smallest share of an image's area in a random-resized crop. [ours]"""
     flip: bool = True
     """Mirror half of the images. [ours]: the paper does not say; DiT does."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Stop at an unreadable image and name it, or skip it and count."""
+    """Stop at an unreadable image and name it (error), or skip and count it (skip)."""
     num_workers: int = 8
-    """Processes that decode images, for each training process; 0: none but the training process itself."""
+    """Processes that decode images, for each training process; 0: the training process decodes."""
 
     def __post_init__(self):
         for name in ("path", "val_path"):
             value = getattr(self, name)
-            if value and value.endswith("/"):  # `photos/` is `photos`, also where a resumed run's settings are compared
+            if value and value.endswith("/"):  # `photos/` is `photos`, also when a resumed run's settings are compared
                 object.__setattr__(self, name, value.rstrip("/") or "/")
         if not 0 < self.min_area <= 1:
             raise ValueError(f"data.min_area must be in (0, 1], not {self.min_area}")
@@ -64,24 +64,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Optimization:
-    """One network's optimiser, AdamW, and its schedule. Defaults: the paper's stage 1 (table 8), but for [ours].
+    """One network's optimiser, AdamW, and its schedule. Defaults: the paper's stage 1 (table 8), except [ours].
 
     Raises:
         ValueError: settings out of range.
     """
 
     learning_rate: float = 1e-4
-    """After warm-up. [ours]: the paper's value is lost."""
+    """Learning rate after warm-up. [ours]: the paper's value is missing."""
     min_learning_rate: float = 1e-6
-    """At the end of the cosine. [ours]: the paper's value is lost."""
+    """Learning rate at the end of the cosine. [ours]: the paper's value is missing."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises linearly."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = 0.05
-    """AdamW's weight decay. It spares norms, biases, positions and scale embeddings. [ours]: the paper does not say."""
+    """AdamW's weight decay, not for norms, biases, positions and scale embeddings. [ours]: the paper does not say."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this norm. [ours]: the paper mentions no clipping, and DiT has none."""
+    """Gradients are clipped to this norm. [ours]: the paper mentions no clipping, and DiT has none."""
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -111,34 +111,34 @@ class TrainConfig(Optimization):
     batch_size: int = 256
     """Images per step over all processes (paper, appendices E and F)."""
     micro_batch_size: int | None = None
-    """Images per forward pass; gradients are accumulated over the rest. None: a process's whole share."""
+    """Images per forward pass; gradients are accumulated over the batch. None: a process's whole share."""
     ema_decay: float = 0.9999
-    """Decay per step of the averaged weights, which are what is saved as the model; lower in the first steps. [ours]"""
+    """Decay per step of the averaged (EMA) weights, which become the model; lower in the first steps. [ours]"""
     precision: Precision = "bf16"
-    """bf16: autocast; norms, softmax and losses stay in float32. fp16: the same for GPUs without bf16, with scaled
-    gradients. [ours], for DiT too: the paper does not say."""
+    """bf16: autocast; norms, softmax and losses stay in float32. fp16: the same for GPUs without bf16, with gradient
+    scaling. [ours]: the paper does not say."""
     compile: bool = False
-    """torch.compile: slow to start, faster to run."""
+    """Use torch.compile: a slower start, then faster."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: a third more time, much less memory."""
     parallel: Strategy = "ddp"
-    """Several processes: ddp keeps the whole model in each, fsdp2 divides it among them."""
+    """With several processes: ddp keeps the whole model in each, fsdp2 divides it among them."""
     seed: int = 0
-    """Of weights, data order, augmentation and noise."""
+    """Seed of weights, data order, augmentation and noise."""
     max_bad_steps: int = 20
-    """A step whose loss or gradient is not finite is left out; so many in a row, and the run goes back to its last
-    checkpoint and takes the data in another order."""
+    """Steps with a loss or gradient that is not finite are skipped; after this many in a row, the run returns to its
+    last checkpoint and takes the data in another order."""
     max_rollbacks: int = 3
-    """How often a run may return to its last good checkpoint, at most; then it ends with an error."""
+    """Largest number of returns to the last good checkpoint; then the run ends with an error."""
     log_every: int = 50
     """Steps between lines in log.jsonl and in the tracker."""
     tracker: TrackerName = "tensorboard"
-    """Where else numbers and pictures go: TensorBoard's files in the run's folder, or Weights & Biases (wandb), which
+    """Tracker of numbers and pictures: TensorBoard's files in the run's folder, or Weights & Biases (wandb), which
     sends them to your account, or with WANDB_MODE=offline keeps them in the run's folder."""
     save_every: int = 5_000
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
-    """How many of the latest checkpoints stay."""
+    """Number of checkpoints to keep, the latest ones."""
     picture_every: int = 5_000
     """Steps between pictures; 0: none."""
 
@@ -162,24 +162,24 @@ class TrainConfig(Optimization):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation during training, of the averaged model on `data.val_path`; nothing of it changes the run.
+    """Evaluation of the averaged model on `data.val_path` during training; it does not change the run.
 
     Raises:
         ValueError: settings out of range.
     """
 
     every: int = 0
-    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and to the tracker."""
+    """Steps between evaluations, with one at the end; 0: none. Results go to evaluations.jsonl and the tracker."""
     num_images: int = 1_000
-    """Of the held-out images, evenly spread."""
+    """Number of held-out images, evenly spread."""
     features: str = "none"
-    """Feature network of the Frechet distance, as of `hieratok evaluate`; none: PSNR and SSIM alone."""
+    """Feature network of the Frechet distance, as for `hieratok evaluate`; none: no distance."""
     weights: str | None = None
     """File with the feature network's weights. None: torch's cache."""
     lpips: tuple[str, ...] = ()
-    """Trunks of LPIPS, each optionally =FILE, as of `hieratok evaluate`."""
+    """Trunks of LPIPS, each optionally =FILE, as for `hieratok evaluate`."""
     batch_size: int = 32
-    """Images at a time."""
+    """Batch size in images."""
 
     def __post_init__(self):
         object.__setattr__(self, "lpips", tuple(self.lpips))
@@ -192,21 +192,21 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TokenizerRun:
-    """A tokenizer's training run, whole: what a recipe returns, a YAML file holds and a run folder keeps.
+    """All settings of a tokenizer's training run.
 
     Raises:
         ValueError: settings that do not fit together.
     """
 
     kind: Literal["tokenizer"] = "tokenizer"
-    """What is trained."""
+    """The model to train."""
     name: str = "tokenizer"
-    """Where it is written unless --out says otherwise: runs/NAME."""
+    """Name of the run, which is written to runs/NAME unless --out is given."""
     start_from: str | None = None
-    """Weights to begin with, of a run, a tokenizer's folder or a hub id (`--from` for short). None: fresh ones. Of
-    another image size, positions are interpolated, if patch size and scales keep their proportions."""
+    """Initial weights: a run, a tokenizer's folder or a hub id (short: `--from`). None: random weights. With another
+    image size, positions are interpolated; patch size and scales must keep their proportions."""
     freeze_encoder: bool = False
-    """Train what comes after z alone, so that latents, and generators that learned them, stay as they are."""
+    """Train only the part after z, so that latents, and generators trained on them, stay valid."""
     latent_noise: float = 0.0
     """Largest deviation of the noise that is added to z in training, drawn evenly from 0 for each image, so that the
     decoder stands a generator's errors. RAE's code has 0.8, with features of unit variance. 0: none."""
@@ -220,7 +220,7 @@ class TokenizerRun:
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised: stage 1's part."""
+    """Stage 1's losses."""
     gan: AdversarialConfig = field(default_factory=lambda: AdversarialConfig(weight=0.0))
     """Stage 2's GAN loss."""
     vf: VFConfig = field(default_factory=VFConfig)
@@ -228,14 +228,14 @@ class TokenizerRun:
     train: TrainConfig = field(default_factory=TrainConfig)
     """How."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """How it is evaluated meanwhile."""
+    """Evaluation during training."""
 
     def __post_init__(self):
         check_name(self.name)
         if self.freeze_encoder and self.start_from is None:
-            raise ValueError("freeze_encoder keeps the encoder as it is: say which by --from RUN")
+            raise ValueError("freeze_encoder needs a trained encoder: name it with --from RUN")
         if self.freeze_encoder and self.vf.weight:
-            raise ValueError("vf.weight trains the encoder, which freeze_encoder forbids: leave out one of them")
+            raise ValueError("vf.weight trains the encoder, which freeze_encoder forbids: use only one of them")
         if not 0 <= self.latent_noise < math.inf:
             raise ValueError(f"latent_noise must not be negative, it is {self.latent_noise}")
         self._check_encoder()
@@ -260,28 +260,28 @@ class TokenizerRun:
 
 @dataclass(frozen=True)
 class GeneratorEval:
-    """Evaluation during training, of the averaged model's samples; nothing of it changes the run.
+    """Evaluation of the averaged model's samples during training; it does not change the run.
 
-    The same noise and labels every time, without guidance, by ddim or euler.
+    The noise and labels are the same every time, without guidance; the sampler is ddim or euler.
 
     Raises:
         ValueError: settings out of range.
     """
 
     every: int = 0
-    """Steps between evaluations, and one at the end; 0: none. Numbers go to evaluations.jsonl and to the tracker."""
+    """Steps between evaluations, with one at the end; 0: none. Results go to evaluations.jsonl and the tracker."""
     num_images: int = 5_000
     """Samples."""
     reference: str | None = None
-    """Real images, or an .npz of their statistics, as of `hieratok evaluate samples`."""
+    """Real images, or an .npz of their statistics, as for `hieratok evaluate samples`."""
     features: str = "inception"
-    """Feature network of the Frechet distance, as of `hieratok evaluate`."""
+    """Feature network of the Frechet distance, as for `hieratok evaluate`."""
     weights: str | None = None
     """File with the feature network's weights. None: torch's cache."""
     steps: int = 50
-    """Of the sampler: few, as curves are compared with each other and not with tables."""
+    """Steps of the sampler: few, as curves are compared only with each other."""
     batch_size: int = 64
-    """Images at a time."""
+    """Batch size in images."""
 
     def __post_init__(self):
         if self.every < 0 or self.num_images < 2 or self.batch_size < 1 or not 1 <= self.steps <= STEPS:
@@ -294,39 +294,39 @@ class GeneratorEval:
 
 @dataclass(frozen=True)
 class GeneratorRun:
-    """A generator's training run, whole. Defaults: the paper's DiT-XL on f16d16.
+    """All settings of a generator's training run. Defaults: the paper's DiT-XL on f16d16.
 
     Raises:
         ValueError: settings that do not fit together.
     """
 
     kind: Literal["generator"] = "generator"
-    """What is trained."""
+    """The model to train."""
     name: str = "generator"
-    """Where it is written unless --out says otherwise: runs/NAME."""
+    """Name of the run, which is written to runs/NAME unless --out is given."""
     tokenizer: str | None = None
-    """Whose latents: a run, a tokenizer's folder or a hub id, or a folder of diffusers' AutoencoderKL or AutoencoderDC,
-    then with latents as --data. None: pictures and evaluation are left out, and --data must be a folder of latents."""
+    """The tokenizer of the latents: a run, a tokenizer's folder or a hub id, or a folder of diffusers' AutoencoderKL or
+    AutoencoderDC, then with latents as --data. None: no pictures and evaluation; --data must be a folder of latents."""
     model: DiTConfig = field(default_factory=DiTConfig)
     """The generator."""
     data: DataConfig = field(default_factory=lambda: DataConfig(crop="center"))
-    """Latents: `path` is a folder of `hieratok latents`. Or images, which are then encoded again at every step."""
+    """Training data: `path` is a folder of `hieratok latents`, or images, which are encoded again at every step."""
     time_sampling: TimeSampling = "uniform"
-    """Times that objective flow trains at: uniform, or more often in the middle (logit-normal)."""
+    """Distribution of training times for objective flow: uniform, or more in the middle (logit-normal)."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=400_000,
             learning_rate=1e-4,
-            min_learning_rate=1e-4,  # constant, as DiT's
+            min_learning_rate=1e-4,  # constant, as in DiT
             warmup_ratio=0.0,
             betas=(0.9, 0.999),
             weight_decay=0.0,
         )
     )
-    """How. Steps, batch and optimiser are the paper's (appendix F), the averaging of weights is DiT's; bf16 and the
-    clipping of gradients are [ours]."""
+    """Optimisation. Steps, batch and optimiser: the paper's (appendix F); EMA: DiT's; bf16
+    and gradient clipping are [ours]."""
     eval: GeneratorEval = field(default_factory=GeneratorEval)
-    """How it is evaluated meanwhile."""
+    """Evaluation during training."""
 
     def __post_init__(self):
         check_name(self.name)

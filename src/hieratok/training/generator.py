@@ -1,4 +1,4 @@
-"""Training a generator of a tokenizer's latents, from a folder of them or from images (paper, section 4)."""
+"""Training a generator of a tokenizer's latents, from latents on disk or from images (paper, section 4)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -41,12 +41,12 @@ def train_generator(run: GeneratorRun, out: str | Path, allow_changes: bool = Fa
     """Train a generator, or resume the run in `out`; write `out/generator` at the end.
 
     Args:
-        run: what to train, on what, and how.
+        run: the settings.
         out: the run's folder.
         allow_changes: resume a run in `out` that had other settings.
 
     Returns:
-        The averaged (EMA) generator in evaluation mode; it knows its latents.
+        The averaged (EMA) generator in evaluation mode, with its latents' statistics.
 
     Raises:
         ValueError, FileNotFoundError: settings, latents, images or weights that do not fit or are missing, or another
@@ -86,10 +86,10 @@ def _train_generator(run: GeneratorRun, folder: RunFolder) -> DiT:
 
 
 def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Dataset, LatentSpace]:
-    """The training data, of latents or of images, and what is to be learned of it.
+    """The training data, latents or images, and the space of the latents.
 
     Raises:
-        ValueError, FileNotFoundError: there is none, or it does not fit the tokenizer or the model.
+        ValueError, FileNotFoundError: no data, or data that do not fit the tokenizer or the model.
     """
     path, data = run.data.path, run.data
     if path is None:
@@ -109,7 +109,7 @@ def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Datase
         return dataset, latents
     source = open_source(path)
     if tokenizer is None:
-        raise ValueError(f"{path} holds images and no latents: say which tokenizer encodes them, --tokenizer RUN")
+        raise ValueError(f"{path} holds images, not latents: name the tokenizer that encodes them with --tokenizer RUN")
     if isinstance(tokenizer, DiffusersTokenizer):
         raise ValueError(
             f"generators learn {run.tokenizer} from a folder of its latents:"
@@ -129,31 +129,31 @@ def open_latents(run: GeneratorRun, tokenizer: Tokenizer | None) -> tuple[Datase
 
 
 def check_model(model: DiTConfig, path: str, shape: tuple[int, ...], labels: Sequence[int]) -> None:
-    """Whether the model takes such latents and knows just their classes.
+    """Check that the model fits the latents and their classes.
 
     Raises:
-        ValueError: says what the model must be.
+        ValueError: it does not; the message has the flags to add.
     """
     flags = fitting(model, path, shape, labels)
     if flags:
         d, h, w = shape
         raise ValueError(
-            f"{path} gives latents {d} x {h} x {w} of {num_classes(labels)} classes, which the model is not made for:"
+            f"{path} gives latents {d} x {h} x {w} of {num_classes(labels)} classes, which do not fit the model:"
             f" add {' '.join(flags)}"
         )
 
 
 def fitting(model: DiTConfig, path: str, shape: tuple[int, ...], labels: Sequence[int]) -> list[str]:
-    """The words of a command line that make a model fit its data; none if it does.
+    """The flags that make a model fit its data; none if it fits.
 
     Args:
         model: of the recipe.
         path: of the data, for messages.
         shape: (d, h, w) of a latent.
-        labels: of the images; all without a class are one.
+        labels: of the images; images without a class count as one class.
 
     Raises:
-        ValueError: images with and without a class, which no model can learn.
+        ValueError: some images have a class and others none.
     """
     if min(labels) < 0 <= max(labels):
         raise ValueError(f"{path}: some images have a class and others none; sub-folders are classes")
@@ -163,17 +163,17 @@ def fitting(model: DiTConfig, path: str, shape: tuple[int, ...], labels: Sequenc
 
 
 def num_classes(labels: Sequence[int]) -> int:
-    """Of labels 0, 1, ... or -1 for none: at least one."""
+    """The number of classes, at least 1, of labels 0, 1, ... or -1 for none."""
     return max(1, max(labels) + 1)
 
 
 class GeneratorObjective(Objective):
-    """The DDPM or flow loss on normalised samples of z, which is taken before multi-scale down-sampling.
+    """The DDPM or flow loss on normalised samples of z, before multi-scale down-sampling.
 
     Args:
-        run: its objective and times.
-        generator: to be trained, with the latents it is to learn.
-        tokenizer: encodes, where the data are images.
+        run: the settings.
+        generator: to train, with its latent space.
+        tokenizer: encodes the data if they are images.
     """
 
     def __init__(self, run: GeneratorRun, generator: DiT, tokenizer: Tokenizer | None = None):
@@ -188,7 +188,7 @@ class GeneratorObjective(Objective):
     ) -> dict[str, Tensor]:
         """The generator's loss alone."""
         z = self.latents(batch)
-        y = batch["label"].clamp(min=0)  # -1, no classes: all images are of one
+        y = batch["label"].clamp(min=0)  # -1, no classes: one class for all
         if self.run.model.objective == "ddpm":
             loss, terms = diffusion.loss(networks["generator"], z, y)
         else:
@@ -199,23 +199,23 @@ class GeneratorObjective(Objective):
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Tensor]) -> Tensor:
-        """A batch of latents' moments, or of images -> normalised samples of z (B, d, h, w), in float32."""
+        """A batch of latents' moments or of images -> normalised samples of z (B, d, h, w), float32."""
         if "image" in batch:
             assert self.tokenizer is not None
             images = to_float(batch["image"])
-            with torch.autocast(images.device.type, enabled=False):  # as `hieratok latents` encodes
+            with torch.autocast(images.device.type, enabled=False):  # as in `hieratok latents`
                 posterior = self.tokenizer.to(images.device).encode(images)
-            mean, logvar = posterior.mean.contiguous(), posterior.logvar  # noise is drawn in the order of memory
+            mean, logvar = posterior.mean.contiguous(), posterior.logvar  # noise is drawn in memory order
         else:
             mean, logvar = batch["mean"], batch["logvar"]
         return self.space.normalize(DiagonalGaussian(mean, logvar).sample())
 
 
 class GeneratorEvaluation:
-    """What `fit` calls every `eval.every` steps: the Frechet distance of samples from real images.
+    """The Frechet distance of samples from real images, which `fit` calls every `eval.every` steps.
 
     Args:
-        run: what to sample, how many, and the reference.
+        run: the settings.
         tokenizer: decodes.
 
     Raises:
@@ -236,12 +236,12 @@ class GeneratorEvaluation:
             self.source = open_images(config.reference)
 
     def __call__(self, generator: nn.Module) -> dict[str, float]:
-        """Numbers by name, over all processes; every process must call."""
+        """Numbers by name, over all processes; every process must call it."""
         assert isinstance(generator, DiT)
         self.network.to(next(generator.parameters()).device)
         rank, world = process()
         samples = FeatureSet(self.network, keep=0 if self.network.class_weights is None else None)
-        # Every process samples equally often, as a divided model (FSDP2) needs; what is too much is thrown away.
+        # Every process samples equally often, as FSDP2 needs; samples in excess are dropped.
         rounds = math.ceil(self.config.num_images / world)
         mine = [rank + world * i for i in range(rounds)]
         for indices, images in decoded_samples(generator, self.tokenizer, self.sampling, mine):
@@ -252,7 +252,7 @@ class GeneratorEvaluation:
         return distances(samples.compute(), self.reference(), self.network)
 
     def reference(self) -> SetStatistics:
-        """Of the real images, measured when first asked for."""
+        """Statistics of the real images, measured at the first use."""
         if self.statistics is None:
             assert self.source is not None
             size = self.tokenizer.config.image_size
@@ -263,7 +263,7 @@ class GeneratorEvaluation:
 def quick_sampling(
     model: DiTConfig, num: int, steps: int, batch_size: int, labels: Literal["balanced", "random"]
 ) -> SampleConfig:
-    """Few steps of a deterministic sampler, without guidance: always the same noise and labels."""
+    """Settings for few steps of a deterministic sampler without guidance, always with the same noise and labels."""
     sampler = "ddim" if model.objective == "ddpm" else "euler"
     return SampleConfig(sampler, steps, num=num, batch_size=batch_size, labels=labels)
 
@@ -271,7 +271,7 @@ def quick_sampling(
 def decoded_samples(
     generator: DiT, tokenizer: Tokenizer, config: SampleConfig, indices: Sequence[int] | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches of samples' indices, and of the finest images, uint8 (B, 3, H, W) on the CPU."""
+    """Batches of samples: their indices, and the finest images, uint8 (B, 3, H, W) on the CPU."""
     assert generator.latents is not None
     tokenizer = tokenizer.to(next(generator.parameters()).device)
     for batch in sample_latents(generator, config, indices):
@@ -281,7 +281,7 @@ def decoded_samples(
 
 
 def sample_sheet(generator: DiT, tokenizer: Tokenizer) -> Image.Image:
-    """A few samples of the first classes, the same noise every time."""
+    """A few samples of the first classes, always with the same noise."""
     config = quick_sampling(generator.config, PICTURE_IMAGES, PICTURE_STEPS, PICTURE_IMAGES, labels="balanced")
     _, images = next(decoded_samples(generator, tokenizer, config))
     return to_pil(make_grid(images, nrow=PICTURE_COLUMNS, pad_value=255))

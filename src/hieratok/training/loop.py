@@ -1,9 +1,9 @@
-"""What every training run shares: resuming exactly, logs, pictures, checkpoints, and what to do when it fails.
+"""The training loop of all runs: exact resume, logs, pictures, checkpoints, rollback.
 
 Randomness is stateless: the data order is a function of (seed, step), each image's augmentation of (seed, epoch,
 image), and the noise of each micro-batch (posterior samples, stochastic depth) of (seed, step, micro-batch). A step
-number is therefore all that a checkpoint needs besides weights, optimisers and what the log has summed up, and one
-process with two micro-batches does what two processes with one each do.
+number is therefore all that a checkpoint needs besides weights, optimisers and the log's running means, and one
+process with two micro-batches computes the same as two processes with one each.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from hieratok.training.step import Objective, State, learning_rate, train_step
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_STEPS = 10
-"""Several processes agree this often whether to stop: asking at every step would cost time."""
+"""Steps after which several processes agree whether to stop: doing so at every step would cost time."""
 
 
 def fit(
@@ -46,19 +46,19 @@ def fit(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     evaluate_every: int = 0,
 ) -> nn.Module:
-    """Train an objective's networks, or resume where `run` was left, up to `config.steps`.
+    """Train an objective's networks, or resume `run`, up to `config.steps`.
 
     Several processes call it inside `core.distributed.process_group`.
 
     Args:
-        objective: what to train and to minimise.
-        dataset: items are asked for as (index, epoch), and are dicts of tensors with `skipped` among them.
-        config: how.
+        objective: networks and losses.
+        dataset: from (index, epoch) to dicts of tensors, including `skipped`.
+        config: the settings.
         num_workers: of the data loader.
-        run: where to write.
-        draw: a picture of what the averaged model does, every `config.picture_every` steps. All processes call it.
-        evaluate: numbers by name of the averaged model. All processes call it.
-        evaluate_every: steps between evaluations, and one at the end; 0: none.
+        run: the folder to write to.
+        draw: makes a picture with the averaged model, every `config.picture_every` steps. All processes call it.
+        evaluate: gives numbers by name of the averaged model. All processes call it.
+        evaluate_every: steps between evaluations, with one at the end; 0: none.
 
     Returns:
         The averaged (EMA) model, in evaluation mode.
@@ -66,7 +66,7 @@ def fit(
     Raises:
         TrainingError: the run diverged, or every checkpoint to resume from is damaged.
         Stopped: SIGTERM came; a checkpoint was saved.
-        ValueError: the batch does not divide over the processes, or these have not joined.
+        ValueError: the batch does not divide over the processes, or they have not joined a group.
     """
     loop = Loop(objective, dataset, config, num_workers, run)
     observer = Observer(loop, draw, evaluate, evaluate_every)
@@ -91,10 +91,10 @@ def fit(
 
 
 class Loop:
-    """A run under way: networks, data and files at one step.
+    """The state of a run: networks, data and files at one step.
 
     Args:
-        objective, dataset, config, num_workers, run: as of `fit`.
+        objective, dataset, config, num_workers, run: as for `fit`.
 
     Raises:
         ValueError: the batch does not divide over the processes.
@@ -131,7 +131,7 @@ class Loop:
                 self.log.close()
 
     def resume(self, folder: Path | None) -> None:
-        """Load a checkpoint, if there is one, and forget what was logged after it."""
+        """Load a checkpoint, if there is one, and remove what was logged after it."""
         if folder:
             others = self.state.load(self.run, folder)
             self.meter.resume(others.get("interval"))
@@ -141,7 +141,7 @@ class Loop:
             self.run.truncate_logs(self.state.step)
 
     def start(self) -> None:
-        """Data and log from the step that the run stands at; after a rollback the data have another order."""
+        """Start data and log at the present step; after a rollback the data have another order."""
         rank, world = process()
         batches = StepBatches(
             num_images=len(self.dataset),  # type: ignore[arg-type]
@@ -155,12 +155,12 @@ class Loop:
         )
         self.batches: Iterator[dict[str, Tensor]] = iter(training_loader(self.dataset, batches, self.num_workers))
         if is_first():
-            if self.log:  # its file was cut
+            if self.log:  # its file was truncated
                 self.log.close()
             self.log = Log(self.run, self.state.step)
 
     def newest(self, before: int | None = None) -> Path | None:
-        """The newest intact checkpoint, as the first process finds it; if asked for, of a step before.
+        """The newest intact checkpoint, chosen by the first process; with `before`, of an earlier step.
 
         Raises:
             TrainingError: there are checkpoints, and all are damaged.
@@ -177,7 +177,7 @@ class Loop:
         return found
 
     def is_due(self, steps: int) -> bool:
-        """Whether something that happens so often, and at the end, happens after this step."""
+        """Whether something done every `steps` steps, and at the end, is due after this step."""
         step = self.state.step
         return steps > 0 and step > 0 and (step % steps == 0 or step == self.config.steps)
 
@@ -187,14 +187,14 @@ class Loop:
         self.bar.update(self.config.batch_size)
 
     def rolled_back(self, thorough: bool) -> bool:
-        """Whether the run had diverged, and stands at an earlier checkpoint now.
+        """Return to an earlier checkpoint if the run has diverged; whether it did.
 
         Args:
-            thorough: look at all weights too. Otherwise a GPU is only asked where the log is written: at every step it
-                would cost time.
+            thorough: check all weights too. Otherwise a GPU is only synchronised when the log is written: at every step
+                it would cost time.
 
         Raises:
-            TrainingError: there is no checkpoint to return to, or it was done too often.
+            TrainingError: there is no checkpoint to return to, or the limit of rollbacks is reached.
         """
         if not (thorough or self.is_due(self.config.log_every) or self.state.device.type == "cpu"):
             return False
@@ -204,8 +204,8 @@ class Loop:
         return step > 0
 
     def diverged_at(self, check_weights: bool) -> int:
-        """The step from which on nothing is finite any more; 0 if all is well. A bad step or a few are no matter, but
-        for the last one: its weights would be untried."""
+        """The step from which on nothing is finite; 0 if the run has not diverged. A few bad steps do not count, except
+        at the end, where no later step would test the weights."""
         bad_steps, first_bad = self.meter.bad_steps()
         if bad_steps >= (self.config.max_bad_steps if self.state.step < self.config.steps else 1):
             return first_bad
@@ -216,11 +216,10 @@ class Loop:
         return 0
 
     def roll_back(self, step: int) -> None:
-        """Return to the last checkpoint before the run diverged; the number of such rollbacks gives the data another
-        order.
+        """Return to the last checkpoint before the run diverged; the number of rollbacks changes the order of the data.
 
         Raises:
-            TrainingError: there is none, or it was done too often.
+            TrainingError: there is none, or the limit of rollbacks is reached.
         """
         rollbacks = self.state.counts["rollbacks"] + 1
         folder = self.newest(before=step)
@@ -235,7 +234,7 @@ class Loop:
         self.start()
 
     def write_log(self) -> None:
-        """A line of means since the last one."""
+        """Log the means since the last line."""
         state = self.state
         means, counts = self.meter.flush(self.config.batch_size)
         for name, count in counts.items():
@@ -247,29 +246,29 @@ class Loop:
             self.bar.set_postfix(loss=f"{means.get('loss', math.nan):.4f}", refresh=False)
 
     def save(self) -> None:
-        """A checkpoint. While steps are bad it takes no other's place: those before may be the last good ones."""
+        """Write a checkpoint. While steps are bad, older ones are kept: they may be the last good ones."""
         interval = self.meter.state()
         if self.log:
             self.log.sync()
         self.state.save(self.run, interval, None if interval["in_a_row"] else self.config.keep_checkpoints)
 
     def check_end(self) -> None:
-        """Raise TrainingError if the run is at its end and diverged, perhaps before it was resumed."""
+        """Raise TrainingError if the run has ended and diverged, possibly before it was resumed."""
         if step := self.diverged_at(check_weights=True):
             raise self.failure(step)
 
     def failure(self, step: int) -> TrainingError:
-        """What to raise when the run diverged at a step and there is no way back."""
+        """The error of a run that diverged at a step and cannot be rolled back."""
         folder = self.run.newest(self.state.files, before=step)
         return TrainingError(divergence(step, self.state.counts["rollbacks"], folder))
 
 
 class Observer:
-    """Pictures and evaluations of a run's averaged model; a run that was killed after its checkpoint owes them.
+    """Pictures and evaluations of a run's averaged model. A resumed run makes those that are missing at its checkpoint.
 
     Args:
         loop: the run.
-        draw, evaluate, evaluate_every: as of `fit`.
+        draw, evaluate, evaluate_every: as for `fit`.
     """
 
     def __init__(
@@ -285,19 +284,19 @@ class Observer:
         self.evaluate_every = evaluate_every
 
     def is_due(self) -> bool:
-        """Whether there is something to show of this step."""
+        """Whether a picture or an evaluation is due at this step."""
         return self.loop.is_due(self.loop.config.picture_every) or self.loop.is_due(self.evaluate_every)
 
     def observe(self) -> None:
-        """This step's picture and evaluation, unless they are there.
+        """Make this step's picture and evaluation if they are missing.
 
         Raises:
-            TrainingError: the averaged model gives nothing finite.
+            TrainingError: the averaged model's outputs are not finite.
         """
         try:
             self._write_picture()
             self._write_evaluation()
-        except NotFinite as error:  # perhaps on this process alone: no asking the others
+        except NotFinite as error:  # possibly in this process only: the others cannot be asked
             bad_steps, first_bad = self.loop.meter.bad_steps()
             raise self.loop.failure(first_bad if bad_steps else self.loop.state.step) from error
 
@@ -318,10 +317,10 @@ class Observer:
 
 
 def split_batch(config: TrainConfig) -> tuple[int, range]:
-    """How many images a micro-batch has, and the places of this process's micro-batches in the whole batch.
+    """The size of a micro-batch, and the indices of this process's micro-batches in the whole batch.
 
     Raises:
-        ValueError: the batch does not divide over the processes, or these have not joined.
+        ValueError: the batch does not divide over the processes, or they have not joined a group.
     """
     check_joined()
     rank, world = process()
@@ -347,7 +346,7 @@ def divergence(step: int, rollbacks: int, folder: Path | None) -> str:
 
 
 def warn_of_threads(before: int | None, run: RunFolder, device: torch.device) -> None:
-    """Say so if sums will be rounded otherwise than before: on a CPU, torch splits them among its threads."""
+    """Warn if the number of threads has changed: on a CPU, torch splits sums among them, which changes rounding."""
     now = torch.get_num_threads()
     if device.type == "cpu" and before not in (None, now):
         logger.warning(
@@ -362,7 +361,7 @@ def warn_of_threads(before: int | None, run: RunFolder, device: torch.device) ->
 
 @contextlib.contextmanager
 def stop_signal(device: torch.device) -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that says whether SIGTERM came: on every process alike."""
+    """Yields a function of the step: whether SIGTERM came, the same on every process."""
     came = threading.Event()
 
     def stop(step: int) -> bool:

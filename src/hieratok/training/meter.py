@@ -1,4 +1,4 @@
-"""What a run reports of its steps, summed up between two lines of the log."""
+"""Means of what training steps report, between two lines of the log."""
 
 import contextlib
 import time
@@ -12,7 +12,7 @@ from hieratok.core.distributed import gather, process, total
 
 
 class Meter:
-    """Running means of what a step reports, kept on the device: reading them would stall a GPU."""
+    """Running means of what steps report, kept on the device: reading them at each step would stall a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -22,7 +22,7 @@ class Meter:
 
     def start_interval(self) -> None:
         """Start new means."""
-        self.sums: dict[str, Tensor] = {}  # of finite values, and beside it how many there were
+        self.sums: dict[str, Tensor] = {}  # (sum, number) of the finite values
         self.skipped_steps = torch.zeros((), dtype=torch.long, device=self.device)
         self.skipped_images = 0
         self.start_clock()
@@ -34,9 +34,9 @@ class Meter:
         self.started = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
-        """The interval up to now, for a checkpoint; every process must call.
+        """The present interval, for a checkpoint; every process must call it.
 
-        Each process's sums by themselves: added up in another order they would round differently.
+        The sums of each process are kept apart: another order of addition would round differently.
         """
         return {
             "sums": gather({name: value.tolist() for name, value in self.sums.items()}) if self.sums else [],
@@ -49,7 +49,7 @@ class Meter:
     def resume(self, state: dict[str, Any] | None) -> None:
         """Continue the interval of a checkpoint; None: it has none.
 
-        With another number of processes than then, the first one takes all.
+        If the number of processes has changed, the first process takes all sums.
         """
         self.start_interval()
         if state is None:
@@ -70,27 +70,27 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent in here is waiting for data."""
+        """Counts the time of the block as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Scalars by name; what is not finite is left out of the means."""
+        """Add scalars by name; values that are not finite are left out of the means."""
         for name, value in terms.items():
             finite = torch.isfinite(value)
             new = torch.stack((torch.where(finite, value, 0).float(), finite.float()))
             self.sums[name] = self.sums[name] + new if name in self.sums else new
 
     def watch(self, norms: dict[str, Tensor], step: int, tolerated: Tensor) -> Tensor:
-        """Note a step's gradient norms by network; 1 where one is not finite (as it is where the loss is not), else 0.
+        """Add a step's gradient norms by network; returns 1 if one is not finite (as for a bad loss), else 0.
 
-        The same on every process without asking: a bad value is bad everywhere after the gradients' all-reduce.
+        It is the same on every process: after the gradients' all-reduce, a bad value is bad everywhere.
 
         Args:
             norms: scalars.
             step: its number, from 1.
-            tolerated: a boolean scalar: whether a bad step says nothing of the run. It is left out all the same.
+            tolerated: a boolean scalar: whether a bad step does not count as divergence. It is skipped in any case.
         """
         bad = ~torch.stack([torch.isfinite(norm) for norm in norms.values()]).all()
         first, *others = norms
@@ -103,11 +103,11 @@ class Meter:
         return bad.float()
 
     def bad_steps(self) -> tuple[int, int]:
-        """How many steps in a row were bad up to now, and the first of them. Waits for the device."""
+        """The number of bad steps in a row up to now, and the first of them. Waits for the device."""
         return int(self.in_a_row), int(self.first_bad)
 
     def flush(self, batch_size: int) -> tuple[dict[str, float], dict[str, int]]:
-        """Means over the interval and over processes, with the rate; and what was skipped in it. Starts a new one."""
+        """Means over the interval and over processes, with the rate, and counts of skips; starts a new interval."""
         sums = total(torch.stack(list(self.sums.values()))).tolist()
         skipped = total(torch.tensor(self.skipped_images, device=self.device))
         seconds = time.perf_counter() - self.started

@@ -1,7 +1,7 @@
 """Several processes: gradients averaged over copies (DDP), or weights divided among the processes (FSDP2).
 
-Whole weights and optimiser states come out of both in one format, so a checkpoint does not depend on how many
-processes wrote it.
+Both give whole weights and optimiser states in the same format, so a checkpoint does not depend on the number of
+processes.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ def shard(module: nn.Module, methods: Iterable[str] = ()) -> None:
     for blocks in [m for m in module.modules() if isinstance(m, Blocks)]:
         for block in blocks:
             fully_shard(block)
-    fully_shard(module, reshard_after_forward=True)  # the averaged model sees no backward pass that would do it
+    fully_shard(module, reshard_after_forward=True)  # the averaged model has no backward pass that would reshard it
     for method in methods:
         register_fsdp_forward_method(module, method)
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """DDP: a module whose gradients are averaged over the processes; itself where there is one process or nothing to
+    """DDP: a module whose gradients are averaged over the processes; the module itself with one process or nothing to
     train."""
     if not (process()[1] > 1 and any(p.requires_grad for p in module.parameters())):
         return module
@@ -53,7 +53,7 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def synchronized(modules: Iterable[nn.Module], wanted: bool) -> Iterator[None]:
-    """Backward passes in here average gradients over the processes, or leave that to a later one."""
+    """Whether backward passes in the block average gradients over the processes, or leave that to a later pass."""
     with contextlib.ExitStack() as stack:
         for module in modules:
             if isinstance(module, FSDPModule):
@@ -64,20 +64,20 @@ def synchronized(modules: Iterable[nn.Module], wanted: bool) -> Iterator[None]:
 
 
 def clip_gradients(module: nn.Module, norm: float) -> Tensor:
-    """Scale the gradients down to a joint norm of `norm`; their norm before, a scalar, the same on every process."""
+    """Clip the gradients to a joint norm of `norm`; returns the norm before, a scalar, the same on every process."""
     total = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], norm)
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be divided among the processes."""
+    """This process's part of a tensor that may be divided among the processes."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """An optimiser step, left out where `bad` (a scalar, 0 or 1) is 1, without asking the device where that can be.
+    """An optimiser step, skipped if `bad` (a scalar, 0 or 1) is 1, without waiting for the device where possible.
 
-    PyTorch's fused optimisers look at `found_inf` themselves, as gradient scaling relies on.
+    PyTorch's fused optimisers check `found_inf` themselves, for gradient scaling.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if optimizer.defaults.get("fused") and not any(isinstance(p, DTensor) for p in parameters):
@@ -89,7 +89,7 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A module's weights by name; under FSDP2 gathered on the first process (every process must call)."""
+    """A module's weights by name; under FSDP2 gathered on the first process (every process must call it)."""
     weights: Any = (
         get_model_state_dict(module, options=WHOLE) if isinstance(module, FSDPModule) else module.state_dict()
     )
@@ -102,7 +102,7 @@ def whole_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_weights(module: nn.Module, weights: dict[str, Any]) -> None:
-    """Put whole weights, which every process has read, into a module."""
+    """Load whole weights, which every process has read, into a module."""
     if isinstance(module, FSDPModule):
         set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
     else:
@@ -110,5 +110,5 @@ def load_weights(module: nn.Module, weights: dict[str, Any]) -> None:
 
 
 def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put the whole state of an optimiser back."""
+    """Load the whole state of an optimiser."""
     set_optimizer_state_dict(module, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -1,4 +1,4 @@
-"""A run on disk: its settings, its logs, and checkpoints that are whole or not there."""
+"""A run on disk: settings, logs and checkpoints."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ from hieratok.training.trackers import open_tracker
 
 logger = logging.getLogger(__name__)
 
-# Settings of models that change no weight's shape.
+# Settings of models that do not change the weights' shapes.
 SHAPELESS = {"drop_path", "init_std", "encoder_weights", "encoder_sha256"}
-# Settings that change what is written or how fast, never the weights: a run may resume with others.
+# Settings that change outputs or speed, never the weights: a run may resume with other values.
 HARMLESS = {
     "name",
     "train.log_every",
@@ -54,14 +54,14 @@ COUNTERS = "counters.json"
 
 @dataclasses.dataclass
 class Snapshot:
-    """What a checkpoint holds besides the averaged model."""
+    """The content of a checkpoint besides the averaged model."""
 
     counters: dict[str, Any]
-    """`step` and what else a run counts, as plain values."""
+    """`step` and other counts, as plain values."""
     weights: dict[str, dict[str, Tensor]]
-    """Of each network by name."""
+    """Weights of each network by name."""
     optimizers: dict[str, dict[str, Any]]
-    """Their optimisers' states."""
+    """Optimiser states of each network by name."""
 
 
 class RunFolder:
@@ -100,7 +100,7 @@ class RunFolder:
                 if not allow_changes:
                     raise ValueError(
                         f"{path} holds a run with other settings ({differences}): choose another --out, or resume with"
-                        f" the new ones by --allow-changes"
+                        f" the new ones with --allow-changes"
                     )
                 self._check_changes(changed, differences)
                 logger.warning("%s resumes with other settings: %s", path, differences)
@@ -109,7 +109,7 @@ class RunFolder:
         """Refuse what a run with checkpoints cannot resume with.
 
         Raises:
-            ValueError: another model, or fewer steps than are done.
+            ValueError: another model, or fewer steps than done.
         """
         saved = self.saved()
         shape = [k for k in changed if k.startswith("model.") and k.partition(".")[2] not in SHAPELESS]
@@ -124,11 +124,11 @@ class RunFolder:
 
     @property
     def id(self) -> str | None:
-        """What its checkpoints call it; None: it was begun before runs had one."""
+        """The run's id, which its checkpoints repeat; None: an older run without one."""
         return checkpoint.read_table(self.path / checkpoint.RUN).get("id")
 
     def prepare(self) -> None:
-        """Make the folder, note the settings, and clear what a killed run left half-written of its own files.
+        """Make the folder, write the settings, and remove temporary files of a killed run.
 
         The caller holds the folder's lock.
         """
@@ -146,12 +146,12 @@ class RunFolder:
         return checkpoint.step_folders(self.path)
 
     def save(self, snapshot: Snapshot, save_model: Callable[[Path], None], keep: int | None) -> None:
-        """Write a checkpoint whole or not at all, then drop the oldest ones.
+        """Write a checkpoint atomically, then remove the oldest ones.
 
         Args:
             snapshot: what a resumed run needs.
-            save_model: writes the averaged model into the folder that it is given.
-            keep: how many checkpoints up to this one stay; None: all.
+            save_model: writes the averaged model into the given folder.
+            keep: number of checkpoints to keep, including this one; None: all.
         """
         step = snapshot.counters["step"]
         target = self.checkpoints / f"step-{step:08d}"
@@ -165,23 +165,23 @@ class RunFolder:
                     torch.save(state, file)
             (folder / COUNTERS).write_text(json.dumps(snapshot.counters))
             checkpoint.seal(folder, run=self.id, step=step)
-        if keep is not None:  # newer ones were damaged, and passed over
+        if keep is not None:  # newer ones were damaged, and ignored
             for old in [folder for folder in self.saved() if checkpoint.step_of(folder) <= step][keep:]:
                 checkpoint.remove(old)
 
     def _set_aside(self, target: Path) -> None:
-        """Move what is not a checkpoint of this run out of a checkpoint's way."""
+        """Rename a folder that is not a checkpoint of this run but has the name of one."""
         if os.path.lexists(target) and target not in self.saved():
             aside = target.with_name(f"not-this-runs-{target.name}-{uuid.uuid4().hex[:8]}")
             target.rename(aside)
-            logger.warning("%s is not a checkpoint of this run: it is called %s now", target, aside.name)
+            logger.warning("%s is not a checkpoint of this run: it was renamed to %s", target, aside.name)
 
     def newest(self, files: Iterable[str], before: int | None = None) -> Path | None:
-        """The newest checkpoint that is intact; a damaged one is passed over with a warning. None: none was written.
+        """The newest intact checkpoint; damaged ones are ignored with a warning. None: none was written.
 
         Args:
-            files: what it has to hold.
-            before: of an earlier step than this.
+            files: the files that it must hold.
+            before: only of earlier steps than this.
 
         Raises:
             TrainingError: there are checkpoints, and all are damaged.
@@ -191,22 +191,22 @@ class RunFolder:
             if before is not None and checkpoint.step_of(folder) >= before:
                 continue
             if folder not in saved and checkpoint.read_table(folder / checkpoint.CHECKSUMS):
-                logger.warning("%s is not a checkpoint of this run, and left alone", folder)
+                logger.warning("%s is not a checkpoint of this run: ignored", folder)
                 continue
             damage = checkpoint.find_damage(folder, files)
             if damage is None:
                 return folder
             damages.append(damage)
-            logger.warning("%s is damaged (%s) and passed over", folder, damage)
+            logger.warning("%s is damaged (%s): ignored", folder, damage)
         if damages:
             raise TrainingError(
-                f"every checkpoint in {self.checkpoints} is damaged (the newest: {damages[0]}): remove them to start"
-                f" anew"
+                f"every checkpoint in {self.checkpoints} is damaged (the newest: {damages[0]}): remove them to"
+                " start again"
             )
         return None
 
     def load(self, folder: Path, networks: Iterable[str]) -> Snapshot:
-        """What an intact checkpoint holds of networks, on the CPU."""
+        """Read an intact checkpoint, on the CPU."""
         networks = list(networks)
         return Snapshot(
             read_json_table(folder / COUNTERS),
@@ -218,14 +218,14 @@ class RunFolder:
         )
 
     def truncate_logs(self, step: int) -> None:
-        """Forget what was logged after the checkpoint that the run resumes from."""
+        """Remove what was logged after a step, that of the checkpoint which the run resumes from."""
         for path in (self.log_file, self.evaluations_file):
             records = [r for r in read_log(path) if r["step"] <= step]
             with checkpoint.atomic_file(path) as temporary:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
 
     def picture(self, step: int) -> Path:
-        """Where the picture of a step lies."""
+        """Path of a step's picture."""
         return self.path / PICTURES / f"step-{step:08d}.png"
 
     def is_evaluated(self, step: int) -> bool:
@@ -234,7 +234,7 @@ class RunFolder:
 
 
 class Log:
-    """log.jsonl, evaluations.jsonl and pictures/ of a run, and its tracker; written by the main process.
+    """log.jsonl, evaluations.jsonl and pictures/ of a run, and its tracker; written by the first process.
 
     Raises:
         MissingPackageError, ValueError: the tracker is not installed, or does not start.
@@ -248,12 +248,12 @@ class Log:
         self.evaluations = run.evaluations_file.open("a", buffering=1)
 
     def write(self, record: dict[str, float]) -> None:
-        """One interval's numbers."""
+        """Write one interval's numbers."""
         self.file.write(json.dumps(record) + "\n")
         self._track(record)
 
     def evaluation(self, record: dict[str, float]) -> None:
-        """One evaluation's numbers."""
+        """Write one evaluation's numbers."""
         self.evaluations.write(json.dumps(record) + "\n")
         self._track(record, "evaluation/")
 
@@ -262,14 +262,14 @@ class Log:
         self.tracker.numbers(values, int(record["step"]))
 
     def picture(self, picture: Image.Image, step: int) -> None:
-        """A contact sheet of what the averaged model does."""
+        """Write a contact sheet of the averaged model's outputs."""
         path = self.run.picture(step)
         path.parent.mkdir(exist_ok=True)
         save_png(picture, path)
         self.tracker.picture(picture, step)
 
     def sync(self) -> None:
-        """Flush the records to the disk: a checkpoint does not outlive what was logged before it."""
+        """Flush the records to the disk, so that no checkpoint is newer than its log."""
         checkpoint.sync(self.run.log_file)
         checkpoint.sync(self.run.evaluations_file)
 
@@ -284,7 +284,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings that a run's config.yaml holds.
 
     Raises:
-        ValueError: it holds none, or is damaged.
+        ValueError: missing or damaged settings.
     """
     try:
         return read_yaml(path)
@@ -293,6 +293,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, each of a step; none if there is no log. A line cut off by a crash is passed over."""
+    """The records of a log, each with a step; empty if there is no log. A line cut off by a crash is ignored."""
     records = read_json_lines(path) if path.is_file() else ()
     return [record for record in records if record and isinstance(record.get("step"), int)]

@@ -1,6 +1,6 @@
-"""What training runs left on the disk, as plain values: for the gallery and for model cards.
+"""Training runs read from disk as plain values, for `hieratok report` and model cards.
 
-A run may be unfinished, killed or damaged: whatever can be read is, and `problems` says what could not be.
+A run may be unfinished, killed or damaged: what can be read is read, and `problems` lists the rest.
 """
 
 import math
@@ -17,38 +17,38 @@ from hieratok.training.run_folder import EVALUATIONS, LOG, flatten
 
 CONFIG = "config.yaml"
 PARTS = {"checkpoints", "tensorboard", "wandb", "pictures", "tokenizer", "generator"}
-"""Folders of a run that hold no other run."""
+"""Sub-folders of a run that are not searched for runs."""
 LEAST, MOST = 1e-9, 1e30
-"""Of numbers in a log: a run that diverged has some beyond, and no plot shows them beside others."""
+"""Largest number taken from a log: those of a diverged run may be larger, and would hide others in a plot."""
 MOST_TERMS = 80
-"""Of a log, each of which is a plot."""
+"""Largest number of a log's terms, each of which is a plot."""
 SILENT_SECONDS, SILENT_INTERVALS = 600, 10
-"""An unfinished run counts as stopped when its log has not grown for so long, and so many times its own interval."""
+"""An unfinished run counts as stopped if its log has not grown for that many seconds and that many intervals."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metrics.json below a run: of `hieratok evaluate`, `analyze`, `quickstart` or a study."""
+    """A metrics.json in a run's folder: of `hieratok evaluate`, `analyze`, `quickstart` or a study."""
 
     where: str
-    """Its folder, within the run's."""
+    """Its folder, relative to the run's."""
     result: dict[str, Any]
-    """All of it."""
+    """The whole content."""
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the numbers depend on; numbers of equal manifests can be compared."""
+        """The manifest; numbers with equal manifests can be compared."""
         manifest = self.result.get("manifest")
         return manifest if isinstance(manifest, dict) else {"protocol": str(self.result.get("protocol", "not stated"))}
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Its numbers by name, without lists and nested ones."""
+        """The numbers by name, without lists and nested values."""
         return {shown(k): v for k, v in self.result.items() if is_number(v)}
 
 
 class Pace(NamedTuple):
-    """How far training got, and how fast."""
+    """Progress and speed of training."""
 
     images_seen: int
     seconds: float
@@ -60,41 +60,41 @@ class Run:
     """One run, finished or not."""
 
     name: str
-    """Its folder, within the one that was searched."""
+    """Its folder, relative to the searched one."""
     folder: Path
     kind: str
     """tokenizer or generator."""
     state: str
     """finished, step n of m, or stopped at step n of m."""
     written: float
-    """When its log last grew, in seconds since 1970."""
+    """Time of the log's last change, in seconds since 1970."""
     settings: dict[str, Any]
-    """By their names, {"train.steps": ...}."""
+    """The settings by name, {"train.steps": ...}."""
     log: list[dict[str, float]]
-    """Of log.jsonl: terms by name for each interval, with `step` and `images`."""
+    """log.jsonl: terms by name for each interval, with `step` and `images`."""
     evaluations: list[dict[str, float]]
-    """Of evaluations.jsonl, likewise."""
+    """evaluations.jsonl, likewise."""
     measurements: list[Measurement]
-    """Of metrics.json files below the run."""
+    """The metrics.json files in the run's folder."""
     parameters: int | None
-    """Of the averaged model; None: it was not saved yet."""
+    """Number of the averaged model's parameters; None: not saved yet."""
     picture: Path | None
     """The latest training picture."""
     problems: list[str] = field(default_factory=list)
-    """What could not be read, a line each."""
+    """What could not be read, one line each."""
 
     @property
     def finished(self) -> bool:
-        """Whether it trained to its end."""
+        """Whether training is finished."""
         return self.state == "finished"
 
     @property
     def pace(self) -> Pace | None:
-        """Of all that was logged; None where nothing was."""
+        """Progress and speed by the log; None without a log."""
         return speed(self.log) if self.log else None
 
     def facts(self) -> dict[str, Any]:
-        """What `hieratok report --json` prints."""
+        """The values for `hieratok report --json`."""
         return {
             "name": self.name,
             "folder": str(self.folder),
@@ -112,7 +112,7 @@ class Run:
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value from JSON is a number (true and false are none)."""
+    """Whether a value from JSON is a number (true and false are not)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -122,7 +122,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Every run in a folder and below it, itself included, in the order of their names.
+    """Every run in a folder and its sub-folders, including the folder itself, sorted by name.
 
     Raises:
         FileNotFoundError: no such folder, or no run in it.
@@ -138,7 +138,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 def walk(folder: Path, into_runs: bool = True) -> Iterator[Path]:
-    """A folder and those below it, without hidden ones, a run's parts and, if so asked, other runs."""
+    """A folder and its sub-folders, except hidden ones, parts of runs and, unless `into_runs`, other runs."""
     for path, folders, _ in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in PARTS)
         if not into_runs:
@@ -147,12 +147,12 @@ def walk(folder: Path, into_runs: bool = True) -> Iterator[Path]:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """One run; whatever is damaged is listed in `problems` and raises nothing."""
+    """Read one run; damage is listed in `problems` and raises no error."""
     problems: list[str] = []
     settings = read_settings(folder / CONFIG, problems)
     kind = settings.get("kind", "tokenizer")
     if kind not in ("tokenizer", "generator"):
-        problems.append(f"{CONFIG}: kind {shown(repr(kind))} is none that is known")
+        problems.append(f"{CONFIG}: kind {shown(repr(kind))} is unknown")
         kind = "tokenizer"
     log = read_records(folder / LOG, ("images_per_second",), problems)
     written = next((p.stat().st_mtime for p in (folder / LOG, folder / CONFIG) if p.is_file()), 0.0)
@@ -174,7 +174,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
-    """A run's settings by their names; what is wrong with the file goes to `problems`."""
+    """A run's settings by name; errors go to `problems`."""
     try:
         return flatten(read_yaml(path))
     except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def read_records(path: Path, required: tuple[str, ...], problems: list[str]) -> list[dict[str, float]]:
-    """The records of a log in the order of their steps, numbers alone; damaged lines go to `problems`."""
+    """The numbers of a log's records, in order of steps; damaged lines go to `problems`."""
     records: list[dict[str, float]] = []
     names: set[str] = set()
     lines = 0
@@ -211,7 +211,7 @@ def read_records(path: Path, required: tuple[str, ...], problems: list[str]) -> 
 def state_of(
     folder: Path, kind: str, settings: dict[str, Any], log: list[dict[str, float]], silent_seconds: float
 ) -> str:
-    """How far a run got, and whether it is still running, which only its log's age can say."""
+    """A run's progress, and whether it is still running, by the age of its log."""
     steps = settings.get("train.steps")
     saved = [checkpoint.step_of(path) for path in checkpoint.step_folders(folder)]
     step = int(max([log[-1]["step"] if log else 0, *saved]))
@@ -225,7 +225,7 @@ def state_of(
 
 
 def read_measurements(folder: Path, problems: list[str]) -> list[Measurement]:
-    """Every metrics.json below a run, but for those of other runs within it."""
+    """Every metrics.json in a run's folder, except those of other runs within it."""
     measurements = []
     for path in walk(folder, into_runs=False):
         file = path / "metrics.json"
@@ -241,7 +241,7 @@ def read_measurements(folder: Path, problems: list[str]) -> list[Measurement]:
 
 
 def count_parameters(folder: Path, kind: str, problems: list[str]) -> int | None:
-    """Of the finished model or the newest checkpoint's, from the file's header; None where there is none."""
+    """Parameters of the finished model or the newest checkpoint, from the file's header; None without one."""
     try:
         model = checkpoint.find(folder, inside=kind)
     except FileNotFoundError:
@@ -256,14 +256,14 @@ def count_parameters(folder: Path, kind: str, problems: list[str]) -> int | None
 
 
 def problem_of(path: Path, folder: Path, error: Exception) -> str:
-    """What is wrong with a file, on one short line that begins with its name within the folder."""
+    """An error of a file as one short line that begins with its name within the folder."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     reason = shown(" ".join(reason.split())).removeprefix(f"{shown(path)} ").removeprefix("cannot be read: ")
     return f"{shown(path.relative_to(folder))} cannot be read: {reason[:200]}"
 
 
 def speed(log: Sequence[Mapping[str, float]]) -> Pace:
-    """Images seen and time spent in training, interruptions left out."""
+    """Images seen and time of training, without interruptions."""
     before = [0, *(record["images"] for record in log)]
     seconds = sum((record["images"] - last) / record["images_per_second"] for last, record in zip(before, log))
     images = int(log[-1]["images"])

@@ -21,20 +21,20 @@ from hieratok.training.meter import Meter
 from hieratok.training.run_folder import COUNTERS, RunFolder, Snapshot
 
 Backward = Callable[[Tensor], None]
-"""Adds a loss's gradients to what the step has gathered."""
+"""Adds a loss's gradients to those of the step."""
 
 
 class Objective:
-    """What is trained and what it minimises; `train_step` does the rest.
+    """Networks and their losses; `train_step` does the rest.
 
     Args:
-        networks: everything that is trained, by name. The first is the model: it is averaged, saved by its
+        networks: the networks to train, by name. The first is the model: it is averaged, saved with its
             `save_pretrained(folder, state_dict)`, and shown.
-        optimizations: of the same names.
+        optimizations: by the same names.
     """
 
     methods: tuple[str, ...] = ()
-    """Methods of the model that compute with its weights besides `forward`."""
+    """Names of the model's methods, besides `forward`, that compute with its weights."""
 
     def __init__(self, networks: dict[str, nn.Module], optimizations: dict[str, Optimization]):
         self.networks = networks
@@ -44,13 +44,13 @@ class Objective:
     def compute(
         self, networks: dict[str, nn.Module], batch: dict[str, Tensor], step: int, backward: Backward
     ) -> dict[str, Tensor]:
-        """Compute one micro-batch's loss, or losses one after the other, and call `backward` with each.
+        """Compute the loss or losses of one micro-batch, and call `backward` with each.
 
         Args:
-            networks: as given, perhaps wrapped for several processes: call these.
-            batch: what the data set gives, on the device.
-            step: optimiser steps done.
-            backward: to be called with a scalar, which takes its graph's memory back.
+            networks: those of `__init__`, possibly wrapped for several processes: call these.
+            batch: from the data set, on the device.
+            step: number of optimiser steps done.
+            backward: call it with a scalar; frees the scalar's graph.
 
         Returns:
             Detached scalars to log by name, "loss" among them.
@@ -58,7 +58,7 @@ class Objective:
         raise NotImplementedError
 
     def finish_step(self, bad: Tensor) -> None:
-        """Called after each optimiser step; `bad` is 1 where it was left out, 0 elsewhere."""
+        """Called after each optimiser step; `bad` is 1 if it was skipped, else 0."""
 
 
 def learning_rate(step: int, config: Optimization, steps: int) -> float:
@@ -72,7 +72,7 @@ def learning_rate(step: int, config: Optimization, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: Optimization, device: torch.device) -> torch.optim.AdamW:
-    """AdamW on what is trained of a network, with weight decay on matrices and convolutions alone. [ours]"""
+    """AdamW for the trainable parameters of a network, with weight decay on matrices and convolutions only. [ours]"""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -94,11 +94,11 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
 
 
 class State:
-    """Everything that a step changes, and the checkpoints that it is kept in.
+    """Everything that a step changes, with saving and loading of checkpoints.
 
     Args:
         objective: freshly initialised networks on the CPU.
-        config: how they are trained.
+        config: the settings.
         device: where they are trained.
     """
 
@@ -128,22 +128,22 @@ class State:
         self.step = 0
         """Optimiser steps done, skipped ones included."""
         self.counts = {"bad_images": 0, "skipped_steps": 0, "rollbacks": 0}
-        """Unreadable images passed over, steps left out, and how often the run was rolled back to a checkpoint."""
+        """Counts of unreadable images, skipped steps and rollbacks."""
 
     @property
     def files(self) -> list[str]:
-        """What a checkpoint has to hold."""
+        """Files that a checkpoint must hold."""
         model = [f"{self.name}/{file}" for file in (checkpoint.CONFIG, checkpoint.WEIGHTS)]
         others = [f"{name}{end}" for name in self.networks for end in (".safetensors", "-optimizer.pt")]
         return [COUNTERS, *model, *others]
 
     def save(self, run: RunFolder, interval: dict[str, Any], keep: int | None) -> None:
-        """Write a checkpoint; every process must call.
+        """Write a checkpoint; every process must call it.
 
         Args:
-            run: where to.
-            interval: what the meter has summed up since the last line in the log.
-            keep: how many checkpoints stay; None: all.
+            run: the folder.
+            interval: the meter's state since the last line of the log.
+            keep: number of checkpoints to keep; None: all.
         """
         averaged = parallel.whole_weights(self.ema)
         counters = {
@@ -163,20 +163,20 @@ class State:
             run.save(snapshot, lambda folder: model.save_pretrained(folder / self.name, averaged), keep)
 
     def load(self, run: RunFolder, folder: Path) -> dict[str, Any]:
-        """Take over what an intact checkpoint holds; what is left over: `interval` and `threads`."""
+        """Load an intact checkpoint; returns the rest of its values, `interval` and `threads`."""
         snapshot = run.load(folder, self.networks)
         parallel.load_weights(self.ema, checkpoint.read_tensors(folder / self.name / checkpoint.WEIGHTS))
         for name, network in self.networks.items():
             parallel.load_weights(network, snapshot.weights[name])
             parallel.load_optimizer(network, self.optimizers[name], snapshot.optimizers[name])
-        if scaler := snapshot.counters.pop("scaler", None):  # empty: not of fp16
+        if scaler := snapshot.counters.pop("scaler", None):  # empty without fp16
             self.scaler.load_state_dict(scaler)
         self.step = snapshot.counters.pop("step")
         self.counts = {name: snapshot.counters.pop(name) for name in self.counts}
         return snapshot.counters
 
     def is_finite(self) -> bool:
-        """Whether all weights are; under FSDP2 those of this process."""
+        """Whether all weights are finite; under FSDP2 those of this process."""
         weights = [p for network in (self.ema, *self.networks.values()) for p in network.parameters()]
         return all(bool(parallel.local(p).isfinite().all()) for p in weights)
 
@@ -189,15 +189,15 @@ def train_step(
     micro_batches: range,
     meter: Meter,
 ) -> None:
-    """One optimiser step of every network, left out on all of them where a gradient is not finite.
+    """One optimiser step of every network, skipped for all if a gradient is not finite.
 
     Args:
-        objective: the losses.
-        state: what is changed.
-        config: how.
-        batches: this process's next micro-batches, with `skipped` among their tensors.
-        micro_batches: their places in the whole batch, which seed the noise of each.
-        meter: notes the losses and gradients.
+        objective: networks and losses.
+        state: changed by the step.
+        config: the settings.
+        batches: this process's next micro-batches, including the tensor `skipped`.
+        micro_batches: their indices in the whole batch, which seed their noise.
+        meter: collects losses and gradient norms.
     """
     for name, optimizer in state.optimizers.items():
         for group in optimizer.param_groups:
@@ -223,7 +223,7 @@ def train_step(
         name: parallel.clip_gradients(network, objective.optimizations[name].clip_norm)
         for name, network in state.networks.items()
     }
-    # An overflow of scaled gradients says that the scale is too large, unless there is none any more.
+    # An overflow of scaled gradients only says that the scale is too large, unless the scale is at its minimum.
     is_scaled = state.scaler.scale(torch.ones((), device=state.device)) > 1
     bad = meter.watch(norms, state.step + 1, tolerated=is_scaled)
     for optimizer in state.optimizers.values():

@@ -1,4 +1,4 @@
-"""Training a tokenizer: stage 1, stage 2 with GAN and vf-loss, and the decoder alone (paper, section 4)."""
+"""Training a tokenizer: stage 1, stage 2 with GAN and vf-loss, or the decoder alone (paper, section 4)."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -56,14 +56,14 @@ from hieratok.training.step import Backward, Objective
 
 PICTURE_IMAGES = 6
 STATISTICS_IMAGES = 10_000
-"""Of the training set, evenly spread: what the latents' mean and deviation are measured on when a run ends. [ours]"""
+"""Training images, evenly spread, on which the latents' statistics are measured at the end of a run. [ours]"""
 
 
 def train_tokenizer(run: TokenizerRun, out: str | Path, allow_changes: bool = False) -> HieraTok:
     """Train a tokenizer, or resume the run in `out`; write `out/tokenizer` at the end.
 
     Args:
-        run: what to train, on what, and how.
+        run: the settings.
         out: the run's folder.
         allow_changes: resume a run in `out` that had other settings.
 
@@ -116,7 +116,7 @@ def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
         measure_latents(trained, evenly_spread(source, STATISTICS_IMAGES), size, data.on_bad_image)
     except NotFinite as error:
         raise TrainingError(
-            f"the run in {folder.path} diverged: the latents of the trained tokenizer are not finite. Train it anew"
+            f"the run in {folder.path} diverged: the latents of the trained tokenizer are not finite. Train it again"
             f" with a lower learning rate"
         ) from error
     weights = parallel.whole_weights(trained)
@@ -141,14 +141,13 @@ def cached_latents(run: TokenizerRun, tokenizer: HieraTok, source: Source, out: 
 
 
 def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
-    """Fresh weights, or those of `run.start_from`, unless a checkpoint's will take their place anyway.
+    """A tokenizer with random weights, or those of `run.start_from`; only its shape matters if a checkpoint follows.
 
-    A tokenizer of another image size, with all scales in proportion, begins as what it does at the new size: its
-    positions are interpolated once for all.
+    The positions of a tokenizer of another image size, with all scales in proportion, are interpolated.
 
     Raises:
         ValueError: `start_from` is a tokenizer of another shape.
-        FileNotFoundError: there is none.
+        FileNotFoundError: `start_from` does not exist.
     """
     torch.manual_seed(run.train.seed)
     tokenizer = HieraTok(run.model)
@@ -157,7 +156,7 @@ def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
     try:
         before = HieraTok.from_pretrained(run.start_from)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; say where the weights to begin with lie by --from RUN") from error
+        raise FileNotFoundError(f"{error}; name the weights to start from with --from RUN") from error
     weights = before.state_dict()
     shape = [f.name for f in fields(TokenizerConfig) if f.name not in SHAPELESS]
     changed = [name for name in shape if getattr(before.config, name) != getattr(run.model, name)]
@@ -179,10 +178,10 @@ def initial_tokenizer(run: TokenizerRun, resumes: bool) -> HieraTok:
 
 
 def in_proportion(a: TokenizerConfig, b: TokenizerConfig) -> bool:
-    """Whether two tokenizers treat an image alike but for its size: every token map grows as the image does.
+    """Whether two tokenizers differ in the image size only, with all token maps in proportion.
 
-    One then takes the other's weights: positions are interpolated as they are for any image of another size, and all
-    else belongs to a scale by its place in the list. [ours]
+    One can then take the other's weights: positions are interpolated, as for any image of another size, and other
+    weights belong to a scale by its index. [ours]
     """
     if a.patch_size != b.patch_size or len(a.scales) != len(b.scales):
         return False
@@ -206,8 +205,8 @@ class TokenizerObjective(Objective):
     """Eq. 3: L_rec, L_perc, L_kl at every scale, L_adv on the finest, and the vf-loss on z.
 
     Args:
-        run: its weights and schedules.
-        tokenizer: to be trained.
+        run: the settings.
+        tokenizer: to train.
     """
 
     methods = ("encode", "decode", "decode_pyramid")
@@ -230,7 +229,7 @@ class TokenizerObjective(Objective):
                 weight_decay=run.gan.weight_decay,
                 clip_norm=run.train.clip_norm,
             )
-        if run.vf.weight:  # its projection learns as the tokenizer does
+        if run.vf.weight:  # its projection is trained like the tokenizer
             networks["vf"] = VFLoss(run.vf, run.model.latent_channels)
             optimizations["vf"] = run.train
         self.logit_means: list[Tensor] = []
@@ -274,7 +273,7 @@ class TokenizerObjective(Objective):
         return torch.tensor(weight * self.criterion.finest_share, device=other.device)
 
     def adversarial_loss(self, critic: Critic, fake: Tensor) -> Tensor:
-        """L_adv, whose gradient reaches the tokenizer and not the discriminator."""
+        """L_adv, with a gradient for the tokenizer and none for the discriminator."""
         critic.requires_grad_(False)
         loss = generator_loss(self.run.gan.loss, critic(fake.float()))
         critic.requires_grad_(True)
@@ -283,10 +282,10 @@ class TokenizerObjective(Objective):
     def discriminator_loss(
         self, critic: nn.Module, images: Tensor, fake: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss; one forward pass for both kinds of image, as DDP wants it.
+        """The discriminator's loss; one forward pass for real and fake images, as DDP needs.
 
-        R1's penalty comes on top at every `r1_interval`-th step, in the same backward pass. [ours]: StyleGAN2 makes an
-        optimiser step of its own of it, and lowers learning rate and betas for that.
+        The R1 penalty is added at every `r1_interval`-th step, in the same backward pass. [ours]: StyleGAN2 makes a
+        separate optimiser step for it, with a lower learning rate and betas.
         """
         assert self.critic is not None
         gan = self.run.gan
@@ -306,7 +305,7 @@ class TokenizerObjective(Objective):
         return loss, terms
 
     def finish_step(self, bad: Tensor) -> None:
-        """LeCam's running means move once a step, over all its micro-batches."""
+        """Update LeCam's running means, once per step over all micro-batches."""
         if self.critic and self.logit_means:
             means = torch.stack(self.logit_means).mean(dim=0)
             self.logit_means.clear()
@@ -314,12 +313,12 @@ class TokenizerObjective(Objective):
 
 
 class Evaluation:
-    """What `fit` calls every `eval.every` steps: metrics of reconstructions of held-out images.
+    """Metrics of reconstructions of held-out images, which `fit` calls every `eval.every` steps.
 
     Args:
-        config: which metrics, of how many images.
+        config: the settings.
         source: the held-out images.
-        size: the tokenizer's, in pixels.
+        size: the tokenizer's image size in pixels.
 
     Raises:
         ValueError, FileNotFoundError: unknown networks, or weights that are missing.
@@ -333,8 +332,8 @@ class Evaluation:
         self.perceptual = load_perceptual(config.lpips, "cpu")
 
     def __call__(self, tokenizer: nn.Module) -> dict[str, float]:
-        """Numbers by name over all processes, a coarse scale's with its side in pixels (`psnr/32`); every process must
-        call."""
+        """Numbers by name over all processes, of coarse scales with the side in pixels (`psnr/32`); every process must
+        call it."""
         assert isinstance(tokenizer, HieraTok)
         device = tokenizer.latent_mean.device
         for network in (self.network, *self.perceptual):
@@ -342,9 +341,7 @@ class Evaluation:
                 network.to(device)
         patch_size = tokenizer.config.patch_size
         finest = ReconstructionMetrics(self.network, self.perceptual, patch_size)
-        scales = ReconstructionMetrics(
-            patch_size=patch_size
-        )  # pixel metrics alone: networks would cost K times as much
+        scales = ReconstructionMetrics(patch_size=patch_size)  # pixel metrics only: networks would cost K times as much
         for names, _, originals in evaluation_batches(self.source, self.size, self.config.batch_size, *process()):
             pyramid = reconstruct_pyramid(tokenizer, originals)
             finest.update(names, originals, pyramid[-1])
@@ -360,7 +357,7 @@ class Evaluation:
 def measure_latents(
     tokenizer: HieraTok, source: Source, size: int, on_bad_image: Literal["error", "skip"] = "error"
 ) -> None:
-    """Measure the mean and deviation of every latent channel, over all processes, and put them into the tokenizer."""
+    """Measure every latent channel's mean and deviation, over all processes, and store them in the tokenizer."""
     statistics = LatentStatistics(tokenizer.config.latent_channels)
     dataset = ImageDataset(source, size, "center", flip=False, on_bad_image=on_bad_image)
     rank, world = process()

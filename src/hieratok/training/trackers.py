@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go besides its own files."""
+"""Trackers of a run's numbers and pictures: TensorBoard, Weights & Biases."""
 
 import contextlib
 import os
@@ -14,28 +14,28 @@ from hieratok.core.typed import flatten
 from hieratok.training.config import TrackerName
 
 PROJECT = "hieratok"
-"""Of Weights & Biases, unless WANDB_PROJECT says otherwise."""
+"""Project of Weights & Biases, unless WANDB_PROJECT is set."""
 
 
 class Tracker(Protocol):
-    """Something that draws curves."""
+    """A tracker of a run."""
 
     def numbers(self, values: dict[str, float], step: int) -> None:
-        """Values by name."""
+        """Record values by name."""
 
     def picture(self, picture: Image.Image, step: int) -> None:
-        """A contact sheet of what the averaged model does."""
+        """Record a contact sheet of the averaged model's outputs."""
 
     def close(self) -> None:
         """Flush everything."""
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of a run's folder.
+    """TensorBoard's event files, in `tensorboard/` of a run's folder.
 
     Args:
         folder: the run's.
-        step: that the run stands at: what was written of later ones is forgotten.
+        step: the run's present step: records of later steps are dropped.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -44,11 +44,11 @@ class TensorBoard:
 
         events = folder / "tensorboard"
         events.mkdir(exist_ok=True)
-        self.links = contextlib.ExitStack()  # TensorBoard too refuses names that are no UTF-8
+        self.links = contextlib.ExitStack()  # TensorBoard, too, refuses names that are not UTF-8
         self.writer = SummaryWriter(str(self.links.enter_context(checkpoint.utf8_path(events))), purge_step=step + 1)
 
     def numbers(self, values: dict[str, float], step: int) -> None:
-        """A scalar each."""
+        """Write one scalar each."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
@@ -63,18 +63,18 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; the environment decides about account, project and network, as wandb documents it.
+    """A run of Weights & Biases; account, project and network are set by the environment, as wandb documents.
 
-    Steps are a value of their own, so that a run which resumes at an earlier step may log it again.
+    Steps are logged as a value, so that a run which resumes at an earlier step may log it again.
 
     Args:
         folder: the run's; wandb's files go to `wandb/` in it.
-        settings: of the run, shown beside its curves.
-        identity: of the run, by which wandb knows it again when it resumes; None: it has none.
+        settings: of the run, shown with its curves.
+        identity: the run's id, by which wandb recognises it after a resume; None: it has none.
 
     Raises:
         MissingPackageError: wandb is not installed.
-        ValueError: it does not start; says why.
+        ValueError: wandb does not start.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], identity: str | None):
@@ -95,17 +95,17 @@ class WeightsAndBiases:
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"wandb did not start ({reason}): log in by `wandb login`, or WANDB_MODE=offline"
+                f"wandb did not start ({reason}): log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def numbers(self, values: dict[str, float], step: int) -> None:
-        """A line of its history."""
+        """Add a line to the history."""
         self.run.log({"step": step, **values})
 
     def picture(self, picture: Image.Image, step: int) -> None:
-        """An image in its history."""
+        """Add an image to the history."""
         self.run.log({"step": step, "pictures": self.image(picture)})
 
     def close(self) -> None:
