@@ -298,8 +298,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "hieratok: onnxruntime is not installed: pip install 'hieratok[onnx]'\n"
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "vit"])
-@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize(("kind", "format"), [("autoencoder", "onnx"), ("vit", "torch")])
 def test_a_frozen_encoder_is_exported_too(kind, format, tmp_path):
     need(format)
     if kind == "vit":
