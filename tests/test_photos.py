@@ -244,7 +244,12 @@ def test_hub_options_reach_the_hub(tok, tmp_path, monkeypatch):
         tmp_path / "downloaded"
     )
     assert DiT.from_pretrained("someone/dit", dtype=torch.float16, **options).x_embedder.proj.weight.dtype == torch.half
-    assert set(asked["allow_patterns"]) == {"config.json", "model.safetensors"}  # and no code
+    assert set(asked["allow_patterns"]) == {
+        "config.json",
+        "model.safetensors",
+        "encoder/config.json",
+        "encoder/*.safetensors",
+    }  # and no code
 
 
 def test_local_files_only_asks_no_network(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ class FakeHub:
 
     def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
         assert commit_message
-        assert set(allow_patterns) == {*FILES, "encoder/*"}
+        assert set(allow_patterns) == {*FILES, *checkpoint.ENCODER_FILES}
         shutil.copytree(folder_path, self.folder / repo_id)
 
 
@@ -67,7 +67,7 @@ def hub(tmp_path, monkeypatch) -> FakeHub:
 
     def download(hub_id: str, revision: str | None, allow_patterns: list[str], **others) -> str:
         fake.calls.append((hub_id, revision))
-        assert set(allow_patterns) <= {*FILES, "encoder/*"}
+        assert set(allow_patterns) <= {*FILES, *checkpoint.ENCODER_FILES}
         return str(fake.folder / hub_id)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

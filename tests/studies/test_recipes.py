@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from hieratok import HieraTok
+from hieratok import DiagonalGaussian, HieraTok
 from hieratok.core.typed import plain
 from hieratok.generation.dit import DiT
 from hieratok.settings import load_run
@@ -57,7 +57,10 @@ def test_every_tokenizer_builds_and_runs(name):
     """On the meta device: shapes of a whole pass, without the memory or time of 400M parameters."""
     config = recipes.get(name).model
     with torch.device("meta"):
-        pyramid, posterior, _ = HieraTok(config).eval()(torch.empty(2, 3, config.image_size, config.image_size))
+        z = torch.empty(2, config.latent_channels, *config.grid)
+        known = DiagonalGaussian(z, z) if config.encoder else None  # a frozen encoder's weights are not here
+        images = torch.empty(2, 3, config.image_size, config.image_size)
+        pyramid, posterior, _ = HieraTok(config).eval()(images, known)
     assert [x.shape[-1] for x in pyramid] == [config.patch_size * s for s in config.scales]
     assert posterior.mean.shape == (2, config.latent_channels, *config.grid)
     assert recipes.summary(name)

@@ -173,7 +173,7 @@ def test_from_training_to_reconstruction(vae, photos, tmp_path, capsys):
     assert main(["train", "tiny-multi", *flags, *sizes, "--train.steps", "2", "--out", str(out)]) == 0
     photo = str(next(photos.rglob("*.png")))
     assert main(["reconstruct", str(out), photo, "--out", str(tmp_path / "pictures")]) == 0
-    how = ["--features", "none", "--out", str(tmp_path / "evaluation")]
+    how = ["--features", "none", "--lpips", "[]", "--out", str(tmp_path / "evaluation")]
     assert main(["evaluate", "reconstruction", str(out), "--data", str(photos), *how]) == 0
     assert main(["latents", str(out), "--data", str(photos), "--out", str(tmp_path / "latents")]) == 0
     capsys.readouterr()

@@ -31,6 +31,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENCODER = "encoder"
 """In a tokenizer's folder: the files of a frozen encoder, if they were copied."""
+ENCODER_FILES = [f"{ENCODER}/{CONFIG}", f"{ENCODER}/*.safetensors"]
 STATISTICS = {"latent_mean", "latent_std"}
 """A tokenizer's tensors besides its weights, measured after training; NaN before."""
 CHECKSUMS = "checksums.json"
@@ -357,7 +358,7 @@ def _download(
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG, WEIGHTS, f"{ENCODER}/*"],
+            allow_patterns=[CONFIG, WEIGHTS, *ENCODER_FILES],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if local_files_only:

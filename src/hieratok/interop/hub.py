@@ -132,7 +132,7 @@ def push_to_hub(run: str | Path, hub_id: str, *, license: str, private: bool = F
             api.upload_folder(
                 repo_id=hub_id,
                 folder_path=folder,
-                allow_patterns=[*FILES, f"{checkpoint.ENCODER}/*"],
+                allow_patterns=[*FILES, *checkpoint.ENCODER_FILES],
                 commit_message=f"hieratok {__version__}",
             )
         except Exception as error:  # the hub's own errors, and those of its client's HTTP library
