@@ -363,7 +363,7 @@ def test_latents_that_are_not_finite_name_the_image(run, photos, tmp_path, comma
     [
         (
             {"_class_name": "AutoencoderOobleck"},
-            "of diffusers' models AutoencoderKL, AutoencoderDC, AutoencoderTiny can be used",
+            "AutoencoderKL, AutoencoderDC, AutoencoderTiny can be used",
         ),
         ({"_class_name": "AutoencoderKL"}, "diffusion_pytorch_model.safetensors does not exist"),
         ({"model_type": "bert"}, "does not describe a hieratok model"),
