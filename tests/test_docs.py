@@ -234,7 +234,7 @@ def options() -> set[str]:
     """Of all commands, without dashes in front."""
     all_of_them = [one for command in COMMANDS.values() for one in (command, *command.kinds.values()) if one.options]
     names = {field.name for command in all_of_them for field in fields(command.options)}
-    return names | {"data", "from", "out", "allow-changes", "help", "version", "plugin"} | TORCHRUN
+    return names | {"data", "encoder", "from", "out", "allow-changes", "help", "version", "plugin"} | TORCHRUN
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -63,8 +63,8 @@ def cache_folder() -> Path:
 def kept_file(kind: str, path: str, version: Version, suffix: str, make: Callable[[Path], None]) -> Path:
     """A cached file that belongs to one version of a source file; made if missing.
 
-    Other processes wait while one makes it; it is written atomically. Whenever one is made, files that were not used for
-    30 days are removed.
+    Other processes wait while one makes it; it is written atomically. Whenever one is made, files that were not used
+    for 30 days are removed.
 
     Args:
         kind: sub-folder of the cache.
