@@ -240,7 +240,7 @@ def test_wheel_has_the_whole_package_and_links_that_lead_somewhere(built):
     assert {name for name in names if ".dist-info/" not in name} == wanted
     targets = re.findall(r"\]\(([^)\s]+)\)", metadata) + re.findall(r'<img src="(.+?)"', metadata)
     pictures = [t for t in targets if t.startswith("https://raw.githubusercontent.com/")]
-    assert {Path(picture).name for picture in pictures} >= {"architecture.svg", "imagenette.webp"}
+    assert {Path(picture).name for picture in pictures} == {"imagenette.webp"}
     for target in targets:
         assert target.startswith(("https://", "#")), target
         if target.startswith((f"{REPOSITORY}/blob/main/", *pictures)):
