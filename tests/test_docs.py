@@ -144,6 +144,7 @@ def run_command(capsys, monkeypatch):
             if understood:
                 for name in WORK:
                     patch.setattr(f"hieratok.{name}", lambda *_, **__: ["what was written"])
+                patch.setattr("hieratok.tokenizer.frozen.with_encoder", lambda model, *_, **__: model)  # reads a file
             status = main(words if understood else [*words, *SHORTER.get(words[0], [])])
         printed = capsys.readouterr()
         assert status == 0, f"{words}: {printed.err}"
