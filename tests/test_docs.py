@@ -144,6 +144,7 @@ def run_command(capsys, monkeypatch):
             if understood:
                 for name in WORK:
                     patch.setattr(f"hieratok.{name}", lambda *_, **__: ["what was written"])
+                patch.setattr("hieratok.tokenizer.frozen.with_encoder", lambda model, *_, **__: model)  # reads a file
             status = main(words if understood else [*words, *SHORTER.get(words[0], [])])
         printed = capsys.readouterr()
         assert status == 0, f"{words}: {printed.err}"
@@ -234,7 +235,7 @@ def options() -> set[str]:
     """Of all commands, without dashes in front."""
     all_of_them = [one for command in COMMANDS.values() for one in (command, *command.kinds.values()) if one.options]
     names = {field.name for command in all_of_them for field in fields(command.options)}
-    return names | {"data", "from", "out", "allow-changes", "help", "version", "plugin"} | TORCHRUN
+    return names | {"data", "encoder", "from", "out", "allow-changes", "help", "version", "plugin"} | TORCHRUN
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
