@@ -255,7 +255,10 @@ def test_titles_of_a_sheet():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "b"], "b has no image named x (and 1 more): images are paired by name; --suffix=TEXT says what"),
+        (
+            ["a", "b"],
+            "b has no image named x (and 1 more): images are paired by name; --suffix=TEXT is for a suffix of the",
+        ),
         (["a", "b", "--suffix=_out"], "b has no image whose name ends in _out"),
         (["a", "b", "--suffix=-1"], "b has no image named y-1: images are paired by name"),
         (["b", "a", "--suffix=x"], "a has no image named x-1x"),

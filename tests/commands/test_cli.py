@@ -329,10 +329,14 @@ def test_help_of_train_explains_every_setting(hieratok):
     assert (status, errors) == (0, [])
     assert "pixels per token side" in printed  # from TokenizerConfig's docstrings
     assert "Example: hieratok train" in printed
-    for name in field_types(TokenizerRun).keys() - {"kind", "data.path", "start_from"} | {"out", "allow_changes"}:
+    for name in field_types(TokenizerRun).keys() - {"kind", "data.path", "start_from", "model.encoder"} | {
+        "out",
+        "allow_changes",
+    }:
         assert len(re.findall(rf"^  --{re.escape(name)}( |$)", printed, re.MULTILINE)) == 1, name
     assert "\n  --data, --data.path PATH " in printed
     assert "\n  --from, --start_from RUN " in printed
+    assert "\n  --encoder, --model.encoder timm:NAME|diffusers:FOLDER" in printed
     assert "default: " not in printed  # a recipe's settings are others than those of the 400M model
     assert not [word for word in ("Union[", "Literal[", "{true,false}", "--x+") if word in printed]
     order = ["usage: ", SUMMARY, "Example: ", "  RECIPE|FILE.yaml ", "  --data", "  --from", "  --train.steps "]

@@ -235,7 +235,8 @@ def test_pipeline_survives_its_files(vae, tmp_path):
     assert loaded.transformer.dit.config == pipe.transformer.dit.config
     assert loaded.transformer.dit.latents == pipe.transformer.dit.latents
     settings = dict(num_inference_steps=3, latents=noise(1, 4, 4, 4), output_type="np")
-    assert np.array_equal(loaded([1], 2.0, **settings).images, pipe([1], 2.0, **settings).images)
+    found, expected = (one([1], 2.0, **settings).images for one in (loaded, pipe))
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # weights that lie elsewhere in memory round differently
 
 
 @torch.no_grad()

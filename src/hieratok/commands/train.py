@@ -26,7 +26,7 @@ ANY_RECIPE = (
     " settings are those of `hieratok train dit-tiny --help`."
 )
 SOURCE = Option("source", str, "A recipe's name, or a file of settings.", is_positional=True, value="RECIPE|FILE.yaml")
-FIRST = ["data.path", "start_from", "tokenizer", "out", "allow_changes"]
+FIRST = ["data.path", "start_from", "model.encoder", "tokenizer", "out", "allow_changes"]
 """What a run needs besides its recipe."""
 COMMON = ["train.steps", "train.batch_size", "train.learning_rate", "model.image_size", "model.scales"]
 """The settings that are changed most often."""
