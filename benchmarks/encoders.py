@@ -276,7 +276,7 @@ def time_previews(options: argparse.Namespace) -> None:
         calls["AutoencoderTiny, 256 px"] = lambda z=z: tiny.decode(z).sample
         for k, side in enumerate(tokenizer.config.scales):
             calls[f"ours, {8 * side} px"] = lambda k=k, z=z: tokenizer.decode(z, k)
-        machine = Machine(torch.device("cpu"), torch.float32, size, options.rounds, compile=False)
+        machine = Machine(torch.device("cpu"), "fp32", size, options.rounds, compile=False)
         timed = measure(machine, calls, size, dict.fromkeys(calls, whole), f"{size} images")
         print(f"\n{size} image{'s' * (size > 1)}\n{table(timed)}", flush=True)
 
@@ -288,7 +288,7 @@ def main() -> None:
     parts = commands.add_parser("parts", help="train the small frozen networks")
     parts.add_argument("--data", required=True, help="training images")
     parts.add_argument("--squeezenet", required=True, help="weights of the perceptual distance")
-    parts.add_argument("--minutes", type=float, default=20, help="for each part (the tiny decoder: half)")
+    parts.add_argument("--minutes", type=float, default=16, help="for each part (the tiny decoder: half)")
     parts.add_argument("--out", default="encoders/parts")
     parts.set_defaults(run=make_parts)
     decoders = commands.add_parser("train", help="train a decoder on each, and measure it")
@@ -297,7 +297,7 @@ def main() -> None:
     decoders.add_argument("--squeezenet", required=True, help="weights of the perceptual trunk and of FD-SqueezeNet")
     decoders.add_argument("--mobilenet", required=True, help="weights of FD-MobileNetV2")
     decoders.add_argument("--parts", default="encoders/parts", help="where `parts` wrote them")
-    decoders.add_argument("--images", default=40_000, type=int, help="of training, each run")
+    decoders.add_argument("--images", default=24_000, type=int, help="of training, each run")
     decoders.add_argument("--out", default="encoders/decoders")
     decoders.set_defaults(run=train_decoders)
     timing = commands.add_parser("time", help="time previews")
