@@ -213,6 +213,11 @@ class TinyDecoder(DiffusersTokenizer):
         return self.tiny.decode(z * self.model.config.scaling_factor).sample
 
 
+def file_name(row: str) -> str:
+    """A row's name as that of a file."""
+    return row.replace(",", "").replace(" ", "-")
+
+
 def train_decoders(options: argparse.Namespace) -> None:
     """Train and measure what is missing, then print the table."""
     options.out = Path(options.out)
@@ -225,14 +230,14 @@ def train_decoders(options: argparse.Namespace) -> None:
         "AutoencoderKL, AutoencoderTiny's decoder": TinyDecoder(autoencoder, tiny).eval(),
     }
     for name, run in runs(options).items():
-        file = options.out / name.replace(",", "").replace(" ", "-") / "results.json"
+        file = options.out / file_name(name) / "results.json"
         if not file.is_file():
             tokenizer = train_tokenizer(run, file.parent)
             trained = sum(p.numel() for p in tokenizer.parameters())
             write_json(file, readings.measure(tokenizer, options) | {"parameters": trained})
         results[name] = json.loads(file.read_text())
     for name, model in own.items():
-        file = options.out / f"{name.replace(',', '').replace(' ', '-')}.json"
+        file = options.out / f"{file_name(name)}.json"
         if not file.is_file():
             write_json(file, readings.measure(model, options))
         results[name] = json.loads(file.read_text())

@@ -24,6 +24,7 @@ import torch
 
 from hieratok.bench.config import Bench
 from hieratok.bench.suite import Machine, bench, machine_of, training_step
+from hieratok.bench.timing import take_turns
 from hieratok.core.checkpoint import write_json
 from hieratok.core.devices import hardware
 from hieratok.core.files import read_json_table
@@ -121,13 +122,7 @@ def plan(runs: Mapping[str, TokenizerRun], machine: Machine, end: float) -> dict
     seconds = {}
     for name, one in runs.items():
         step = training_step(replace(machine, batch_size=one.train.batch_size), one)
-        step()
-        start = time.perf_counter()
-        for _ in range(3):
-            step()
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[name] = (time.perf_counter() - start) / 3
+        seconds[name] = take_turns({name: step}, machine.device, rounds=3).median(name)
     fitting = SHARE * (end - time.monotonic()) / sum(seconds.values())
     most = min(one.train.steps for one in runs.values())
     return {"steps": int(min(most, max(2, fitting))), "seconds": seconds}

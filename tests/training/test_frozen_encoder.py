@@ -105,6 +105,10 @@ def test_missing_weights_are_found_out_before_training(photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone: no such folder"):
         train_tokenizer(gone, tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+    known = replace(gone, model=replace(gone.model, encoder_sha256="0" * 64))  # which nothing needs to be read for
+    with pytest.raises(FileNotFoundError, match="gone: no such folder"):
+        train_tokenizer(known, tmp_path / "known")
+    assert not list((tmp_path / "known").glob("checkpoints/*"))
 
 
 def test_images_and_their_latents_are_mirrored_alike(vae, photos, tmp_path):

@@ -340,9 +340,14 @@ def find(
                 return folder
         raise FileNotFoundError(f"{path} holds no model: neither {CONFIG} nor {inside}/{CONFIG} nor a checkpoint")
     # Runs are written to runs/NAME: the hub is not asked for a missing one.
-    if not path.exists() and re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", str(source)):
+    if not path.exists() and is_hub_id(str(source)) and not str(source).startswith("runs/"):
         return _download(str(source), revision, cache_dir, token, local_files_only)
     raise FileNotFoundError(f"{source}: no such folder")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, NAME/MODEL; a relative path of two parts has it too."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _download(

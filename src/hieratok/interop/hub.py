@@ -184,7 +184,7 @@ def publish_encoder(model: Path, folder: Path) -> None:
             check_regular(path)
         shutil.copytree(copy, folder / checkpoint.ENCODER)
         config["encoder"] = f"{kind}:{Path(name).name}"
-    elif kind == "diffusers" and (Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    elif kind == "diffusers" and (Path(name).exists() or not checkpoint.is_hub_id(name)):
         raise ValueError(
             f"the encoder {shown(encoder)} is only on this machine: train with --copy_encoder, which copies it into the"
             " tokenizer's folder, or name an autoencoder on the hub"
@@ -199,7 +199,7 @@ def check(hub_id: str, license: str) -> None:
     Raises:
         ValueError: not a hub id or licence.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    if not checkpoint.is_hub_id(hub_id):
         raise ValueError(f"{hub_id!r} is not a hub id: NAME/MODEL, such as alice/photos-f16d32")
     if not is_license(license):
         raise ValueError(

@@ -223,7 +223,8 @@ def shown_sections(result: StudyResult) -> list[Section]:
 def scales_section(rows: Mapping[str, Result]) -> Section:
     """Reconstructions: the finest scale's numbers, and every scale's PSNR beside one colour per token."""
     numbers = dict.fromkeys(name for found in rows.values() for name in found.numbers.finest)
-    names = [name for name in numbers if describe(name) and not name.endswith("_identical")]
+    found_names = {name: describe(name) for name in numbers if not name.endswith("_identical")}
+    names = {name: metric.with_unit for name, metric in found_names.items() if metric}
     finest = [
         [row, *(digits(found.numbers.finest[name]) if name in found.numbers.finest else "" for name in names)]
         for row, found in rows.items()
@@ -236,9 +237,7 @@ def scales_section(rows: Mapping[str, Result]) -> Section:
     return Section(
         "Reconstruction",
         tables=[
-            Table(
-                ["row", *(title(name) for name in names)], finest, "Held-out images at the finest scale; first seed."
-            ),
+            Table(["row", *names.values()], finest, "Held-out images at the finest scale; first seed."),
             Table(
                 ["row", "scale", "PSNR (dB)", "one colour per token (dB)"],
                 scales,
@@ -247,12 +246,6 @@ def scales_section(rows: Mapping[str, Result]) -> Section:
             ),
         ],
     )
-
-
-def title(name: str) -> str:
-    """A number's name in words, with its unit."""
-    metric = describe(name)
-    return metric.with_unit if metric else name
 
 
 def spectrum_section(rows: Mapping[str, LatentReport]) -> Section:
@@ -304,8 +297,7 @@ def speed_section(found: ComparedCurves, num_seeds: int) -> Section:
 
 def curves_section(rows: Mapping[str, Curve]) -> Section:
     """A generator's distance during its training, on each row's latents."""
-    some = next(iter(rows.values())).points[0]
-    name = next(key for key in some if key == "fid" or key.startswith("fd-"))
+    name = next(iter(rows.values())).distance
     lines = [
         report.Line(row, [int(point["step"]) for point in found.points], [point[name] for point in found.points])
         for row, found in rows.items()

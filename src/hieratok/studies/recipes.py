@@ -484,15 +484,7 @@ def rae_tiny() -> TokenizerRun:
         ),
         data=DataConfig(crop="center", num_workers=1),
         loss=LossConfig(perceptual_weight=0.0, kl_weight=0.0),
-        train=TrainConfig(
-            steps=10_000,
-            batch_size=16,
-            learning_rate=1e-3,
-            min_learning_rate=1e-5,
-            ema_decay=0.999,
-            save_every=500,
-            picture_every=1_000,
-        ),
+        train=replace(imagenette_multi().train, steps=10_000, save_every=500, keep_checkpoints=3),
     )
 
 

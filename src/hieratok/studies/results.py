@@ -80,6 +80,11 @@ class Curve:
         """The record of the last step."""
         return {name: value for name, value in self.points[-1].items() if name not in ("step", "images")}
 
+    @property
+    def distance(self) -> str:
+        """The name of its Frechet distance."""
+        return next(name for name in self.points[0] if name == "fid" or name.startswith("fd-"))
+
     def to_json(self) -> dict[str, Any]:
         """Numbers by name."""
         return {"points": self.points, **self.last}

@@ -358,11 +358,10 @@ def compared_curves(setup: Setup, cells: Cells) -> ComparedCurves | None:
     """Figure 4: the distances during training of the first and second row's generators, and the speed-up."""
     if setup.study.needs != ("curves",):
         return None
-    points = [[curve_of(cells[i, seed]).points for seed in range(setup.options.seeds)] for i in (0, 1)]
-    first = points[0][0]
-    name = next(n for n in first[0] if n == "fid" or n.startswith("fd-"))
-    steps = [int(point["step"]) for point in first]
-    base, other = ([[point[name] for point in one] for one in row] for row in points)
+    curves = [[curve_of(cells[i, seed]) for seed in range(setup.options.seeds)] for i in (0, 1)]
+    first = curves[0][0]
+    name, steps = first.distance, [int(point["step"]) for point in first.points]
+    base, other = ([[point[name] for point in one.points] for one in row] for row in curves)
     labels = [row.name for row in setup.study.rows[:2]]
     return ComparedCurves(name, steps, dict(zip(labels, (base, other))), speed_up(steps, base, other))
 

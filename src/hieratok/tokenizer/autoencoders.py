@@ -37,6 +37,18 @@ def class_of(source: str | Path) -> str | None:
     return kind
 
 
+def known_class(folder: Path) -> str:
+    """The same of a folder that must hold an autoencoder.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    kind = class_of(folder)
+    if kind is None:
+        raise ValueError(f"{shown(folder)} holds no autoencoder of diffusers: its {checkpoint.CONFIG} names none")
+    return kind
+
+
 def load(source: str | Path, kind: str) -> Any:
     """diffusers' own model from a local folder, in evaluation mode.
 

@@ -11,7 +11,6 @@ The network's weights are read when it first encodes, so that decoding needs non
 average, checkpoint or parallel wrapper sees it. It computes in float32, or under autocast.
 """
 
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -98,11 +97,8 @@ class Autoencoder:
     """
 
     def __init__(self, folder: Path):
-        kind = autoencoders.class_of(folder)
-        if kind is None:
-            raise ValueError(f"{shown(folder)} holds no autoencoder of diffusers: its {checkpoint.CONFIG} names none")
         self.folder = folder
-        self.model = autoencoders.load(folder, kind).requires_grad_(False)
+        self.model = autoencoders.load(folder, autoencoders.known_class(folder)).requires_grad_(False)
         self.module = autoencoders.encoding_parts(self.model).eval()
         config = self.model.config
         self.latent_channels = autoencoders.latent_channels(config)
@@ -131,6 +127,8 @@ class Shared:
     """The network, once loaded: one for a tokenizer and for its copies, such as the average of its weights."""
 
     network: Network | None = None
+    sha256: str | None = None
+    """Of its weights."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self
@@ -179,7 +177,11 @@ class FrozenEncoder(nn.Module):
     @property
     def sha256(self) -> str:
         """Of its weights: what the configuration states, or else of what is loaded."""
-        return self.config.encoder_sha256 or checkpoint.tensors_sha256(self.load().module)
+        if self.config.encoder_sha256 is None:
+            self.load()
+        sha256 = self.config.encoder_sha256 or self._shared.sha256
+        assert sha256 is not None
+        return sha256
 
     def save(self, folder: Path) -> None:
         """Copy its files into `folder`, so that a tokenizer's folder needs nothing else."""
@@ -203,6 +205,7 @@ class FrozenEncoder(nn.Module):
                 f"the weights of {shown(self.config.encoder)} are not those that this tokenizer was trained with: their"
                 f" SHA-256 is {found[:12]}..., not {str(wanted)[:12]}..."
             )
+        self._shared.sha256 = found
         return network
 
 
@@ -226,7 +229,7 @@ def autoencoder_folder(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if checkpoint.is_hub_id(name):
         from huggingface_hub import try_to_load_from_cache
 
         files = [try_to_load_from_cache(name, file) for file in (checkpoint.CONFIG, autoencoders.WEIGHTS)]
@@ -261,8 +264,7 @@ def geometry(encoder: str) -> tuple[int, int | None]:
         with torch.device("meta"):
             return FoundationModel("model.encoder", name, random_weights=True).width, None
     folder = autoencoder_folder(name)
-    if autoencoders.class_of(folder) is None:
-        raise ValueError(f"{shown(folder)} holds no autoencoder of diffusers: its {checkpoint.CONFIG} names none")
+    autoencoders.known_class(folder)
     config = read_json_table(folder / checkpoint.CONFIG)
     try:
         return autoencoders.latent_channels(config), autoencoders.patch_size(config)

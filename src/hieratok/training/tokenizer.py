@@ -44,6 +44,7 @@ from hieratok.losses.adversarial import (
 )
 from hieratok.losses.reconstruction import ReconstructionLoss
 from hieratok.losses.vf import VF_MAX_WEIGHT, VFLoss
+from hieratok.tokenizer.frozen import FrozenEncoder
 from hieratok.tokenizer.model import HieraTok, TokenizerConfig, refuse_former_downsampling
 from hieratok.tokenizer.posterior import DiagonalGaussian
 from hieratok.tokenizer.scales import Scales
@@ -96,7 +97,9 @@ def _train_tokenizer(run: TokenizerRun, folder: RunFolder) -> HieraTok:
     for saved in folder.saved():
         refuse_former_downsampling(saved / "tokenizer")
     tokenizer = initial_tokenizer(run, resumes=bool(folder.saved()))
-    tokenizer.pin_encoder()  # what is missing is found out before hours of training
+    if isinstance(tokenizer.encoder, FrozenEncoder):
+        tokenizer.encoder.load()  # what is missing is found out before hours of training
+        tokenizer.pin_encoder()
     if run.cache_latents:
         dataset = ImagesAndLatents(dataset, cached_latents(run, tokenizer, source, folder.path / "latents"))
     objective = TokenizerObjective(run, tokenizer)
